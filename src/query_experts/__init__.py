@@ -1,0 +1,7 @@
+"""Grouped Query Experts (arXiv 2606.20945): experts and a router inside the attention layer of a language model."""
+
+from query_experts.attention import GQEAttention, Routing
+from query_experts.configuration_gqe import GQEConfig
+from query_experts.modeling_gqe import GQECausalLMOutput, GQEForCausalLM, GQEModel
+
+__all__ = ["GQEAttention", "GQECausalLMOutput", "GQEConfig", "GQEForCausalLM", "GQEModel", "Routing"]

@@ -1,0 +1,349 @@
+"""Grouped Query Experts attention (arXiv 2606.20945), top to bottom: route, select, attend, combine.
+
+The query heads of grouped-query attention are experts. In each of the G groups a router wakes, for every token, k of
+the M heads; all G key/value heads stay on, so the KV cache is exactly that of grouped-query attention. After the
+selection nothing sparse is left: the woken queries are an ordinary tensor of G*k heads, and any causal kernel
+attends with them.
+
+Shapes: B batch, T new tokens, S keys (cached and new), D hidden size, G groups (= KV heads), M experts in a group,
+k experts woken in a group, N = G*M query experts, d head dim.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from query_experts.masks import causal_mask
+from query_experts.ops.shared_decode import shared_decode
+from query_experts.router import Router, balance_loss, routing_statistics, select_top_k
+
+VARIANTS = ("gqe", "hard_concat", "weighted_concat")
+OUTPUT_PROJECTIONS = ("slot", "expert")
+ROUTINGS = ("learned", "frozen", "none")
+SHARED_HEAD_KV = ("mean", "first")
+DECODE_TOKENS = 8  # up to so many new tokens, forming all their scores costs less than a mean over the cache
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router decided for one forward pass."""
+
+    logits: Tensor | None  # [B, T, G, M], float32 (float64 in float64); None where routing="none"
+    probs: Tensor  # [B, T, G, M], softmax over a group's experts, dtype as the logits
+    indices: Tensor  # [B, T, G, k], int64, the woken experts, most probable first
+    balance_loss: Tensor | None = None  # scalar, over the tokens that attention_mask keeps
+
+    @property
+    def scores(self) -> Tensor:
+        """Probabilities of the woken experts, [B, T, G, k]."""
+        return self.probs.gather(-1, self.indices)
+
+
+def check_layout(
+    num_query_experts: int,
+    num_kv_heads: int,
+    top_k: int,
+    head_dim: int,
+    rope: bool,
+    variant: str,
+    output_projection: str,
+    routing: str,
+    shared_head_kv: str,
+) -> None:
+    """Raises ValueError, naming the field, what it held and what is allowed, for a layer that can't be built."""
+    for name, held, allowed in (
+        ("variant", variant, VARIANTS),
+        ("output_projection", output_projection, OUTPUT_PROJECTIONS),
+        ("routing", routing, ROUTINGS),
+        ("shared_head_kv", shared_head_kv, SHARED_HEAD_KV),
+    ):
+        if held not in allowed:
+            raise ValueError(f"{name} is {held!r}; it must be one of {', '.join(allowed)}")
+    if num_kv_heads < 1 or num_query_experts < 1 or num_query_experts % num_kv_heads:
+        raise ValueError(
+            f"the number of query experts is {num_query_experts}; it must be a positive multiple of the "
+            f"{num_kv_heads} KV heads"
+        )
+    experts_per_group = num_query_experts // num_kv_heads
+    if not 1 <= top_k <= experts_per_group:
+        raise ValueError(
+            f"the number of active query experts (top-k) in a group is {top_k}; it must be 1 to {experts_per_group}, "
+            f"the experts in a group"
+        )
+    if routing == "none" and top_k != experts_per_group:
+        raise ValueError(
+            f"routing is 'none' with {top_k} of {experts_per_group} experts active in a group; without a router all "
+            f"of them must be active"
+        )
+    if rope and head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; rotary position embedding needs an even number")
+
+
+def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, d] of Llama's half-rotation form; angles in float32 whatever the dtype, as Llama has them."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[..., None].float() * (1.0 / theta**exponents)  # [B, T, d/2]
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class CausalKernel(nn.Module):
+    """One call of Transformers' attention interface: the backend, and how many query heads share a KV head."""
+
+    is_causal = True
+
+    def __init__(self, config: Any, num_key_value_groups: int, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.num_key_value_groups = num_key_value_groups
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """query [B, H, T, d], key and value [B, G, S, d] -> output [B, T, H, d], weights [B, H, T, S] or None."""
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return interface(self, query, key, value, mask, **kwargs)
+
+
+class GQEAttention(nn.Module):
+    """Causal self-attention whose query heads are experts, for any PyTorch model.
+
+    hidden_size: D. num_query_experts: N. num_kv_heads: G. top_k: k. head_dim: d, default D / N.
+    variant: `gqe`, the paper's layer; `hard_concat`, its ablation with the hard slots alone; `weighted_concat`, its
+        ablation with the slots scaled by their probability, no weighted slot and no shared head (Table 2).
+    output_projection: `slot`, the paper's: W_O rows belong to the rank of a woken expert. `expert`: they belong to
+        the expert, so that with k = M and the two extra slots zero or absent the layer is dense grouped-query
+        attention; a dense checkpoint converts exactly.
+    rope_theta: base of the rotary embedding; None, none.
+    bias: on the q, k, v, o and shared-query projections; the router never has one.
+    layer_idx: this layer's place in the Transformers `Cache`.
+    routing: `learned`; `frozen`, a random router that never trains, which tells routing apart from merely having more
+        query parameters; `none`, no router and all experts in index order, which is the always-on model with as many
+        heads: the control without which a gain can't be put down to routing.
+    shared_head_kv: `mean` over the group's key and value heads, as in the reference layer; `first`, the first
+        group's: no mean and no copy, and a paged cache serves it as it is.
+    dropout: on the attention weights, in training.
+    attn_implementation: `sdpa`, `eager` or `flex_attention`.
+
+    Raises ValueError for a layout that can't be built.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_query_experts: int,
+        num_kv_heads: int,
+        top_k: int = 1,
+        head_dim: int | None = None,
+        variant: str = "gqe",
+        output_projection: str = "slot",
+        rope_theta: float | None = None,
+        bias: bool = False,
+        layer_idx: int = 0,
+        *,
+        routing: str = "learned",
+        shared_head_kv: str = "mean",
+        dropout: float = 0.0,
+        attn_implementation: str = "sdpa",
+        _config: Any = None,
+    ):
+        super().__init__()
+        if head_dim is None:
+            head_dim = hidden_size // num_query_experts
+        check_layout(
+            num_query_experts, num_kv_heads, top_k, head_dim, rope_theta is not None,
+            variant, output_projection, routing, shared_head_kv,
+        )  # fmt: skip
+        self.num_query_experts = num_query_experts
+        self.num_kv_heads = num_kv_heads
+        self.experts_per_group = num_query_experts // num_kv_heads
+        self.top_k = top_k
+        self.head_dim = head_dim
+        self.variant = variant
+        self.output_projection = output_projection
+        self.rope_theta = rope_theta
+        self.layer_idx = layer_idx
+        self.routing = routing
+        self.shared_head_kv = shared_head_kv
+        self.dropout = dropout
+        self.scaling = head_dim**-0.5
+        self.config = _config if _config is not None else SimpleNamespace(_attn_implementation=attn_implementation)
+
+        extra_slots = 2 if variant == "gqe" else 0
+        hard_slots = num_kv_heads * top_k if output_projection == "slot" else num_query_experts
+        self.q_proj = nn.Linear(hidden_size, num_query_experts * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear((hard_slots + extra_slots) * head_dim, hidden_size, bias=bias)
+        self.router = Router(hidden_size, num_query_experts, routing == "learned") if routing != "none" else None
+        self.q_shared = nn.Linear(hidden_size, head_dim, bias=bias) if variant == "gqe" else None
+        self.routed_heads = CausalKernel(self.config, top_k, layer_idx)
+        self.shared_head = CausalKernel(self.config, 1, layer_idx) if variant == "gqe" else None
+        self._warn_if_router_gets_no_gradient()
+
+    def _warn_if_router_gets_no_gradient(self) -> None:
+        reason = None
+        if self.experts_per_group == 1:
+            reason = "each group has one expert (M = 1)"
+        elif self.variant == "hard_concat":
+            reason = "variant is 'hard_concat', which leaves the outputs unscaled"
+        elif self.variant == "gqe" and self.num_kv_heads == 1 and self.top_k == 1:
+            reason = "with one group and top-k 1 the renormalised weight is always 1 (G = 1, k = 1)"
+        if reason and self.routing == "learned":
+            warnings.warn(
+                f"the router gets no gradient from the language-model loss: {reason}", UserWarning, stacklevel=3
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_routing: bool = False,
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """x [B, T, D] -> y [B, T, D], and the routing if it is asked for.
+
+        attention_mask: [B, S], nonzero for real tokens; causality holds beside it. position_ids: [B or 1, T], by
+        default counted on from the cached tokens; where they restart, a new document begins that doesn't see the one
+        before. past_key_values: a Transformers cache (dynamic or static), for any number of new tokens.
+        """
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions; it must be [batch, keys]")
+        mask = causal_mask(
+            self.config, x, attention_mask, past_key_values, position_ids,
+            materialise=decodes_in_one_read(self, x, past_key_values),
+        )  # fmt: skip
+        past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+        new = torch.arange(x.shape[1], device=x.device) + past  # before the cache moves on
+        cos_sin = None
+        if self.rope_theta is not None:
+            cos_sin = rotary_cos_sin(
+                position_ids if position_ids is not None else new[None], self.head_dim, self.rope_theta, x.dtype
+            )
+        y, _, routing = self.route_and_attend(x, mask, cos_sin, past_key_values)
+        if not output_routing:
+            return y
+        token_mask = attention_mask[:, new] if attention_mask is not None else None
+        return y, Routing(routing.logits, routing.probs, routing.indices, self._balance_loss(routing, token_mask))
+
+    def route_and_attend(
+        self, x: Tensor, mask: Any, cos_sin: tuple[Tensor, Tensor] | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Routing]:
+        """The layer, given a mask from `causal_mask`: y [B, T, D], weights [B, heads, T, S] or None, and routing."""
+        routing = self.route(x)
+        query, key, value = self.project(x, routing, cos_sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        routed, shared, weights = self.attend(query, key, value, mask, past_key_values, **kwargs)
+        return self.combine(routed, shared, routing), weights, routing
+
+    def route(self, x: Tensor) -> Routing:
+        """x [B, T, D] -> probabilities [B, T, G, M] and woken experts [B, T, G, k]: softmax, then top-k."""
+        B, T, _ = x.shape
+        G, M = self.num_kv_heads, self.experts_per_group
+        if self.router is None:
+            probs = torch.full((B, T, G, M), 1 / M, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            return Routing(None, probs, torch.arange(M, device=x.device).expand(B, T, G, M))
+        logits = self.router(x).view(B, T, G, M)
+        probs = logits.softmax(-1)
+        return Routing(logits, probs, select_top_k(probs.detach(), self.top_k))
+
+    def project(
+        self, x: Tensor, routing: Routing, cos_sin: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the woken experts, then of the shared head, [B, G*k (+1), T, d]; keys and values [B, G, T, d]."""
+        B, T, _ = x.shape
+        G, M, d = self.num_kv_heads, self.experts_per_group, self.head_dim
+        query = self.q_proj(x).view(B, T, G, M, d)
+        if self.router is not None:
+            query = query.gather(3, routing.indices[..., None].expand(-1, -1, -1, -1, d))  # [B, T, G, k, d]
+        query = query.flatten(2, 3)
+        if self.q_shared is not None:
+            query = torch.cat([query, self.q_shared(x).unsqueeze(2)], 2)
+        query = query.transpose(1, 2)
+        key = self.k_proj(x).view(B, T, G, d).transpose(1, 2)
+        value = self.v_proj(x).view(B, T, G, d).transpose(1, 2)
+        if cos_sin is not None:
+            query, key = apply_rotary_pos_emb(query, key, *cos_sin)
+        return query, key, value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Outputs of the woken experts [B, T, G, k, d] and of the shared head [B, T, d] (None without one)."""
+        G, k = self.num_kv_heads, self.top_k
+        routed_query, shared_query = query[:, : G * k], query[:, G * k :]
+        visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1
+        if visible and decodes_in_one_read(self, query.transpose(1, 2), past_key_values):
+            routed, shared, weights = shared_decode(
+                routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling
+            )
+            return routed.permute(0, 3, 1, 2, 4), shared, weights if self.config._attn_implementation == "eager" else None
+
+        kwargs |= {"scaling": self.scaling, "dropout": self.dropout if self.training else 0.0}
+        routed, weights = self.routed_heads(routed_query, key, value, mask, **kwargs)  # [B, T, G*k, d]
+        routed = routed.unflatten(2, (G, k))
+        if self.shared_head is None:
+            return routed, None, weights
+        if self.shared_head_kv == "mean":
+            key, value = key.mean(1, keepdim=True), value.mean(1, keepdim=True)
+        else:
+            key, value = key[:, :1], value[:, :1]
+        shared, shared_weights = self.shared_head(shared_query, key, value, mask, **kwargs)  # [B, T, 1, d]
+        if weights is not None:
+            weights = torch.cat([weights, shared_weights], 1)
+        return routed, shared.squeeze(2), weights
+
+    def combine(self, routed: Tensor, shared: Tensor | None, routing: Routing) -> Tensor:
+        """Slots [B, T, (G*k or N) + 2, d] -> y [B, T, D]: hard slots, the weighted slot, the shared head (eq. W_O)."""
+        extra = []
+        if self.variant == "gqe":
+            scores = routing.scores
+            weights = scores / scores.sum((-2, -1), keepdim=True)  # renormalised over all groups' woken experts
+            assert shared is not None
+            extra = [torch.einsum("btgk,btgkd->btd", weights.to(routed.dtype), routed), shared]
+        elif self.variant == "weighted_concat":
+            routed = routed * routing.scores.to(routed.dtype)[..., None]
+        if self.output_projection == "expert" and self.router is not None:
+            index = routing.indices[..., None].expand_as(routed)
+            empty = routed.new_zeros(*routed.shape[:3], self.experts_per_group, self.head_dim)
+            routed = empty.scatter(3, index, routed)  # [B, T, G, M, d]
+        return self.o_proj(torch.cat([routed.flatten(2), *extra], -1))
+
+    def _balance_loss(self, routing: Routing, token_mask: Tensor | None) -> Tensor:
+        if routing.logits is None:
+            return routing.probs.new_zeros(())
+        logits = routing.logits.flatten(0, 1).flatten(1)
+        statistics = routing_statistics((logits,), self.num_kv_heads, self.top_k, token_mask)
+        tokens = statistics.tokens.clamp(min=1)
+        return balance_loss(statistics.selected / tokens, statistics.prob_sum / tokens)
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.num_query_experts}, kv_heads={self.num_kv_heads}, top_k={self.top_k}, "
+            f"variant={self.variant}, output_projection={self.output_projection}, routing={self.routing}"
+        )
+
+
+def decodes_in_one_read(layer: Any, x: Tensor, past_key_values: Cache | None) -> bool:
+    """Whether few enough new tokens x [B, T, ...] meet a cache for the shared head to be computed from its scores."""
+    return (
+        past_key_values is not None
+        and x.shape[1] <= DECODE_TOKENS
+        and layer.variant == "gqe"
+        and layer.shared_head_kv == "mean"
+    )

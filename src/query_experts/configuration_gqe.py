@@ -1,0 +1,49 @@
+"""GQEConfig: Llama's configuration and what Grouped Query Experts add to it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from query_experts.attention import check_layout
+
+
+@strict
+class GQEConfig(LlamaConfig):
+    """Llama's fields (`num_attention_heads`: N query experts, `num_key_value_heads`: G KV heads), and:
+
+    active_query_experts: k, the experts that a token wakes in each group.
+    variant, output_projection, routing, shared_head_kv: as in `GQEAttention`.
+    router_aux_loss_coef: weight of the balance loss (sum over layers; 0.01 in the paper, section 4).
+    router_z_loss_coef: weight of the z-loss (ST-MoE, arXiv 2202.08906), the mean squared logsumexp of a group's
+        logits, summed over layers; keeps router logits small. The paper has none.
+    output_router_logits: adds `router_logits` and `aux_loss` to the output; the loss is the same either way.
+
+    Raises a validation error that names the field, what it held and what is allowed.
+    """
+
+    model_type = "gqe"
+    # 10 output slots don't split as 16 heads do: attention is replicated over tensor-parallel ranks, the MLP is split
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    active_query_experts: int = 1
+    variant: str = "gqe"
+    output_projection: str = "slot"
+    routing: str = "learned"
+    shared_head_kv: str = "mean"
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    output_router_logits: bool = False
+
+    def validate_architecture(self) -> None:
+        """Part of strict validation. `hidden_size` need not be a multiple of N where `head_dim` is given."""
+        check_layout(
+            self.num_attention_heads, self.num_key_value_heads, self.active_query_experts, self.head_dim, True,
+            self.variant, self.output_projection, self.routing, self.shared_head_kv,
+        )  # fmt: skip

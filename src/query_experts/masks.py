@@ -1,0 +1,96 @@
+"""Which keys a query may see: causal, not padding, and of its own document.
+
+Transformers builds the masks for every attention backend; what is added here is the document rule, which holds with
+a cache and with an all-ones attention mask too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import is_torchdynamo_compiling
+from transformers.utils.generic import is_flash_attention_requested
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+
+
+def causal_mask(
+    config: Any,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+    materialise: bool = False,
+) -> Any:
+    """The mask for `config._attn_implementation`, in the form that its kernel takes (None: causal by flag).
+
+    x: [B, T, D]; attention_mask: [B, S] (nonzero: a real token), a prepared 4D mask, which is returned as it is, or
+    None; position_ids: [B or 1, T], given only where positions may restart. `materialise` gives sdpa's boolean
+    [B, 1, T, S] whatever the backend, for decoding (None where a single new token sees every key).
+    """
+    documents = None
+    if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
+        documents = document_rule(x, attention_mask, past_key_values, position_ids)
+    if materialise:
+        config = SimpleNamespace(_attn_implementation="sdpa")
+    elif documents is not None and is_flash_attention_requested(config):
+        return _flash_documents(attention_mask, past_key_values)
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=x,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        and_mask_function=documents,
+        allow_is_causal_skip=not (materialise and x.shape[1] > 1),
+    )
+
+
+def document_rule(
+    x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, position_ids: Tensor
+) -> MaskFunction | None:
+    """Documents packed into one row don't see each other: a mask function, or None where no row holds two.
+
+    A token at position p that is the r-th real token of its row began its document p real tokens ago: it sees real
+    keys of rank r - p and later. That needs no document numbers, so it holds across a cache; padding doesn't count.
+    Where positions fail to increase from one real token to the next, a document begins whatever its first position.
+    """
+    batch_size, length = x.shape[:2]
+    position_ids = position_ids.expand(batch_size, -1)
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    num_keys = past_key_values.get_mask_sizes(length, 0)[0] if past_key_values is not None else length
+    if attention_mask is None:
+        real = torch.ones(batch_size, num_keys, dtype=torch.bool, device=x.device)
+    else:
+        num_keys = max(num_keys, attention_mask.shape[-1])
+        real = F.pad(attention_mask.to(x.device).bool(), (0, num_keys - attention_mask.shape[-1]))
+    key_rank = real.cumsum(-1) - 1  # [B, S]
+    new = torch.arange(length, device=x.device) + past  # [T], where the new tokens stand among the keys
+    query_rank, query_real = key_rank[:, new], real[:, new]  # [B, T]
+
+    restarts = F.pad((position_ids.diff(dim=-1) <= 0) & query_real[:, 1:] & query_real[:, :-1], (1, 0))
+    restarted_at = torch.where(restarts, query_rank, 0).cummax(-1).values
+    first_rank = torch.maximum(query_rank - position_ids, restarted_at)  # [B, T]
+    if not is_torchdynamo_compiling() and bool((first_rank[query_real] <= 0).all()):
+        return None
+
+    def same_document(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return key_rank[batch, key] >= first_rank[batch, query - past]
+
+    return same_document
+
+
+def _flash_documents(attention_mask: Tensor | None, past_key_values: Cache | None) -> None:
+    """FlashAttention separates documents by itself, from position_ids, where it gets no mask and no cached keys."""
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if padded or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+        raise ValueError(
+            "attn_implementation: flash attention separates packed documents only without padding and before anything "
+            "is cached; use sdpa, eager or flex_attention here"
+        )

@@ -1,0 +1,317 @@
+"""The GQE language model: Transformers' Llama with its attention replaced, and the router's losses in its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from query_experts.attention import GQEAttention, decodes_in_one_read
+from query_experts.configuration_gqe import GQEConfig
+from query_experts.masks import causal_mask
+from query_experts.router import BalanceWindow, Router, balance_loss, routing_statistics
+
+
+class GQESelfAttention(GQEAttention):
+    """`GQEAttention` with the arguments and outputs that a Llama decoder layer expects of its attention."""
+
+    def __init__(self, config: GQEConfig, layer_idx: int):
+        super().__init__(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.active_query_experts,
+            config.head_dim,
+            config.variant,
+            config.output_projection,
+            bias=config.attention_bias,
+            layer_idx=layer_idx,
+            routing=config.routing,
+            shared_head_kv=config.shared_head_kv,
+            dropout=config.attention_dropout,
+            _config=config,
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D] and a mask from `causal_mask` -> y [B, T, D], attention weights or None."""
+        y, weights, _ = self.route_and_attend(
+            hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs
+        )
+        return y, weights
+
+
+class GQEDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: GQEConfig, layer_idx: int):
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = GQESelfAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class GQEPreTrainedModel(LlamaPreTrainedModel):
+    config: GQEConfig
+    config_class = GQEConfig
+    _no_split_modules = ["GQEDecoderLayer"]  # noqa: RUF012 - as Transformers declares it
+    _can_record_outputs = {  # noqa: RUF012
+        "router_logits": OutputRecorder(Router, index=0),
+        "hidden_states": GQEDecoderLayer,
+        "attentions": GQESelfAttention,
+    }
+
+
+class GQEModel(GQEPreTrainedModel):
+    """Llama's decoder over GQE layers."""
+
+    def __init__(self, config: GQEConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(GQEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Llama's forward, but for the mask: here restarting position_ids separate documents always.
+
+        input_ids, position_ids: [B, T]; attention_mask: [B, S]; inputs_embeds: [B, T, D] in place of input_ids. With
+        `output_router_logits` the output holds `router_logits`, float32 [B*T, N], one tensor a layer.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask = causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids,
+            materialise=decodes_in_one_read(self.config, inputs_embeds, past_key_values),
+        )  # fmt: skip
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+@dataclass
+class GQECausalLMOutput(MoeCausalLMOutputWithPast):
+    """`loss` is what is trained; `lm_loss`, the language-model term alone, is the validation loss.
+
+    aux_loss: the balance loss, summed over layers, and router_logits: float32 [B*T, N], one tensor a layer; both only
+    with `output_router_logits`.
+    """
+
+    lm_loss: Tensor | None = None
+
+
+class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
+    """The GQE language model. loss = language-model loss + coefficient * balance loss (+ coefficient * z-loss).
+
+    In training the balance loss speaks of the global batch. Its f, the fraction of tokens that woke each expert, is
+    summed over data-parallel ranks and, where the Trainer passes `num_items_in_batch`, over the optimizer step's
+    micro-batches so far (not over those still to come). Its weight is the micro-batch's share of the step's tokens:
+    exact where `num_tokens_in_batch` is passed, as `GQETrainer` does, else the share of its labels. So with f given
+    the gradient doesn't depend on how a batch is cut.
+    """
+
+    def __init__(self, config: GQEConfig):
+        GQEPreTrainedModel.__init__(self, config)
+        self.model = GQEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.balance_window = BalanceWindow()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_tokens_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> GQECausalLMOutput:
+        """As Llama's forward. labels: [B, T], -100 where a token isn't predicted; num_tokens_in_batch: real tokens in
+        the global batch of this optimizer step, over all its micro-batches and ranks.
+
+        Raises ValueError under reentrant activation checkpointing, which would cut the router off the balance loss.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        routed = self.config.routing != "none" and (labels is not None or output_router_logits)
+        tokens = real_tokens(attention_mask, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=routed,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        lm_loss = loss = aux_loss = None
+        if labels is not None:
+            lm_loss = loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        if routed:
+            self._check_checkpointing(outputs)
+            aux_loss, z_loss, share = self._router_losses(
+                outputs.router_logits, tokens, labels, num_tokens_in_batch, **kwargs
+            )
+            if loss is not None:
+                config = self.config
+                router_loss = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+                loss = loss + (share * router_loss).to(loss.device, loss.dtype)
+
+        return GQECausalLMOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            aux_loss=aux_loss if output_router_logits else None,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def _router_losses(
+        self,
+        router_logits: tuple[Tensor, ...],
+        token_mask: Tensor | None,
+        labels: Tensor | None,
+        num_tokens_in_batch: Tensor | int | None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Balance loss and z-loss, summed over layers, and this micro-batch's share of the optimizer step."""
+        config = self.config
+        statistics = routing_statistics(
+            router_logits, config.num_key_value_heads, config.active_query_experts, token_mask
+        )
+        here = statistics.tokens.clamp(min=1)
+        items = total = None  # how much of the step this is, in tokens or else in labels, as the Trainer counts them
+        if num_tokens_in_batch is not None:
+            items, total = statistics.tokens, num_tokens_in_batch
+        elif num_items_in_batch is not None and labels is not None:
+            counted = shift_labels if shift_labels is not None else labels[..., 1:]
+            items, total = counted.ne(-100).sum().to(here), num_items_in_batch
+
+        selected, tokens = statistics.selected, statistics.tokens
+        if self.training:
+            window_items = items if items is not None else tokens
+            selected, tokens, window_items = sum_over_ranks(selected, tokens, window_items)
+            if total is not None:
+                total = torch.as_tensor(total, device=here.device, dtype=here.dtype)
+                selected, tokens = self.balance_window.add(selected, tokens, window_items, total)
+        share = items / total if items is not None and total is not None else 1.0
+        balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
+        return balance, statistics.z_sum.sum() / here, share
+
+    def _check_checkpointing(self, outputs: MoeModelOutputWithPast) -> None:
+        trains = torch.is_grad_enabled() and outputs.last_hidden_state.requires_grad
+        checkpoints = self.model.layers[0].gradient_checkpointing
+        if trains and checkpoints and not any(t.requires_grad for t in outputs.router_logits):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: use_reentrant=True runs the layers without gradients, so the balance "
+                "loss would not reach the router; it must be False"
+            )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: GQEConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """The mask that `generate` makes ahead of a compiled step over a static cache."""
+        return causal_mask(
+            config, inputs_embeds, attention_mask, past_key_values, position_ids,
+            materialise=decodes_in_one_read(config, inputs_embeds, past_key_values),
+        )  # fmt: skip
+
+
+def real_tokens(attention_mask: Any, tokens: Tensor, past_key_values: Cache | None) -> Tensor | None:
+    """The columns [B, T] of a [B, S] attention mask that stand for the new tokens; None where all of them are real."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return attention_mask[:, torch.arange(tokens.shape[1], device=attention_mask.device) + past]
+
+
+def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor summed over the process group; with one process, as it is. Replicas (tensor parallel) cancel in f."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(tensors)
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+AutoConfig.register("gqe", GQEConfig, exist_ok=True)
+AutoModel.register(GQEConfig, GQEModel, exist_ok=True)
+AutoModelForCausalLM.register(GQEConfig, GQEForCausalLM, exist_ok=True)

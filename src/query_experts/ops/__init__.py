@@ -1,0 +1,1 @@
+"""Operations with more than one implementation: a plain reference first, faster ones tested against it."""

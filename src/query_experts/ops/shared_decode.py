@@ -1,0 +1,42 @@
+"""Attention of a few new tokens over a long cache, with the shared head over the mean K/V at one read of the cache.
+
+The shared head is linear in the heads that it averages: q . mean_g(K_g) = mean_g(q . K_g), and
+P mean_g(V_g) = mean_g(P V_g). So routed and shared queries share one batched product with K and one with V, the
+cache holds G heads and not one byte more, and no mean over it is ever formed.
+
+Shapes: B batch, G groups, k routed queries in a group, T new tokens, S keys, d head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shared_decode(
+    routed_BGkTd: Tensor, shared_BTd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of the routed heads [B, G, k, T, d] and of the shared head [B, T, d], and the weights [B, G*k+1, T, S].
+
+    mask: [B or 1, 1, T, S], boolean (True: visible) or additive, or None where every key is visible. Scores and
+    softmax are float32 (float64 for float64). A query that sees no key gives zeros, as in sdpa.
+    """
+    B, G, k, T, d = routed_BGkTd.shape
+    queries = torch.cat([routed_BGkTd, shared_BTd[:, None, None].expand(B, G, 1, T, d)], 2)
+    scores = (queries.flatten(2, 3) @ key_BGSd.mT).unflatten(2, (k + 1, T))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    scores = torch.cat([scores[:, :, :k].flatten(1, 2), scores[:, :, k].mean(1, keepdim=True)], 1)  # [B, G*k+1, T, S]
+
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1)
+    if mask is not None and mask.dtype == torch.bool:
+        weights = weights * mask.any(-1, keepdim=True)
+    weights = weights.to(value_BGSd.dtype)
+
+    routed = weights[:, : G * k].unflatten(1, (G, k))
+    shared = weights[:, None, G * k :].expand(B, G, 1, T, -1)
+    out = (torch.cat([routed, shared], 2).flatten(2, 3) @ value_BGSd).unflatten(2, (k + 1, T))
+    return out[:, :, :k], out[:, :, k].mean(1), weights

@@ -1,0 +1,115 @@
+"""The router: which k of a group's M query experts a token wakes, and the losses that keep the experts in use.
+
+Shapes: B batch, T tokens, D hidden size, G groups (= KV heads), M experts in a group, k experts woken in a group,
+N = G*M query experts. Experts are numbered group-major: expert m of group g is g*M + m.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Router(nn.Linear):
+    """One linear map D -> M for each group, without bias (arXiv 2606.20945, section 3; router weights r_g).
+
+    Logits are float32 whatever the model's dtype, since bf16 logits flip selections; float64 stays float64. The
+    initial weights are small and random: a zero router ties every logit, and devices break ties differently.
+    """
+
+    def __init__(self, hidden_size: int, num_query_experts: int, trainable: bool = True):
+        super().__init__(hidden_size, num_query_experts, bias=False)
+        self.weight.requires_grad_(trainable)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype)).flatten(0, 1)
+
+
+def select_top_k(probs: Tensor, top_k: int) -> Tensor:
+    """Indices of the k largest probabilities, largest first, ties to the lowest index.
+
+    probs [..., M] -> int64 [..., k]. `torch.topk` promises no order among ties; argmax and a stable sort do.
+    """
+    if top_k == 1:
+        return probs.argmax(-1, keepdim=True)
+    return torch.sort(probs, dim=-1, descending=True, stable=True).indices[..., :top_k]
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Sums over tokens from which the router's losses follow. Sums add up over micro-batches and ranks."""
+
+    selected: Tensor  # [L, G, M] how many tokens woke each expert; no gradient
+    prob_sum: Tensor  # [L, G, M] sum of router probabilities
+    z_sum: Tensor  # [L] sum over tokens of the squared logsumexp of the logits, mean over groups
+    tokens: Tensor  # scalar, how many tokens were counted
+
+
+def routing_statistics(
+    router_logits: tuple[Tensor, ...], num_groups: int, top_k: int, token_mask: Tensor | None
+) -> RoutingStatistics:
+    """Count one forward pass.
+
+    router_logits: L tensors [B*T, N]; token_mask: [B, T], nonzero where a token counts, or None for all.
+    """
+    device, dtype = router_logits[0].device, router_logits[0].dtype
+    count = token_mask.reshape(-1).to(device, dtype) if token_mask is not None else None
+    selected, prob_sum, z_sum = [], [], []
+    for logits in router_logits:
+        grouped = logits.to(device).unflatten(-1, (num_groups, -1))  # [B*T, G, M]
+        probs = grouped.softmax(-1)
+        chosen = F.one_hot(select_top_k(probs.detach(), top_k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
+        z = grouped.logsumexp(-1).square().mean(-1)  # [B*T]
+        if count is not None:
+            # where, not a product: what stands at a padded position, even a NaN, must not reach the sums
+            counted = count.bool()
+            chosen, probs = (torch.where(counted[:, None, None], t, 0.0) for t in (chosen, probs))
+            z = torch.where(counted, z, 0.0)
+        selected.append(chosen.sum(0))
+        prob_sum.append(probs.sum(0))
+        z_sum.append(z.sum())
+    tokens = count.ne(0).sum().to(dtype) if count is not None else prob_sum[0].new_tensor(router_logits[0].shape[0])
+    return RoutingStatistics(torch.stack(selected), torch.stack(prob_sum), torch.stack(z_sum), tokens)
+
+
+def balance_loss(selected_fraction: Tensor, mean_probs: Tensor) -> Tensor:
+    """M * sum_m f_m P_m inside each group, mean over groups, sum over layers (section 3; Switch, arXiv 2101.03961).
+
+    Both [L, G, M]: f, the fraction of tokens that woke each expert (sums to k), and P, the mean probability. -> scalar
+    """
+    num_experts = selected_fraction.shape[-1]
+    return num_experts * (selected_fraction * mean_probs).sum(-1).mean(-1).sum()
+
+
+class BalanceWindow:
+    """Selections counted so far in the current optimizer step, so that f spans its micro-batches.
+
+    A step is recognised by its label counts: all micro-batches of a step carry the same `num_items_in_batch`, and
+    theirs add up to it. A new step begins when the total changes or would be overrun. Nothing is read back to the
+    host, so the window works under `torch.compile` and costs no synchronisation.
+    """
+
+    def __init__(self) -> None:
+        self.selected: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.items: Tensor | None = None
+        self.total: Tensor | None = None
+
+    def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it."""
+        if self.selected is not None and self.selected.shape == selected.shape:
+            continues = (self.total == total) & (self.items + items <= total)
+            selected = selected + torch.where(continues, self.selected, 0.0)
+            tokens = tokens + torch.where(continues, self.tokens, 0.0)
+            items = items + torch.where(continues, self.items, 0.0)
+        self.selected, self.tokens, self.items, self.total = selected, tokens, items, total
+        return selected, tokens
