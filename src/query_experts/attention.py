@@ -71,19 +71,18 @@ def check_layout(
             raise ValueError(f"{name} is {held!r}; it must be one of {', '.join(allowed)}")
     if num_kv_heads < 1 or num_query_experts < 1 or num_query_experts % num_kv_heads:
         raise ValueError(
-            f"the number of query experts is {num_query_experts}; it must be a positive multiple of the "
-            f"{num_kv_heads} KV heads"
+            f"num_query_experts (num_attention_heads) is {num_query_experts}; it must be a positive multiple of "
+            f"num_kv_heads (num_key_value_heads), {num_kv_heads}"
         )
     experts_per_group = num_query_experts // num_kv_heads
     if not 1 <= top_k <= experts_per_group:
         raise ValueError(
-            f"the number of active query experts (top-k) in a group is {top_k}; it must be 1 to {experts_per_group}, "
-            f"the experts in a group"
+            f"top_k (active_query_experts) is {top_k}; it must be 1 to {experts_per_group}, the experts in a group"
         )
     if routing == "none" and top_k != experts_per_group:
         raise ValueError(
-            f"routing is 'none' with {top_k} of {experts_per_group} experts active in a group; without a router all "
-            f"of them must be active"
+            f"routing is 'none' and top_k (active_query_experts) {top_k} of {experts_per_group} experts in a group; "
+            f"without a router it must be all of them"
         )
     if rope and head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary position embedding needs an even number")
@@ -292,7 +291,8 @@ class GQEAttention(nn.Module):
             routed, shared, weights = shared_decode(
                 routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling
             )
-            return routed.permute(0, 3, 1, 2, 4), shared, weights if self.config._attn_implementation == "eager" else None
+            wanted = weights if self.config._attn_implementation == "eager" else None
+            return routed.permute(0, 3, 1, 2, 4), shared, wanted
 
         kwargs |= {"scaling": self.scaling, "dropout": self.dropout if self.training else 0.0}
         routed, weights = self.routed_heads(routed_query, key, value, mask, **kwargs)  # [B, T, G*k, d]

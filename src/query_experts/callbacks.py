@@ -1,0 +1,154 @@
+"""Trainer callbacks: ZClip, a progress bar in tokens, and a clean stop when the time is up."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+class ZClipCallback(TrainerCallback, ExportableState):
+    """ZClip (arXiv 2504.02507): gradients are scaled down only where their norm is an outlier among recent norms.
+
+    The first `warmup_steps` norms, which pass unclipped, give the mean and variance; then both are exponential moving
+    averages. A norm g with z = (g - mean) / std above `z_threshold` is scaled to mean + (z_threshold**2 / z) * std,
+    so the farther out, the harder; the averages then take the scaled norm. A norm that is not finite is let through
+    and forgotten. Set `max_grad_norm=0` in the Trainer's arguments, so that only one of them clips. Works on DDP and
+    FSDP2 gradients; not with fp16, whose gradients are still scaled here.
+
+    Raises ValueError for fp16.
+    """
+
+    def __init__(self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25):
+        self.alpha = alpha
+        self.z_threshold = z_threshold
+        self.warmup_steps = warmup_steps
+        self.warmup_norms: list[float] = []
+        self.mean: float | None = None
+        self.variance = 0.0
+        self.clipped_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {"alpha": self.alpha, "z_threshold": self.z_threshold, "warmup_steps": self.warmup_steps},
+            "attributes": {
+                "warmup_norms": self.warmup_norms,
+                "mean": self.mean,
+                "variance": self.variance,
+                "clipped_steps": self.clipped_steps,
+            },
+        }
+
+    def target_norm(self, norm: float) -> float:
+        """The norm to scale a gradient of this norm to, itself where it is no outlier. Moves the averages on."""
+        if not math.isfinite(norm):
+            return norm
+        if self.mean is None:
+            self.warmup_norms.append(norm)
+            if len(self.warmup_norms) == self.warmup_steps:
+                self.mean = sum(self.warmup_norms) / self.warmup_steps
+                self.variance = sum((n - self.mean) ** 2 for n in self.warmup_norms) / self.warmup_steps
+                self.warmup_norms = []
+            return norm
+        std = math.sqrt(self.variance)
+        z = (norm - self.mean) / (std + 1e-6)
+        target = self.mean + self.z_threshold**2 / z * std if z > self.z_threshold else norm
+        self.mean = self.alpha * self.mean + (1 - self.alpha) * target
+        self.variance = self.alpha * self.variance + (1 - self.alpha) * (target - self.mean) ** 2
+        return target
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.fp16:
+            raise ValueError("fp16 is True; ZClip needs unscaled gradients, so it must be False (use bf16)")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if hasattr(total, "full_tensor"):  # sharded gradients (FSDP2)
+            total = total.full_tensor()
+        norm = float(total)
+        target = self.target_norm(norm)
+        if target < norm:
+            self.clipped_steps += 1
+            for p in parameters:
+                p.grad.mul_(target / norm)
+
+
+class TokenProgress(TrainerCallback, ExportableState):
+    """A bar with tokens, tokens/s, time left and the last losses; and the time that training steps took.
+
+    tokens_per_step: over all micro-batches and ranks. `steps` and `seconds` count training steps alone, without
+    validation and checkpoints, over all pieces of a resumed run.
+    """
+
+    def __init__(self, name: str, tokens_per_step: int):
+        self.name = name
+        self.tokens_per_step = tokens_per_step
+        self.steps = 0
+        self.seconds = 0.0
+        self.started = 0.0
+        self.bar: tqdm | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {"name": self.name, "tokens_per_step": self.tokens_per_step},
+            "attributes": {"steps": self.steps, "seconds": self.seconds},
+        }
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.bar = tqdm(
+            total=state.max_steps * self.tokens_per_step,
+            initial=state.global_step * self.tokens_per_step,
+            desc=self.name,
+            unit="tok",
+            unit_scale=True,
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.steps += 1
+        self.seconds += time.perf_counter() - self.started
+        if self.bar is not None:
+            self.bar.update(self.tokens_per_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        shown = {"loss": "lm_loss", "validation": "eval_loss"}
+        values = {name: f"{logs[key]:.3f}" for name, key in shown.items() if key in logs}
+        if self.bar is not None and values:
+            self.bar.set_postfix(values, refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class StopAt(TrainerCallback):
+    """Saves a checkpoint and stops at a moment on `time.monotonic`'s clock, so that a long run fits into pieces."""
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if time.monotonic() >= self.deadline and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control

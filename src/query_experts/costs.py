@@ -1,0 +1,83 @@
+"""What a model costs: parameters, FLOPs a token, KV bytes a token. For GQE and for dense (Llama) configurations.
+
+Symbols: D hidden size, N query heads, G KV heads, k woken in a group, d head dim, L layers, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import LlamaConfig, PreTrainedModel
+
+from query_experts.configuration_gqe import GQEConfig
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How many query heads a layer holds, how many attend for a token, and its output slots (rows of W_O over d)."""
+
+    held: int
+    active: int
+    router: int  # experts that the router scores
+    slots_held: int
+    slots_active: int
+
+
+def heads(config: LlamaConfig) -> Heads:
+    """Dense: N of everything. GQE: N + 1 held with the shared head, kG + 1 active."""
+    n = config.num_attention_heads
+    if not isinstance(config, GQEConfig):
+        return Heads(n, n, 0, n, n)
+    woken = config.num_key_value_heads * config.active_query_experts
+    shared = 1 if config.variant == "gqe" else 0
+    extra = 2 * shared  # the weighted slot and the shared head
+    by_expert = config.output_projection == "expert"
+    return Heads(
+        held=n + shared,
+        active=woken + shared,
+        router=0 if config.routing == "none" else n,
+        slots_held=(n if by_expert else woken) + extra,
+        slots_active=woken + extra,
+    )
+
+
+def parameters(model: PreTrainedModel) -> dict[str, int]:
+    """`total` (tied ones once), `active`: without the query (and, by expert, output) weights that a token leaves
+    asleep, and `embedding`: the input and output embeddings."""
+    config = model.config
+    h, d = heads(config), config.head_dim
+    bias = 1 if config.attention_bias else 0
+    asleep = (h.held - h.active) * d * (config.hidden_size + bias)
+    asleep += (h.slots_held - h.slots_active) * d * config.hidden_size
+    total = sum(p.numel() for p in model.parameters())
+    tables = 1 if config.tie_word_embeddings else 2
+    return {
+        "total": total,
+        "active": total - config.num_hidden_layers * asleep,
+        "embedding": tables * config.vocab_size * config.hidden_size,
+    }
+
+
+def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+    """FLOPs of one forward pass for each token of a causal sequence of seq_len, of what the token wakes.
+
+    A weight costs 2 (multiply and add). A query head costs 2d for each key that it sees, and 2d for each value;
+    under a causal mask a token sees (seq_len + 1) / 2 of them on average. Norms, rotary embedding and softmax are
+    left out, and so are queries that are computed only to be thrown away.
+    """
+    D, d, G = config.hidden_size, config.head_dim, config.num_key_value_heads
+    h = heads(config)
+    projections = 2 * D * (h.active * d + 2 * G * d + h.router) + 2 * h.slots_active * d * D
+    attention = 4 * d * h.active * (seq_len + 1) / 2
+    mlp = 2 * 3 * D * config.intermediate_size
+    return config.num_hidden_layers * (projections + attention + mlp) + 2 * D * config.vocab_size
+
+
+def kv_bytes_per_token(config: LlamaConfig, bytes_per_value: int = 2) -> int:
+    """Bytes that a token adds to the cache: a key and a value of d for each KV head and layer. The same for GQE."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
+
+
+def attention_limit(config: LlamaConfig, dense: LlamaConfig) -> float:
+    """N / (kG + 1): the speedup of attention alone over `dense`, which whole layers approach at long context."""
+    return heads(dense).active / heads(config).active

@@ -1,0 +1,270 @@
+"""Reading documents out of each format and compression, with errors that say which file and where in it."""
+
+import errno
+import gzip
+import io
+import json
+import lzma
+import shutil
+import tempfile
+import tokenize
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from query_experts.errors import SettingError
+
+FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
+COMPRESSIONS = (".gz", ".xz", ".zst")
+_CHUNK = 1 << 18
+_PARQUET_ROWS = 1000
+
+
+def format_of(path: Path) -> str | None:
+    """The format that the file's name tells, without its compression, or None when it is none of `FORMATS`."""
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    suffix = Path(name).suffix
+    return suffix if suffix in FORMATS else None
+
+
+def holds_plain_text(path: Path) -> bool:
+    """Whether the size of the file is about that of its text."""
+    return path.suffix.lower() not in (*COMPRESSIONS, ".parquet")
+
+
+def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
+    """The documents of one file: a text file is one, a line of jsonl or a row of parquet each is one.
+
+    A null field is an empty document. Raises SettingError for text that is not UTF-8, a line that is not a JSON object
+    with the field, a table without the column, and a file that is cut short or damaged.
+    """
+    with _told_as_setting_error(path), _open(path) as stream:
+        match format_of(path):
+            case ".jsonl":
+                yield from _jsonl(path, stream, text_field)
+            case ".parquet":
+                yield from _parquet(path, stream, text_field, scratch)
+            case _:
+                yield _decode(path, stream.read(), 0)
+
+
+def python_source(path: Path) -> Iterator[str]:
+    """The text of a Python file by the encoding that it declares; nothing for one that cannot be decoded or opened."""
+    try:
+        with path.open("rb") as stream:
+            encoding, _ = tokenize.detect_encoding(stream.readline)
+        yield path.read_bytes().decode(encoding)
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return
+
+
+def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
+    """The rows of a hub data set's train split, streamed. Raises SettingError when it cannot be loaded or read on."""
+    full_name = name if config is None else f"{name}:{config}"
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise SettingError(
+            _missing(f"{full_name!r}, no file or folder but the name of a data set", "datasets")
+        ) from error
+    # The hub's error derives from that of whichever HTTP client its version uses; any error of the client counts.
+    failures = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, DatasetsError)
+    number = 0
+    try:
+        for row in load_dataset(name, config, split="train", streaming=True):
+            number += 1
+            yield _field(row, text_field, f"{full_name!r}, where row {number}", "columns")
+    except SettingError:
+        raise
+    except failures as error:
+        if number:
+            raise SettingError(
+                f"`data` holds {full_name!r}, which could not be read past row {number} ({_one_line(error)}); "
+                "try again, or lower `max_bytes`"
+            ) from error
+        raise SettingError(
+            f"`data` holds {full_name!r}, which is no file or folder here, and no data set with a train split that "
+            f"the Hugging Face hub could load ({_one_line(error)})"
+        ) from error
+
+
+def _missing(name: str, package: str) -> str:
+    return (
+        f"`data` holds {name}, which needs the package {package}; "
+        "install it with `pip install query-experts[data]` or name another source"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+@contextmanager
+def _told_as_setting_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise SettingError(
+            f"`data` holds {str(path)!r}, which is damaged, cut short or closed to this user ({_one_line(error)}); "
+            "a file has to be readable to its end"
+        ) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    match path.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(path, "rb"))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(path, "rb"))
+        case ".zst":
+            return cast(BinaryIO, io.BufferedReader(_ZstdReader(path), _CHUNK))
+        case _:
+            return path.open("rb")
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses the frames of a .zst file; unlike the package's own reader it raises EOFError on a cut frame."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise SettingError(_missing(repr(str(path)), "zstandard")) from error
+        self._error = zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._text = memoryview(b"")
+        self._file = path.open("rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            finished = self._frame is None or self._frame.eof
+            data = (self._frame.unused_data if self._frame and finished else b"") or self._file.read(_CHUNK)
+            if not data:
+                if finished:
+                    return 0
+                raise EOFError("the last frame is cut short")
+            if finished:
+                self._frame = self._new_frame()
+            try:
+                self._text = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise OSError(str(error)) from error
+        size = min(len(buffer), len(self._text))
+        buffer[:size] = self._text[:size]
+        self._text = self._text[size:]
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _decode(path: Path, encoded: bytes, offset: int) -> str:
+    """UTF-8 to text; `offset` is where in the file these bytes begin, and a mark of byte order there is dropped."""
+    try:
+        text = encoded.decode()
+    except UnicodeDecodeError as error:
+        raise SettingError(
+            f"`data` holds {str(path)!r}, which is not UTF-8 at byte {offset + error.start} ({error.reason}); "
+            "text has to be UTF-8"
+        ) from error
+    return text if offset else text.removeprefix("\ufeff")
+
+
+def _jsonl(path: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
+    offset = 0
+    for number, encoded in enumerate(stream, 1):
+        line = _decode(path, encoded, offset)
+        offset += len(encoded)
+        if not line.strip():
+            continue
+        where = f"{str(path)!r}, where line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SettingError(
+                f"`data` holds {where} is not JSON ({error.msg} at column {error.colno}); "
+                f"each line has to be a JSON object with the field {text_field!r}"
+            ) from error
+        if not isinstance(row, dict):
+            raise SettingError(
+                f"`data` holds {where} is a JSON {type(row).__name__}; "
+                f"each line has to be a JSON object with the field {text_field!r}"
+            )
+        yield _field(row, text_field, where, "fields")
+
+
+@contextmanager
+def _seekable(path: Path, stream: BinaryIO, scratch: Path) -> Iterator[BinaryIO]:
+    """A parquet file is read from its end, so a compressed one is laid out in `scratch` first."""
+    if path.suffix.lower() not in COMPRESSIONS:
+        yield stream
+        return
+    with tempfile.TemporaryFile(dir=scratch) as plain:
+        shutil.copyfileobj(stream, plain, _CHUNK)
+        yield cast(BinaryIO, plain)
+
+
+def _parquet(path: Path, stream: BinaryIO, text_field: str, scratch: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise SettingError(_missing(repr(str(path)), "pyarrow")) from error
+    number = 0
+    try:
+        with _seekable(path, stream, scratch) as table_file:
+            table = parquet.ParquetFile(table_file)
+            columns = table.schema_arrow.names
+            if text_field not in columns:
+                raise SettingError(_no_field(f"{str(path)!r}, a table that", text_field, columns, "columns"))
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield _field({text_field: value}, text_field, f"{str(path)!r}, where row {number}", "columns")
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise SettingError(
+            f"`data` holds {str(path)!r}, which cannot be read as parquet after row {number} ({_one_line(error)}); "
+            "a file has to be readable to its end"
+        ) from error
+
+
+def _no_field(where: str, text_field: str, names: list[str], kind: str) -> str:
+    return (
+        f"`data` holds {where} has no {text_field!r} among its {kind} ({', '.join(names)}); "
+        "`text_field` has to name one of them"
+    )
+
+
+def _field(row: Mapping[str, Any], text_field: str, where: str, kind: str) -> str:
+    if text_field not in row:
+        raise SettingError(_no_field(where, text_field, [str(name) for name in row], kind))
+    text = row[text_field]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise SettingError(
+            f"`data` holds {where} has {text_field!r} of type {type(text).__name__}; `text_field` has to name text"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SettingError(
+            f"`data` holds {where} has half a surrogate pair in {text_field!r} at character {error.start}; "
+            "text has to be valid Unicode"
+        ) from error
+    return text

@@ -1,0 +1,98 @@
+"""Token shards: writing token ids to files of bounded size, and reading them back as sequences of one length."""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The numpy dtype of a token on disk: little-endian uint16 where `vocab_size` ids fit, else uint32."""
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+class ShardWriter:
+    """Appends token ids to `folder/name-00000.bin`, `folder/name-00001.bin`, ..., each at most `shard_bytes` long.
+
+    A shard is the ids alone, in the byte order and width of `dtype`. `tokens` counts the ids written so far and
+    `hash` digests them, whatever the shard size. Raises OSError when the disk refuses.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: str, shard_bytes: int) -> None:
+        self.shards: list[str] = []
+        self.tokens = 0
+        self.hash = hashlib.sha256()
+        self._folder, self._name, self._dtype = folder, name, np.dtype(dtype)
+        self._shard_tokens = shard_bytes // self._dtype.itemsize
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes on disk so far."""
+        return self.tokens * self._dtype.itemsize
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Write `ids` after what is there, starting new shards as they fill."""
+        block = np.asarray(ids, dtype=self._dtype)
+        self.hash.update(block.tobytes())
+        while block.size:
+            used = self.tokens % self._shard_tokens
+            if used == 0:
+                self.shards.append(f"{self._name}-{len(self.shards):05d}.bin")
+            part, block = np.split(block, [min(block.size, self._shard_tokens - used)])
+            with (self._folder / self.shards[-1]).open("ab") as shard:
+                shard.write(part.tobytes())
+            self.tokens += part.size
+
+
+class TokenSequences(Dataset[dict[str, torch.Tensor]]):
+    """Consecutive, non-overlapping sequences of `seq_len` tokens over memory-mapped shards.
+
+    `ds[i]` is `{"input_ids": int64 [seq_len], "labels": the same}`; a sequence may span shards, and the tokens left
+    over at the end are never served. `tokens` counts all tokens, those included. The shards are opened on first use
+    in each process, so a pickled copy is small and DataLoader workers open their own.
+    """
+
+    def __init__(self, shards: Sequence[Path], dtype: str, seq_len: int) -> None:
+        self.shards = [Path(shard) for shard in shards]
+        self.dtype = dtype
+        self.seq_len = seq_len
+        width = np.dtype(dtype).itemsize
+        self._ends = list(accumulate(shard.stat().st_size // width for shard in self.shards))
+        self.tokens = self._ends[-1] if self._ends else 0
+        self._maps: dict[int, np.memmap] = {}
+
+    def __len__(self) -> int:
+        return self.tokens // self.seq_len
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        length = len(self)
+        if not -length <= index < length:
+            raise IndexError(f"sequence {index} of {length}")
+        ids = torch.from_numpy(self._read(index % length * self.seq_len))
+        return {"input_ids": ids, "labels": ids}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+    def _read(self, start: int) -> np.ndarray:
+        ids = np.empty(self.seq_len, dtype=np.int64)
+        filled = 0
+        shard = bisect_right(self._ends, start)
+        while filled < self.seq_len:
+            offset = start + filled - (self._ends[shard - 1] if shard else 0)
+            part = self._map(shard)[offset : offset + self.seq_len - filled]
+            ids[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return ids
+
+    def _map(self, shard: int) -> np.memmap:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.shards[shard], dtype=self.dtype, mode="r")
+        return self._maps[shard]

@@ -1,0 +1,138 @@
+"""Where text comes from: files and folders, the Hugging Face hub, or the Python standard library on this machine."""
+
+import hashlib
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from query_experts.data import readers
+from query_experts.errors import SettingError
+
+_HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file to read: `name` is its path below what the user named, `given` what the user named."""
+
+    path: Path
+    given: str
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that `data` names, in reading order: the files shuffled, then the hub data sets as given.
+
+    The shuffle is fixed: by a hash of the file's path below its folder, with no seed, so that the text up to a byte
+    limit is a sample of the folder rather than its first names in the alphabet, and the same on every machine.
+    """
+
+    names: list[str]
+    files: list[SourceFile] = field(default_factory=list)
+    hub: list[tuple[str, str | None]] = field(default_factory=list)
+    standard_library: bool = False
+
+    def fingerprint(self) -> list[object]:
+        """What tells an unchanged source: names, and each file's relative path, size and modification time (ns)."""
+        return [self.names, [[file.given, file.name, file.size, file.mtime_ns] for file in self.files], self.hub]
+
+    def text_bytes(self) -> int | None:
+        """Bytes of text to come, about; None where compression, parquet or a hub data set hides them."""
+        if self.hub or not all(readers.holds_plain_text(file.path) for file in self.files):
+            return None
+        return sum(file.size for file in self.files)
+
+    def texts(self, text_field: str, scratch: Path) -> Iterator[str]:
+        """Each document's text; `scratch` holds a compressed parquet file while it is read. Raises SettingError."""
+        for file in self.files:
+            if self.standard_library:
+                yield from readers.python_source(file.path)
+            else:
+                yield from readers.read_file(file.path, text_field, scratch)
+        for name, config in self.hub:
+            yield from readers.read_hub(name, config, text_field)
+
+
+def find_sources(data: Sequence[str] | None) -> Sources:
+    """Resolve the `data` setting without reading any text. Raises SettingError for what is missing or unreadable."""
+    if data is None:
+        return _standard_library()
+    entries = [data] if isinstance(data, str | os.PathLike) else list(data)
+    if not entries:
+        raise SettingError("`data` is an empty list; name at least one file, folder or hub data set, or leave it None")
+    names = [os.fspath(entry) for entry in entries]
+    files: list[tuple[bytes, SourceFile]] = []
+    hub: list[tuple[str, str | None]] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.exists():
+            files += [(_shuffle_key(file.name), file) for file in _files_of(path, name)]
+        elif (match := _HUB_NAME.fullmatch(name)) and readers.format_of(path) is None:
+            hub.append((match["name"], match["config"]))
+        else:
+            raise SettingError(f"`data` holds {name!r}, which does not exist; {_ALLOWED}")
+    return Sources(names, [file for _, file in sorted(files, key=lambda pair: pair[0])], hub)
+
+
+_ALLOWED = (
+    f"an entry is a file or folder of {' '.join(readers.FORMATS)} (each also with {' '.join(readers.COMPRESSIONS)}), "
+    "or a hub data set written owner/name or owner/name:config"
+)
+
+
+def _shuffle_key(name: str) -> bytes:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+
+
+def _files_of(path: Path, given: str) -> list[SourceFile]:
+    if path.is_file():
+        if readers.format_of(path) is None:
+            raise SettingError(f"`data` holds {given!r}, a kind of file that cannot be read; {_ALLOWED}")
+        file = _source_file(path, given, path.name)
+        if not file.size:
+            raise SettingError(f"`data` holds {given!r}, which is an empty file; a file has to hold some text")
+        return [file]
+    files = [_source_file(found, given, found.relative_to(path).as_posix()) for found in _walk(path)]
+    if not files:
+        raise SettingError(f"`data` holds {given!r}, a folder without a file that can be read; {_ALLOWED}")
+    return files
+
+
+def _walk(folder: Path, skipped: Set[str] = frozenset()) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
+        for name in sorted(names):
+            path = Path(parent, name)
+            if not name.startswith(".") and readers.format_of(path) and path.is_file():
+                yield path
+
+
+def _source_file(path: Path, given: str, name: str) -> SourceFile:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SettingError(f"`data` holds {given!r}, where {name!r} cannot be read: {error.strerror}") from error
+    return SourceFile(path, given, name, status.st_size, status.st_mtime_ns)
+
+
+def _standard_library() -> Sources:
+    """The library's own .py files; its tests, bundled editor and installed packages differ between installations."""
+    name = f"python standard library {platform.python_version()}"
+    root = Path(sysconfig.get_path("stdlib"))
+    found = [path for path in _walk(root, _STDLIB_SKIPPED) if path.suffix == ".py"]
+    files = [_source_file(path, name, path.relative_to(root).as_posix()) for path in found]
+    if not files:
+        raise SettingError(
+            "`data` is None, which reads the source of the Python standard library, but this Python has none on disk; "
+            + _ALLOWED
+        )
+    files.sort(key=lambda file: _shuffle_key(file.name))
+    return Sources([name], files, standard_library=True)

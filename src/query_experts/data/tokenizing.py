@@ -1,0 +1,141 @@
+"""Tokenizers: training a byte-level BPE, loading a given one, and turning documents into token ids in batches."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from query_experts.data.documents import Split
+from query_experts.errors import SettingError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token
+TRAINING_BYTES = 10_000_000
+_PIECE_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 21
+_BATCH_PIECES = 1024
+_QUIET = "False"  # spelled unlike what users write, so that a setting of theirs is told from this module's own
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` ids, fewer where the text has too few pairs that come twice.
+
+    Any text survives encoding and decoding unchanged; `<|endoftext|>`, id 0, begins, ends and pads.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress,
+    )
+    with _parallel_tokenizers():
+        tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer `name`, from a folder or the hub. Raises SettingError when it is unusable or ends no text."""
+    folder = Path(name).expanduser()
+    try:
+        if (folder / "tokenizer.json").is_file():
+            json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingError(
+            f"`tokenizer` is {name!r}, which could not be loaded ({reason}); it has to be a folder that holds a "
+            "tokenizer, the name of one on the Hugging Face hub, or None to train one on the data"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise SettingError(f"`tokenizer` is {name!r}, which has no fast form; it has to be a fast tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise SettingError(f"`tokenizer` is {name!r}, which has no eos_token; it needs one to end a document with")
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the highest id, which is what an embedding needs; gaps between ids count."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+class Tokens(NamedTuple):
+    """The ids of a document or of a piece of one, the text they stand for in UTF-8 bytes, and whether it ends here."""
+
+    split: Split
+    ids: list[int]
+    text_bytes: int
+    ended: bool
+
+
+def tokenize_documents(
+    documents: Iterable[tuple[Split, str, int]], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Tokens]:
+    """The documents' tokens in order; the last of a document's is eos.
+
+    Text that spells a special token is tokenised as text. A document beyond a million characters is tokenised in
+    pieces cut at line breaks, so that memory stays bounded; no tokens are added where they meet.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    end = tokenizer.eos_token_id
+    with _parallel_tokenizers():
+        for batch in _batches(documents):
+            encodings = backend.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
+            for (split, piece, last), encoding in zip(batch, encodings, strict=True):
+                ids = [*encoding.ids, end] if last else encoding.ids
+                yield Tokens(split, ids, len(piece.encode()), last)
+
+
+def _batches(documents: Iterable[tuple[Split, str, int]]) -> Iterator[list[tuple[Split, str, bool]]]:
+    batch: list[tuple[Split, str, bool]] = []
+    characters = 0
+    for split, text, _ in documents:
+        pieces = list(_pieces(text))
+        for number, piece in enumerate(pieces, 1):
+            batch.append((split, piece, number == len(pieces)))
+            characters += len(piece)
+            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+@contextmanager
+def _parallel_tokenizers() -> Iterator[None]:
+    """Parallel inside, off outside, unless the user's environment says: else every later fork warns on stderr."""
+    name = "TOKENIZERS_PARALLELISM"
+    ours = os.environ.get(name) in (None, _QUIET)
+    if ours:
+        os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if ours:
+            os.environ[name] = _QUIET

@@ -1,0 +1,54 @@
+"""`query-experts generate`: text from a GQE checkpoint, printed as it comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, TextStreamer, set_seed
+from transformers.utils import logging
+
+from query_experts.errors import SettingError
+from query_experts.modeling_gqe import GQEForCausalLM
+from query_experts.study.settings import resolve_device
+
+
+def generate(
+    checkpoint: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str = "auto"
+) -> None:
+    """Print the prompt and its continuation. Raises SettingError, e.g. for a checkpoint that isn't GQE."""
+    if not prompt:
+        raise SettingError("prompt is empty; it must hold text")
+    if max_new_tokens < 1 or temperature < 0:
+        raise SettingError(
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be 1 or more and 0 or more"
+        )
+    device = resolve_device(device)
+    model, tokenizer = load_checkpoint(checkpoint)
+    set_seed(seed)
+    tokens = tokenizer(prompt, return_tensors="pt").to(device)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    model.to(device).eval().generate(
+        input_ids=tokens.input_ids,
+        attention_mask=tokens.attention_mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+def load_checkpoint(folder: Path) -> tuple[GQEForCausalLM, AutoTokenizer]:
+    """Model and tokenizer of a checkpoint folder. Raises SettingError if it isn't a GQE checkpoint."""
+    logging.disable_progress_bar()
+    if not (folder / "config.json").is_file():
+        raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a GQE checkpoint's folder")
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    if model_type != "gqe":
+        raise SettingError(f"checkpoint is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
+    try:
+        model = GQEForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise SettingError(f"checkpoint is {folder}, which can't be loaded: {error}") from error

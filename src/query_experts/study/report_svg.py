@@ -1,0 +1,69 @@
+"""Owns how a figure is written: as reproducible SVG files, and as SVG that lives inside the page.
+
+Inline, a chart has a title and description for screen readers, ids of its own, no address of any other file, and
+colours that follow the page's light or dark scheme.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from query_experts.study.report_charts import ARM_COLOURS, DEAD, FAINT, GRID, INK, OTHER_COLOURS, colour_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PAGE_COLOURS = {INK: "ink", FAINT: "faint", GRID: "grid", DEAD: "dead"}
+_PAGE_COLOURS |= {colour: f"arm-{arm}" for arm, colour in ARM_COLOURS.items() if colour not in _PAGE_COLOURS}
+_PAGE_COLOURS |= {colour: f"arm-other-{i}" for i, colour in enumerate(OTHER_COLOURS)}
+
+
+def colour_variable(arm: str) -> str:
+    """The CSS variable that holds the arm's colour."""
+    return _PAGE_COLOURS[colour_of(arm)]
+
+
+def svg_text(figure: Figure, salt: str) -> str:
+    """The figure as an SVG document: text stays text, and equal figures give equal bytes."""
+    import matplotlib
+
+    target = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+    return target.getvalue()
+
+
+def inline_svg(figure: Figure, name: str, title: str, description: str) -> str:
+    """The figure as an <svg> element. `name` must be unique in the page and of letters, digits and hyphens."""
+    svg = svg_text(figure, name)
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
+    svg = re.sub(r"font: ([^'\";]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 system-ui, sans-serif", svg)
+    for colour, variable in _PAGE_COLOURS.items():
+        svg = svg.replace(f": {colour}", f": var(--{variable}, {colour})")
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    start = (
+        f'<svg {box.group()} role="img" aria-labelledby="{name}-title {name}-desc">'
+        f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-desc">{html.escape(description)}</desc>'
+    )
+    return start + svg[svg.index(">") + 1 :].strip()
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write name.svg and name.png on a white ground, for a README."""
+    import matplotlib
+
+    figure.set_facecolor("white")
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(png, dpi=160, metadata={"Software": None})
+    return [svg, png]

@@ -1,0 +1,88 @@
+"""Owns how the report writes numbers and arms: signs, units, the order of the arms and what each of them is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+MISSING = DASH
+
+ARMS = {
+    "dense": "stock Llama: every query head attends, for every token",
+    "static": "as many always-on heads as gqe has active, and no router",
+    "half": "stock Llama with fewer query heads, MLP widened to gqe's parameters",
+    "frozen": "gqe with a random router that never trains",
+    "gqe": "grouped query experts, as in the paper",
+    "hard": "ablation: the selected heads alone, no weighted slot, no shared head",
+    "weighted": "ablation: selected heads scaled by their probability",
+    "gqe-m4": "gqe with twice the experts, and as many of them active",
+    "gqe-expert": "gqe with output rows per expert instead of per slot",
+}
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """The arms, each once: known ones in the study's order, then the others as they came."""
+    known = {arm: position for position, arm in enumerate(ARMS)}
+    return sorted(dict.fromkeys(arms), key=lambda arm: known.get(arm, len(known)))
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """A difference with its sign, as in +0.0031; a value that rounds to zero has none."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if value > 0 else MINUS) + text
+
+
+def fixed(value: float | None, digits: int = 4) -> str:
+    """A number with so many decimals."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """A signed interval in brackets, or nothing."""
+    return "" if low is None or high is None else f"[{signed(low)}, {signed(high)}]"
+
+
+def short(value: float | None) -> str:
+    """A count in three digits and a unit: 2.40M, 12.3k."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * scale:
+            scaled = value / scale
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
+    return f"{value:.3g}"
+
+
+def whole(value: float | None) -> str:
+    """A whole number with separators."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:,.0f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio: 1.31×."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.2f}{TIMES}"
+
+
+def length_name(length: int) -> str:
+    """A sequence length as people say it: 512, 2k, 128k."""
+    return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
+
+
+def plural(count: int, word: str) -> str:
+    """A count and its word: 1 seed, 2 seeds."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them: a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
+
+
+def slug(arm: str) -> str:
+    """An arm's name as letters, digits and hyphens, for ids in the page."""
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in arm)

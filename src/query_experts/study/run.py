@@ -1,0 +1,178 @@
+"""One training run of the study: an arm and a seed, from tokens to a result that the report can read."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from query_experts import costs
+from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
+from query_experts.configuration_gqe import GQEConfig
+from query_experts.data import Corpus
+from query_experts.files import require_space, write_json
+from query_experts.router import select_top_k
+from query_experts.study.arms import arm_config, build
+from query_experts.study.settings import RunSettings, resolve_device
+from query_experts.training import GQETrainer, initialise_by_name
+
+PASSAGE_TOKENS = 192
+ROUTING_SEQUENCES = 16
+DEAD_BELOW = 0.01  # an expert that fewer tokens than this wake counts as dead
+
+
+def train_arm(
+    settings: RunSettings, arm: str, seed: int, corpus: Corpus, folder: Path, deadline: float | None
+) -> dict[str, Any] | None:
+    """Train one arm, going on from its last checkpoint, and write model and result.json; None if time ran out.
+
+    A finished run is read back, not trained again. deadline: on `time.monotonic`'s clock.
+    """
+    result_file = folder / "result.json"
+    if result_file.exists():
+        return json.loads(result_file.read_text())
+    model = build(arm_config(arm, settings.model_size()))
+    initialise_by_name(model, seed)
+    require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
+
+    validation = Subset(corpus.validation, range(min(settings.validation_sequences, len(corpus.validation))))
+    progress = TokenProgress(f"{arm} seed {seed}", settings.tokens_per_step)
+    trainer = GQETrainer(
+        model=model,
+        args=training_arguments(settings, seed, folder / "checkpoints"),
+        train_dataset=corpus.train,
+        eval_dataset=validation,
+        callbacks=[ZClipCallback(), progress, *([StopAt(deadline)] if deadline is not None else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    checkpoints = folder / "checkpoints"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    if trainer.state.global_step < settings.steps:
+        return None
+    result = describe(settings, arm, seed, trainer, corpus, validation)
+    model.save_pretrained(folder / "model")
+    corpus.tokenizer.save_pretrained(folder / "model")
+    write_json(result_file, result)
+    return result
+
+
+def training_arguments(settings: RunSettings, seed: int, folder: Path) -> TrainingArguments:
+    """Fused AdamW, WSD and bf16 autocast, with the paper's betas, eps and weight decay (section 4)."""
+    every = max(1, settings.steps // settings.evaluations)
+    warmup = round(settings.warmup_fraction * settings.steps)
+    decay = round(settings.decay_fraction * settings.steps)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        optim="adamw_torch_fused",
+        learning_rate=settings.learning_rate,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": decay, "min_lr_ratio": settings.min_learning_rate_ratio},
+        warmup_steps=warmup,
+        max_grad_norm=0.0,  # ZClip clips
+        bf16=settings.dtype == "bfloat16",
+        use_cpu=resolve_device(settings.device) == "cpu",
+        seed=seed,
+        data_seed=seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        logging_steps=max(1, settings.steps // 50),
+        restore_callback_states_from_checkpoint=True,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+
+
+def describe(
+    settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, corpus: Corpus, validation: Subset
+) -> dict[str, Any]:
+    """The result of a finished run, JSON-able; its fields are those of `comparison.json`'s runs."""
+    model, history = trainer.model, trainer.state.log_history
+    progress = next(c for c in trainer.callback_handler.callbacks if isinstance(c, TokenProgress))
+    zclip = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ZClipCallback))
+
+    def curve(key: str) -> list[list[float]]:
+        return [[log["step"] * settings.tokens_per_step, round(log[key], 5)] for log in history if key in log]
+
+    validation_curve = curve("eval_loss")
+    if not validation_curve or validation_curve[-1][0] != settings.steps * settings.tokens_per_step:
+        trainer.evaluate()
+        history = trainer.state.log_history
+        validation_curve = curve("eval_loss")
+    head_counts = costs.heads(model.config)
+    routed = isinstance(model.config, GQEConfig) and model.config.routing != "none"
+    return {
+        "arm": arm,
+        "seed": seed,
+        "parameters": costs.parameters(model),
+        "active_attention_heads": head_counts.active,
+        "dense_attention_heads": settings.num_attention_heads,
+        "intermediate_size": model.config.intermediate_size,
+        "flops_per_token": costs.flops_per_token(model.config, settings.seq_len),
+        "kv_bytes_per_token": costs.kv_bytes_per_token(model.config),
+        "tokens_per_s": round(progress.steps * settings.tokens_per_step / progress.seconds, 1),
+        "train_seconds": round(progress.seconds, 1),
+        "train_tokens": settings.steps * settings.tokens_per_step,
+        "clipped_steps": zclip.clipped_steps,
+        "validation_loss": validation_curve[-1][1],
+        "train_curve": curve("lm_loss"),
+        "validation_curve": validation_curve,
+        "routing": routing_load(model, validation) if routed else None,
+        "passage": passage(model, corpus) if routed else None,
+    }
+
+
+@torch.no_grad()
+def router_probabilities(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """input_ids [B, T] -> probabilities [L, B*T, G, M]."""
+    model.eval()
+    outputs = model(input_ids.to(model.device), output_router_logits=True, use_cache=False)
+    logits = torch.stack(outputs.router_logits).unflatten(-1, (model.config.num_key_value_heads, -1))
+    return logits.softmax(-1)
+
+
+def routing_load(model: PreTrainedModel, validation: Subset) -> dict[str, Any]:
+    """How often each expert wakes on held-out text, the router's entropy as a share of log M, and dead experts."""
+    sequences = [validation[i]["input_ids"] for i in range(min(ROUTING_SEQUENCES, len(validation)))]
+    probs = router_probabilities(model, torch.stack(sequences))
+    num_experts = probs.shape[-1]
+    chosen = select_top_k(probs, model.config.active_query_experts)
+    load = torch.nn.functional.one_hot(chosen, num_experts).sum(-2).float().mean(1)  # [L, G, M]
+    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(-1).mean(1)  # [L, G]
+    share = entropy / torch.log(torch.tensor(float(num_experts))) if num_experts > 1 else torch.ones_like(entropy)
+    return {
+        "load": [[[round(x, 4) for x in group] for group in layer] for layer in load.tolist()],
+        "entropy": [[round(x, 4) for x in layer] for layer in share.tolist()],
+        "dead": int((load < DEAD_BELOW).sum()),
+        "dead_below": DEAD_BELOW,
+    }
+
+
+def passage(model: PreTrainedModel, corpus: Corpus) -> dict[str, Any]:
+    """A held-out text, token by token, and for each layer and group the most probable expert that it woke."""
+    ids = corpus.validation[0]["input_ids"][:PASSAGE_TOKENS]
+    experts = router_probabilities(model, ids[None]).argmax(-1)  # [L, T, G]
+    return {"tokens": [corpus.tokenizer.decode([i]) for i in ids.tolist()], "experts": experts.tolist()}
+
+
+def deadline_after(minutes: float | None) -> float | None:
+    return None if minutes is None else time.monotonic() + 60 * minutes

@@ -1,0 +1,160 @@
+"""Settings of training runs: dataclasses that the command line, recipes in YAML and presets all fill."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from query_experts.errors import SettingError
+from query_experts.study.arms import ARMS, ModelSize, arm_config
+
+
+def field(default: Any, text: str) -> Any:
+    """A dataclass field with the help that the command line prints."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunSettings:
+    """One training run. The defaults are the `demo` preset."""
+
+    out: str = field("runs/demo", "folder for checkpoints, results and the report")
+    data: list[str] = field([], "text files or folders, or a hub dataset; default: Python's standard library")
+    text_field: str = field("text", "field of a jsonl line or parquet column that holds the text")
+    tokenizer: str | None = field(None, "tokenizer by name or folder; default: a byte-level BPE trained on the data")
+    max_bytes: int | None = field(12_000_000, "read at most so many bytes of text")
+    validation_sequences: int = field(64, "sequences of held-out text that the validation loss is taken over")
+    device: str = field("auto", "auto, cpu, cuda or mps")
+    dtype: str = field("bfloat16", "autocast dtype: bfloat16, or float32 for none")
+    stop_after_minutes: float | None = field(None, "save and stop then; the same command goes on from there")
+
+    vocab_size: int = field(2048, "vocabulary; an own tokenizer must fit into it")
+    seq_len: int = field(256, "tokens in a training sequence")
+    hidden_size: int = field(192, "hidden size D")
+    intermediate_size: int = field(512, "MLP width")
+    num_hidden_layers: int = field(4, "layers")
+    num_attention_heads: int = field(8, "query heads N of the dense arm, query experts of the others")
+    num_key_value_heads: int = field(4, "KV heads G")
+    active_query_experts: int = field(1, "experts that a token wakes in a group, k")
+    head_dim: int = field(32, "head dim")
+    tie_word_embeddings: bool = field(True, "one table for input and output embeddings")
+    router_aux_loss_coef: float = field(0.01, "weight of the balance loss")
+    router_z_loss_coef: float = field(0.0, "weight of the router z-loss")
+
+    steps: int = field(100, "optimizer steps")
+    batch_size: int = field(16, "sequences in a micro-batch")
+    gradient_accumulation_steps: int = field(1, "micro-batches in an optimizer step")
+    learning_rate: float = field(3e-3, "peak learning rate (WSD: warm-up, stable, decay)")
+    min_learning_rate_ratio: float = field(0.02, "the schedule's lowest learning rate over its peak")
+    warmup_fraction: float = field(0.1, "share of the steps that warm up")
+    decay_fraction: float = field(0.2, "share of the steps that decay")
+    weight_decay: float = field(0.1, "AdamW's weight decay")
+    evaluations: int = field(5, "validations, and checkpoints, along the run")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps * self.seq_len
+
+    def model_size(self) -> ModelSize:
+        held = {f.name: getattr(self, f.name) for f in fields(ModelSize) if hasattr(self, f.name)}
+        return ModelSize(max_position_embeddings=self.seq_len, **held)
+
+    def check(self) -> None:
+        """Raises SettingError, naming the field, what it held and what is allowed."""
+        for name in ("vocab_size", "seq_len", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                     "num_attention_heads", "num_key_value_heads", "active_query_experts", "steps", "batch_size",
+                     "gradient_accumulation_steps", "evaluations", "validation_sequences"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if not self.learning_rate > 0:
+            raise SettingError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        for name in ("warmup_fraction", "decay_fraction", "min_learning_rate_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be 0 to 1")
+        if self.warmup_fraction + self.decay_fraction > 1:
+            total = self.warmup_fraction + self.decay_fraction
+            raise SettingError(f"warmup_fraction + decay_fraction is {total}; it must be 1 or less")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16 or float32")
+        resolve_device(self.device)
+
+
+@dataclass
+class TrainSettings(RunSettings):
+    """`query-experts train`: one arm, one seed."""
+
+    out: str = field("runs/train", "folder for checkpoints, the model and its result")
+    arm: str = field("gqe", f"one of {', '.join(ARMS)}")
+    seed: int = field(0, "seed of initial values and data order")
+
+    def check(self) -> None:
+        super().check()
+        check_arms([self.arm], self.model_size())
+
+
+@dataclass
+class CompareSettings(RunSettings):
+    """`query-experts compare`: several arms and seeds, on the same tokens in the same order."""
+
+    arms: list[str] = field(["dense", "static", "gqe"], f"any of {', '.join(ARMS)}")
+    seeds: list[int] = field([0, 1], "seeds; more may be added later to the same folder")
+    prefill_lengths: list[int] = field([512, 2048, 8192], "prompt lengths at which prefill is timed")
+    prefill_repeats: int = field(5, "timings of each arm at each length, arms taking turns")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("arms", "seeds", "prefill_lengths"):
+            held = getattr(self, name)
+            if not held or len(set(held)) != len(held):
+                raise SettingError(f"{name} holds {held}; it must hold one or more, each once")
+        if min(self.prefill_lengths) < 1 or self.prefill_repeats < 1:
+            held = f"prefill_lengths is {self.prefill_lengths} and prefill_repeats {self.prefill_repeats}"
+            raise SettingError(f"{held}; all must be 1 or more")
+        check_arms(self.arms, self.model_size())
+
+
+def resolve_device(device: str) -> str:
+    """cpu, cuda or mps. Raises SettingError for a device that isn't there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if device not in there:
+        raise SettingError(f"device is {device!r}; it must be auto, {', '.join(there)}")
+    if not there[device]:
+        usable = ", ".join(name for name, present in there.items() if present)
+        raise SettingError(f"device is {device!r}, which is not there; on this machine it must be auto, {usable}")
+    return device
+
+
+def check_arms(arms: list[str], size: ModelSize) -> None:
+    for arm in arms:
+        try:
+            arm_config(arm, size)
+        except StrictDataclassError as error:  # a wrapper; the sentence is in its cause
+            raise SettingError(f"arm {arm}: {error.__cause__ or error}") from error
+
+
+# where results are, how many of them, and what the data hash speaks for
+FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm", "seed",
+                  "prefill_lengths", "prefill_repeats", "data", "tokenizer"}  # fmt: skip
+
+
+def fingerprint(settings: RunSettings, data_hash: str) -> dict[str, Any]:
+    """What must not change while results of a folder are kept: all but where they are and how many of them."""
+    kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE_TO_CHANGE}
+    return kept | {"device": resolve_device(settings.device), "data_hash": data_hash}
+
+
+def refuse_change(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raises SettingError naming each setting with which the results in the folder were made differently."""
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        listing = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
+        raise SettingError(f"out is {folder}, which holds a run with other settings ({listing}); use another folder")

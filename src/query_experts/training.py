@@ -1,0 +1,76 @@
+"""Training through Transformers' Trainer: what it must know of the router's losses, and equal initial values."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+
+class GQETrainer(Trainer):
+    """Transformers' Trainer; nothing of its loop is changed. It serves dense models as well.
+
+    To each micro-batch of a GQE model it adds `num_tokens_in_batch`, the step's real tokens over all micro-batches
+    and ranks, so that the balance loss is weighted exactly. It logs the language-model loss alone as `lm_loss`, and
+    `eval_loss` is that loss too, so that arms with and without a router compare. (Stock Trainer works as well: it
+    weights the balance loss by labels, and its losses hold the balance term.)
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._lm_loss_sum: Tensor | None = None
+        self._lm_loss_step = 0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.model.config.model_type == "gqe":
+            real = (b.get("attention_mask") for b in batches)
+            count = sum(
+                b["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
+                for b, mask in zip(batches, real, strict=True)
+            )
+            tokens = self.accelerator.reduce(torch.tensor(count, device=device), "sum")
+            for batch in batches:
+                batch["num_tokens_in_batch"] = tokens
+        return batches, num_items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        lm_loss = outputs.get("lm_loss")
+        if lm_loss is None:
+            lm_loss = outputs["loss"]
+        if model.training:
+            if self._lm_loss_sum is None:
+                self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
+            self._lm_loss_sum += lm_loss.detach()
+        else:
+            loss = lm_loss
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._lm_loss_sum is not None:
+            steps = max(1, self.state.global_step - self._lm_loss_step)
+            # each micro-batch's loss is its share of the step's mean, so the sum over ranks and steps is over steps
+            logs["lm_loss"] = self.accelerator.reduce(self._lm_loss_sum, "sum").item() / steps
+            self._lm_loss_sum = None
+        super().log(logs, *args, **kwargs)
+
+
+@torch.no_grad()
+def initialise_by_name(model: PreTrainedModel, seed: int) -> None:
+    """Draw every matrix from N(0, initializer_range) by a generator seeded with (seed, its name).
+
+    So models of different arms start with equal values in all tensors of equal name and shape. Vectors (norms,
+    biases) keep the constants that they were made with.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+            parameter.copy_(values.to(parameter.device, parameter.dtype))
