@@ -167,7 +167,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
     """
 
     def __init__(self, config: GQEConfig):
-        GQEPreTrainedModel.__init__(self, config)
+        GQEPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
         self.model = GQEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -197,7 +197,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         routed = self.config.routing != "none" and (labels is not None or output_router_logits)
-        tokens = real_tokens(attention_mask, input_ids if inputs_embeds is None else inputs_embeds, past_key_values)
+        tokens = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -295,7 +295,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         )  # fmt: skip
 
 
-def real_tokens(attention_mask: Any, tokens: Tensor, past_key_values: Cache | None) -> Tensor | None:
+def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Cache | None) -> Tensor | None:
     """The columns [B, T] of a [B, S] attention mask that stand for the new tokens; None where all of them are real."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None

@@ -99,17 +99,18 @@ class BalanceWindow:
     """
 
     def __init__(self) -> None:
-        self.selected: Tensor | None = None
-        self.tokens: Tensor | None = None
-        self.items: Tensor | None = None
-        self.total: Tensor | None = None
+        self.so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # selected, tokens, items, total
 
     def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it."""
-        if self.selected is not None and self.selected.shape == selected.shape:
-            continues = (self.total == total) & (self.items + items <= total)
-            selected = selected + torch.where(continues, self.selected, 0.0)
-            tokens = tokens + torch.where(continues, self.tokens, 0.0)
-            items = items + torch.where(continues, self.items, 0.0)
-        self.selected, self.tokens, self.items, self.total = selected, tokens, items, total
+        """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it.
+
+        items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts.
+        """
+        if self.so_far is not None and self.so_far[0].shape == selected.shape:
+            selected_before, tokens_before, items_before, total_before = self.so_far
+            continues = (total_before == total) & (items_before + items <= total)
+            selected = selected + torch.where(continues, selected_before, 0.0)
+            tokens = tokens + torch.where(continues, tokens_before, 0.0)
+            items = items + torch.where(continues, items_before, 0.0)
+        self.so_far = selected, tokens, items, total
         return selected, tokens

@@ -1,0 +1,44 @@
+# make compare: the main job, on a machine with python3 and make alone.   make test: the tests.   make help: all.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: help compare test test-transformers lint format clean
+
+help:
+	@echo "make compare            train dense, static and gqe on this machine and report (ARGS='--preset small ...')"
+	@echo "make test               linter, type checker, tests"
+	@echo "make test-transformers  Transformers' own common model tests against ours"
+	@echo "make lint | format      the linter and type checker alone | reformat"
+
+compare: $(VENV)/.installed-study
+	$(BIN)/query-experts compare $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-transformers: $(VENV)/.installed-dev
+	$(BIN)/python tests/transformers_common/run.py $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON is %s; it must be 3.11 or newer" % sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing query-experts[$*] into $(VENV): a minute or two"
+	$(INSTALL) --editable '.[$*]'
+	@touch $@
