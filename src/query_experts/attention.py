@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from query_experts.masks import causal_mask
+from query_experts.masks import AttentionBackend, causal_mask
 from query_experts.ops.shared_decode import shared_decode
 from query_experts.router import Router, balance_loss, routing_statistics, select_top_k
 
@@ -179,7 +178,7 @@ class GQEAttention(nn.Module):
         self.shared_head_kv = shared_head_kv
         self.dropout = dropout
         self.scaling = head_dim**-0.5
-        self.config = _config if _config is not None else SimpleNamespace(_attn_implementation=attn_implementation)
+        self.config = _config if _config is not None else AttentionBackend(attn_implementation)
 
         extra_slots = 2 if variant == "gqe" else 0
         hard_slots = num_kv_heads * top_k if output_projection == "slot" else num_query_experts

@@ -7,7 +7,7 @@ a cache and with an all-ones attention mask too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,16 @@ from transformers.utils import is_torchdynamo_compiling
 from transformers.utils.generic import is_flash_attention_requested
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
+
+
+@dataclass
+class AttentionBackend:
+    """What Transformers' mask and attention interfaces read of a model's config, for a layer that has none."""
+
+    _attn_implementation: str
+
+
+SDPA = AttentionBackend("sdpa")
 
 
 def causal_mask(
@@ -39,7 +49,7 @@ def causal_mask(
     if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
         documents = document_rule(x, attention_mask, past_key_values, position_ids)
     if materialise:
-        config = SimpleNamespace(_attn_implementation="sdpa")
+        config = SDPA
     elif documents is not None and is_flash_attention_requested(config):
         return _flash_documents(attention_mask, past_key_values)
     return create_causal_mask(

@@ -126,12 +126,17 @@ def prepare(
     time; a change builds another. A hub data set counts as unchanged while its name is. Memory holds a batch of
     documents (a text file whole, 10 MB while the BPE trains) and a 16-byte hash for each.
 
+    `data` may also be one folder that an earlier call has filled in its `cache_dir`: its tokens are used as they are,
+    so they can be carried, in shards of at most `shard_bytes`, to a machine that hasn't the text.
+
     Raises SettingError for a setting or source that cannot be used, a split shorter than one sequence and a full
     disk. A failed build leaves nothing behind; tokens too few for `seq_len` stay cached for a shorter one.
     """
     settings = _Settings(vocab_size, tokenizer, validation_fraction, max_bytes, shard_bytes, text_field)
     _require("seq_len", seq_len, _whole(seq_len, 2), "a whole number of tokens, at least 2")
     settings.check()
+    if data and len(data) == 1 and (tokens := _read_meta(Path(data[0]))) is not None:
+        return _corpus(Path(data[0]), tokens, seq_len)
     sources = find_sources(data)
     folder = Path(cache_dir) / f"corpus-{_fingerprint(settings, sources)}"
     meta = _read_meta(folder) or _build_into(folder, settings, sources, progress)

@@ -10,18 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.errors import SettingError
-
-ARMS = {
-    "dense": "stock Llama, all N query heads over G KV heads",
-    "static": "as many always-on heads as gqe has active, no router",
-    "half": "stock Llama with kG query heads, MLP widened to gqe's parameters",
-    "frozen": "gqe with a random router that never trains",
-    "gqe": "Grouped Query Experts as in the paper",
-    "hard": "the paper's ablation: hard slots alone",
-    "weighted": "the paper's ablation: slots scaled by their probability",
-    "gqe-m4": "gqe with twice the experts, as many of them active",
-    "gqe-expert": "gqe with W_O rows for each expert",
-}
+from query_experts.study.report_text import ARMS
 
 
 @dataclass(frozen=True)

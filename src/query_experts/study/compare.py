@@ -93,7 +93,7 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
         raise SettingError(f"out is {out}, which holds other files; it must be an empty or new folder, or a run's")
     corpus = prepare(
         settings.data or None,
-        cache_dir=out / "cache",
+        cache_dir=Path(settings.cache_dir) if settings.cache_dir else out / "cache",
         seq_len=settings.seq_len,
         vocab_size=settings.vocab_size,
         tokenizer=settings.tokenizer,

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from query_experts.errors import SettingError
-from query_experts.study.arms import ARMS, ModelSize, arm_config
+from query_experts.study.arms import ModelSize, arm_config
+from query_experts.study.report_text import ARMS
 
 
 def field(default: Any, text: str) -> Any:
@@ -26,7 +27,9 @@ class RunSettings:
     """One training run. The defaults are the `demo` preset."""
 
     out: str = field("runs/demo", "folder for checkpoints, results and the report")
-    data: list[str] = field([], "text files or folders, or a hub dataset; default: Python's standard library")
+    data: list[str] = field([], "text files or folders, a hub dataset, or a folder of tokens from cache_dir; default: "
+                            "the source code of Python's standard library")  # fmt: skip
+    cache_dir: str | None = field(None, "folder for tokenised data; default: cache/ in out")
     text_field: str = field("text", "field of a jsonl line or parquet column that holds the text")
     tokenizer: str | None = field(None, "tokenizer by name or folder; default: a byte-level BPE trained on the data")
     max_bytes: int | None = field(12_000_000, "read at most so many bytes of text")
@@ -143,7 +146,7 @@ def check_arms(arms: list[str], size: ModelSize) -> None:
 
 # where results are, how many of them, and what the data hash speaks for
 FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm", "seed",
-                  "prefill_lengths", "prefill_repeats", "data", "tokenizer"}  # fmt: skip
+                  "prefill_lengths", "prefill_repeats", "data", "tokenizer", "cache_dir"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings, data_hash: str) -> dict[str, Any]:

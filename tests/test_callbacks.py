@@ -1,0 +1,210 @@
+"""Behaviour of the Trainer callbacks: ZClip against the paper's equations, the progress bar, and the clean stop."""
+
+import json
+import math
+import random
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from study_helpers import SIZE, Rows
+from transformers import TrainerCallback, TrainingArguments
+
+from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
+from query_experts.study.arms import arm_config, build
+from query_experts.training import GQETrainer, initialise_by_name
+
+
+def zclip_by_the_paper(norms, alpha=0.97, threshold=2.5, warmup=25, eps=1e-6):
+    """arXiv 2504.02507, written from its equations: yields the clipped norm, the mean and the variance of each step.
+
+    The first `warmup` norms pass; their mean and (population) variance start the averages. Then z = (g - mean) / std;
+    where z > threshold the norm becomes mean + (threshold**2 / z) * std; the averages take the norm as clipped.
+    """
+    mean, variance = np.mean(norms[:warmup]), np.var(norms[:warmup])
+    yield from ((norm, None, None) for norm in norms[: warmup - 1])
+    yield norms[warmup - 1], mean, variance
+    for norm in norms[warmup:]:
+        z = (norm - mean) / (np.sqrt(variance) + eps)
+        clipped = mean + threshold**2 / z * np.sqrt(variance) if z > threshold else norm
+        mean = alpha * mean + (1 - alpha) * clipped
+        variance = alpha * variance + (1 - alpha) * (clipped - mean) ** 2
+        yield clipped, mean, variance
+
+
+def norms_with_spikes(count=300, seed=0):
+    rng = random.Random(seed)
+    return [rng.lognormvariate(0, 0.3) * (rng.choice([5, 40, 1000]) if rng.random() < 0.06 else 1) for _ in range(count)]
+
+
+def arguments(tmp_path, **changes):
+    defaults = {
+        "output_dir": str(tmp_path / "run"), "max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True,
+        "max_grad_norm": 0.0, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1, "report_to": "none",
+        "disable_tqdm": True, "remove_unused_columns": False, "log_level": "error",
+    }  # fmt: skip
+    return TrainingArguments(**defaults | changes)
+
+
+def tiny_model(arm="gqe"):
+    model = build(arm_config(arm, SIZE))
+    initialise_by_name(model, 0)
+    return model
+
+
+class Gradients(TrainerCallback):
+    """Keeps a copy of the gradients that it finds before each optimizer step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seen.append([p.grad.double().clone() for p in model.parameters() if p.grad is not None])
+
+
+def norm_of(gradients):
+    return math.sqrt(sum(float(g.square().sum()) for g in gradients))
+
+
+@pytest.mark.parametrize(("seed", "warmup"), [(0, 25), (1, 25), (2, 3)])
+def test_zclip_follows_the_papers_equations_on_norms_with_spikes(seed, warmup):
+    norms = norms_with_spikes(seed=seed)
+    zclip = ZClipCallback(warmup_steps=warmup)
+    clipped = 0
+    for norm, (target, mean, variance) in zip(norms, zclip_by_the_paper(norms, warmup=warmup), strict=True):
+        assert zclip.target_norm(norm) == pytest.approx(target, rel=1e-12)
+        assert zclip.mean == (mean if mean is None else pytest.approx(mean, rel=1e-12))
+        if mean is not None:
+            assert zclip.variance == pytest.approx(variance, rel=1e-9)
+        clipped += target < norm
+    assert clipped > 5
+
+
+def test_zclip_has_the_papers_settings_by_default_and_clips_nothing_in_25_steps_of_warm_up():
+    zclip = ZClipCallback()
+    assert (zclip.alpha, zclip.z_threshold, zclip.warmup_steps) == (0.97, 2.5, 25)
+    norms = [1.0] * 24 + [1e6]
+    assert [zclip.target_norm(norm) for norm in norms] == norms
+    assert zclip.mean == pytest.approx(sum(norms) / 25)
+
+
+def test_zclip_scales_harder_the_farther_out_a_norm_is():
+    def target(norm):
+        zclip = ZClipCallback()
+        zclip.mean, zclip.variance = 1.0, 0.04
+        return zclip.target_norm(norm)
+
+    assert target(1.4999) == 1.4999  # z just below 2.5
+    assert 1.0 < target(100.0) < target(3.0) < target(1.6) < 1.5
+
+
+def test_zclip_brings_a_spike_after_constant_norms_back_to_their_mean():
+    zclip = ZClipCallback(warmup_steps=4)
+    for _ in range(4):
+        zclip.target_norm(2.0)
+    assert zclip.target_norm(50.0) == pytest.approx(2.0)
+    assert zclip.target_norm(2.0) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("after", [3, 60], ids=["in warm-up", "after warm-up"])
+def test_a_norm_that_is_not_finite_passes_through_and_leaves_zclips_averages_as_they_were(bad, after):
+    with_bad, without = ZClipCallback(), ZClipCallback()
+    for step, norm in enumerate(norms_with_spikes(120)):
+        if step == after:
+            passed = with_bad.target_norm(bad)
+            assert passed == bad or math.isnan(passed)
+        assert with_bad.target_norm(norm) == without.target_norm(norm)
+    assert with_bad.state() == without.state()
+    assert math.isfinite(with_bad.mean)
+
+
+def test_zclip_scales_the_trainers_gradients_to_exactly_the_target_norm(tmp_path):
+    before, after, zclip = Gradients(), Gradients(), ZClipCallback()
+    zclip.mean, zclip.variance = 0.01, 1e-6
+    GQETrainer(
+        tiny_model(), arguments(tmp_path), train_dataset=Rows(), callbacks=[before, zclip, after]
+    ).train()  # fmt: skip
+    norm = norm_of(before.seen[0])
+    z = (norm - 0.01) / (1e-3 + 1e-6)
+    assert z > 2.5
+    assert norm_of(after.seen[0]) == pytest.approx(0.01 + 2.5**2 / z * 1e-3, rel=1e-5)
+    factor = norm_of(after.seen[0]) / norm
+    for raw, scaled in zip(before.seen[0], after.seen[0], strict=True):  # all by one factor
+        torch.testing.assert_close(scaled, raw * factor, rtol=1e-5, atol=1e-12)
+    assert zclip.clipped_steps == 1
+
+
+def test_zclip_leaves_gradients_that_are_no_outliers_bit_for_bit_alone(tmp_path):
+    before, after, zclip = Gradients(), Gradients(), ZClipCallback()
+    zclip.mean, zclip.variance = 1e3, 1.0
+    trainer = GQETrainer(
+        tiny_model(), arguments(tmp_path, max_steps=2), train_dataset=Rows(), callbacks=[before, zclip, after]
+    )
+    trainer.train()
+    assert all(torch.equal(a, b) for x, y in zip(before.seen, after.seen, strict=True) for a, b in zip(x, y, strict=True))
+    assert zclip.clipped_steps == 0
+    assert zclip.mean < 1e3
+
+
+def test_zclip_starts_again_where_its_state_was_stored_as_json():
+    norms = norms_with_spikes(120)
+    for stop in (7, 25, 60):  # in warm-up, at its end, after it
+        whole, first = ZClipCallback(0.9, 2.0, 25), ZClipCallback(0.9, 2.0, 25)
+        expected = [whole.target_norm(norm) for norm in norms]
+        for norm in norms[:stop]:
+            first.target_norm(norm)
+        state = json.loads(json.dumps(first.state()))
+        second = ZClipCallback(**state["args"])
+        for name, value in state["attributes"].items():
+            setattr(second, name, value)
+        assert [second.target_norm(norm) for norm in norms[stop:]] == expected[stop:]
+        assert second.state() == whole.state()
+
+
+def test_zclip_refuses_fp16_naming_the_field_and_what_to_use():
+    with pytest.raises(ValueError, match=r"fp16 is True; .*must be False.*bf16"):
+        ZClipCallback().on_train_begin(SimpleNamespace(fp16=True), None, None)
+    ZClipCallback().on_train_begin(SimpleNamespace(fp16=False), None, None)
+
+
+def test_the_progress_bar_counts_tokens_and_shows_the_language_model_loss(tmp_path, capsys):
+    progress = TokenProgress("gqe seed 3", 48)
+    GQETrainer(
+        tiny_model(), arguments(tmp_path, max_steps=3), train_dataset=Rows(), callbacks=[progress]
+    ).train()  # fmt: skip
+    assert progress.steps == 3
+    assert 0 < progress.seconds < 60
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "gqe seed 3: 100%" in last
+    assert "144/144" in last
+    assert "loss=5." in last
+
+
+def test_the_progress_bar_times_training_steps_alone():
+    progress = TokenProgress("run", 1)
+    state = SimpleNamespace(is_world_process_zero=False, max_steps=2, global_step=0)
+    progress.on_train_begin(None, state, None)
+    progress.on_step_begin(None, state, None)
+    progress.on_step_end(None, state, None)
+    time.sleep(0.2)  # a validation
+    progress.on_step_begin(None, state, None)
+    progress.on_step_end(None, state, None)
+    progress.on_train_end(None, state, None)
+    assert progress.steps == 2
+    assert progress.seconds < 0.1
+
+
+def test_stop_at_saves_and_stops_when_its_time_has_come_and_not_after_the_last_step():
+    def ask(deadline, step):
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        args, state = SimpleNamespace(logging_steps=1), SimpleNamespace(global_step=step, max_steps=6, logging_steps=1)
+        StopAt(deadline).on_step_end(args, state, control)
+        return control.should_save, control.should_training_stop
+
+    now = time.monotonic()
+    assert ask(now - 1, 2) == (True, True)
+    assert ask(now + 60, 2) == (False, False)
+    assert ask(now - 1, 6) == (False, False)

@@ -1,0 +1,197 @@
+"""GQEConfig: what it holds, what it refuses, where it registers, and the warning about a router without a gradient."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
+
+from model_helpers import COMMON, VOCABULARY, no_router_warning, random_tokens, tiny_config, tiny_model
+from query_experts import GQEAttention, GQEConfig, GQEForCausalLM, GQEModel
+
+OURS = {
+    "active_query_experts": 1,
+    "variant": "gqe",
+    "output_projection": "slot",
+    "routing": "learned",
+    "shared_head_kv": "mean",
+    "router_aux_loss_coef": 0.01,
+    "router_z_loss_coef": 0.0,
+    "output_router_logits": False,
+}
+
+
+def test_the_defaults_are_the_papers_layer_on_llamas_settings():
+    config = GQEConfig()
+    assert {name: getattr(config, name) for name in OURS} == OURS
+    llama = LlamaConfig().to_dict()
+    ours = config.to_dict()
+    assert {k: v for k, v in ours.items() if k not in OURS and k != "model_type"} == {
+        k: v for k, v in llama.items() if k != "model_type"
+    }
+    assert config.model_type == "gqe"
+
+
+def test_settings_survive_json_and_a_saved_file(tmp_path):
+    changed = {
+        "active_query_experts": 3,
+        "variant": "weighted_concat",
+        "output_projection": "expert",
+        "routing": "frozen",
+        "shared_head_kv": "first",
+        "router_aux_loss_coef": 0.5,
+        "router_z_loss_coef": 0.25,
+        "output_router_logits": True,
+    }
+    config = tiny_config(**changed)
+    config.save_pretrained(tmp_path)
+    for copy in (
+        GQEConfig.from_dict(json.loads(config.to_json_string(use_diff=False))),
+        GQEConfig.from_dict(json.loads(config.to_json_string())),
+        GQEConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+    ):
+        assert type(copy) is GQEConfig
+        assert {name: getattr(copy, name) for name in OURS} == changed
+        assert {name: getattr(copy, name) for name in COMMON} == COMMON
+
+
+REFUSED = [
+    ({"num_attention_heads": 7}, ["num_attention_heads", "7", "multiple", "2"]),
+    ({"num_key_value_heads": 3}, ["num_attention_heads", "8", "multiple", "3"]),
+    ({"active_query_experts": 0}, ["active_query_experts", "0", "1 to 4"]),
+    ({"active_query_experts": 5}, ["active_query_experts", "5", "1 to 4"]),
+    ({"head_dim": 5}, ["head_dim", "5", "even"]),
+    ({"variant": "paper"}, ["variant", "'paper'", "gqe, hard_concat, weighted_concat"]),
+    ({"output_projection": "rank"}, ["output_projection", "'rank'", "slot, expert"]),
+    ({"routing": "random"}, ["routing", "'random'", "learned, frozen, none"]),
+    ({"shared_head_kv": "last"}, ["shared_head_kv", "'last'", "mean, first"]),
+    ({"routing": "none", "active_query_experts": 3}, ["routing", "'none'", "active_query_experts", "3", "4"]),
+]
+
+
+@pytest.mark.parametrize(("setting", "said"), REFUSED, ids=[str(s) for s, _ in REFUSED])
+def test_a_bad_setting_is_refused_with_its_name_what_it_held_and_what_is_allowed(setting, said):
+    with pytest.raises(StrictDataclassError) as refused:
+        tiny_config(**setting)
+    for part in said:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(("setting", "said"), REFUSED, ids=[str(s) for s, _ in REFUSED])
+def test_the_layer_refuses_the_same_settings_with_a_value_error(setting, said):
+    names = {
+        "num_attention_heads": "num_query_experts",
+        "num_key_value_heads": "num_kv_heads",
+        "active_query_experts": "top_k",
+    }
+    arguments = {"num_query_experts": 8, "num_kv_heads": 2, "head_dim": 4, "rope_theta": 1e4}
+    arguments |= {names.get(name, name): value for name, value in setting.items()}
+    with pytest.raises(ValueError, match="must be|needs") as refused:
+        GQEAttention(24, **arguments)
+    for part in said:
+        assert names.get(part, part) in str(refused.value)
+
+
+def test_an_odd_head_dim_is_fine_without_rotary_embedding():
+    GQEAttention(24, 8, 2, head_dim=5)
+
+
+def test_hidden_size_need_not_divide_by_the_heads_when_head_dim_is_given():
+    model = tiny_model(hidden_size=26, head_dim=6)
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (8 * 6, 26)
+    assert model(random_tokens(1, 5)).logits.isfinite().all()
+
+
+def test_the_auto_classes_build_the_model_from_its_config():
+    config = tiny_config()
+    assert type(AutoConfig.for_model("gqe")) is GQEConfig
+    assert type(AutoModel.from_config(config)) is GQEModel
+    assert type(AutoModelForCausalLM.from_config(config)) is GQEForCausalLM
+
+
+def test_the_auto_classes_load_what_was_saved(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert type(AutoModel.from_pretrained(tmp_path)) is GQEModel
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is GQEForCausalLM
+
+
+def test_tensor_parallelism_leaves_attention_whole():
+    model = tiny_model()
+    plans = [GQEConfig.base_model_tp_plan, model.config.base_model_tp_plan, model._tp_plan or {}, model.model._tp_plan]
+    for plan in plans:
+        assert not [name for name in plan if "attn" in name or "router" in name or "proj" in name.split(".")[-2]]
+    assert any("mlp" in name for name in model.config.base_model_tp_plan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A router without a gradient from the language-model loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+STARVED = [
+    {"num_attention_heads": 2, "active_query_experts": 1},
+    {"num_attention_heads": 2, "active_query_experts": 1, "variant": "weighted_concat"},
+    {"num_key_value_heads": 1, "active_query_experts": 1},
+    {"num_key_value_heads": 1, "active_query_experts": 1, "output_projection": "expert"},
+    {"variant": "hard_concat"},
+    {"variant": "hard_concat", "active_query_experts": 4},
+]
+FED = [
+    {"active_query_experts": 1},
+    {"active_query_experts": 4},
+    {"num_key_value_heads": 1, "active_query_experts": 2},
+    {"num_key_value_heads": 1, "active_query_experts": 1, "variant": "weighted_concat"},
+    {"variant": "weighted_concat", "output_projection": "expert"},
+]
+
+
+def router_gradients_of_the_language_model_loss(**setting):
+    model = tiny_model(**setting)
+    ids = random_tokens(2, 9)
+    routers = [layer.self_attn.router.weight for layer in model.model.layers]
+    out = model(ids, labels=ids)
+    alone = torch.autograd.grad(out.lm_loss, routers, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(routers, alone, strict=True)]
+
+
+@pytest.mark.parametrize("setting", STARVED, ids=str)
+def test_a_router_that_the_language_model_loss_cannot_reach_is_warned_about_and_gets_no_gradient(setting):
+    with pytest.warns(UserWarning, match="router gets no gradient from the language-model loss"):
+        GQEForCausalLM(tiny_config(**setting))
+    for gradient in router_gradients_of_the_language_model_loss(**setting):
+        assert gradient.abs().max() < 1e-15  # p / p leaves a rounding of 1e-16; a gradient proper is above 1e-4
+
+
+@pytest.mark.parametrize("setting", FED, ids=str)
+def test_a_router_that_the_language_model_loss_reaches_is_not_warned_about(setting):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GQEForCausalLM(tiny_config(**setting))
+    for gradient in router_gradients_of_the_language_model_loss(**setting):
+        assert gradient.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("routing", ["frozen", "none"])
+def test_a_router_that_does_not_train_is_not_warned_about(routing):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GQEForCausalLM(tiny_config(variant="hard_concat", routing=routing, active_query_experts=4))
+
+
+@pytest.mark.parametrize("variant", ["gqe", "hard_concat", "weighted_concat"])
+def test_the_balance_loss_reaches_every_learned_router(variant):
+    model = tiny_model(variant=variant)
+    ids = random_tokens(2, 9)
+    model(ids, labels=ids).loss.backward()
+    for layer in model.model.layers:
+        assert layer.self_attn.router.weight.grad.abs().max() > 1e-6
+
+
+def test_the_warning_names_the_reason():
+    for setting, reason in (({"num_attention_heads": 2, "active_query_experts": 1}, "M = 1"), (STARVED[2], "G = 1")):
+        with pytest.warns(UserWarning, match=reason):
+            GQEForCausalLM(tiny_config(**setting))
+    with no_router_warning():
+        assert GQEForCausalLM(tiny_config(variant="hard_concat")).vocab_size == VOCABULARY
