@@ -223,7 +223,7 @@ class GQEAttention(nn.Module):
             raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions; it must be [batch, keys]")
         mask = causal_mask(
             self.config, x, attention_mask, past_key_values, position_ids,
-            materialise=decodes_in_one_read(self, x, past_key_values),
+            materialise=decodes_in_one_read(self, x.shape[1], past_key_values), layer_idx=self.layer_idx,
         )  # fmt: skip
         past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
         new = torch.arange(x.shape[1], device=x.device) + past  # before the cache moves on
@@ -286,7 +286,7 @@ class GQEAttention(nn.Module):
         G, k = self.num_kv_heads, self.top_k
         routed_query, shared_query = query[:, : G * k], query[:, G * k :]
         visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1
-        if visible and decodes_in_one_read(self, query.transpose(1, 2), past_key_values):
+        if visible and decodes_in_one_read(self, query.shape[2], past_key_values):
             routed, shared, weights = shared_decode(
                 routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling
             )
@@ -338,11 +338,14 @@ class GQEAttention(nn.Module):
         )
 
 
-def decodes_in_one_read(layer: Any, x: Tensor, past_key_values: Cache | None) -> bool:
-    """Whether few enough new tokens x [B, T, ...] meet a cache for the shared head to be computed from its scores."""
+def decodes_in_one_read(layer: Any, num_tokens: int, past_key_values: Cache | None) -> bool:
+    """Whether so few new tokens meet a cache that the shared head is best computed from the scores of all heads.
+
+    layer: the layer or its configuration.
+    """
     return (
         past_key_values is not None
-        and x.shape[1] <= DECODE_TOKENS
+        and num_tokens <= DECODE_TOKENS
         and layer.variant == "gqe"
         and layer.shared_head_kv == "mean"
     )

@@ -38,16 +38,18 @@ def causal_mask(
     past_key_values: Cache | None,
     position_ids: Tensor | None,
     materialise: bool = False,
+    layer_idx: int = 0,
 ) -> Any:
     """The mask for `config._attn_implementation`, in the form that its kernel takes (None: causal by flag).
 
     x: [B, T, D]; attention_mask: [B, S] (nonzero: a real token), a prepared 4D mask, which is returned as it is, or
     None; position_ids: [B or 1, T], given only where positions may restart. `materialise` gives sdpa's boolean
-    [B, 1, T, S] whatever the backend, for decoding (None where a single new token sees every key).
+    [B, 1, T, S] whatever the backend, for decoding (None where a single new token sees every key). layer_idx: the
+    cache's layer that hasn't taken in the new tokens yet.
     """
     documents = None
     if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
-        documents = document_rule(x, attention_mask, past_key_values, position_ids)
+        documents = document_rule(x, attention_mask, past_key_values, position_ids, layer_idx)
     if materialise:
         config = SDPA
     elif documents is not None and is_flash_attention_requested(config):
@@ -58,12 +60,17 @@ def causal_mask(
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         and_mask_function=documents,
+        layer_idx=layer_idx,
         allow_is_causal_skip=not (materialise and x.shape[1] > 1),
     )
 
 
 def document_rule(
-    x: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, position_ids: Tensor
+    x: Tensor,
+    attention_mask: Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor,
+    layer_idx: int = 0,
 ) -> MaskFunction | None:
     """Documents packed into one row don't see each other: a mask function, or None where no row holds two.
 
@@ -73,8 +80,8 @@ def document_rule(
     """
     batch_size, length = x.shape[:2]
     position_ids = position_ids.expand(batch_size, -1)
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    num_keys = past_key_values.get_mask_sizes(length, 0)[0] if past_key_values is not None else length
+    past = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
+    num_keys = past_key_values.get_mask_sizes(length, layer_idx)[0] if past_key_values is not None else length
     if attention_mask is None:
         real = torch.ones(batch_size, num_keys, dtype=torch.bool, device=x.device)
     else:

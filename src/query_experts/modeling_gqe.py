@@ -124,7 +124,7 @@ class GQEModel(GQEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         mask = causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids,
-            materialise=decodes_in_one_read(self.config, inputs_embeds, past_key_values),
+            materialise=decodes_in_one_read(self.config, inputs_embeds.shape[1], past_key_values),
         )  # fmt: skip
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -291,7 +291,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         """The mask that `generate` makes ahead of a compiled step over a static cache."""
         return causal_mask(
             config, inputs_embeds, attention_mask, past_key_values, position_ids,
-            materialise=decodes_in_one_read(config, inputs_embeds, past_key_values),
+            materialise=decodes_in_one_read(config, inputs_embeds.shape[1], past_key_values),
         )  # fmt: skip
 
 

@@ -1,0 +1,57 @@
+"""GQEAttention as a part of somebody's own PyTorch model."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from query_experts import GQEAttention
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("mask_from", ["nothing", "padding", "positions"])
+def test_stacked_layers_that_share_one_cache_give_what_they_give_without_it(kind, mask_from):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(GQEAttention(32, 8, 4, rope_theta=1e4, layer_idx=i) for i in range(3)).double()
+    x = torch.randn(2, 21, 32, dtype=torch.float64)
+    mask = torch.ones(2, 21, dtype=torch.long)
+    mask[0, :5] = 0
+    positions = torch.cat([torch.arange(9), torch.arange(12)]).expand(2, -1)
+    given = {
+        "nothing": lambda a, b: {},
+        "padding": lambda a, b: {"attention_mask": mask[:, :b]},
+        "positions": lambda a, b: {"position_ids": positions[:, a:b]},
+    }[mask_from]
+
+    def run(a, b, cache=None):
+        h = x[:, a:b]
+        for layer in layers:
+            h = h + layer(h, past_key_values=cache, **given(a, b))
+        return h
+
+    expected = run(0, 21)
+    config = LlamaConfig(
+        num_hidden_layers=3, hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=4
+    )
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=config, max_cache_len=24)
+    cached = torch.cat([run(a, b, cache) for a, b in ((0, 10), (10, 11), (11, 20), (20, 21))], 1)
+    real = mask.bool() if mask_from == "padding" else torch.ones_like(mask).bool()
+    torch.testing.assert_close(cached[real], expected[real], rtol=0, atol=1e-12)
+
+
+def test_a_bf16_layer_keeps_the_angles_of_far_positions_exact():
+    torch.manual_seed(0)
+    layer = GQEAttention(64, 4, 2, rope_theta=1e4).double()
+    half = GQEAttention(64, 4, 2, rope_theta=1e4)
+    half.load_state_dict(layer.state_dict())
+    half.bfloat16()
+    x = torch.randn(1, 16, 64).bfloat16()
+    near, far = (half(x, position_ids=torch.arange(16)[None] + start) for start in (0, 60_000))
+    reference = layer(x.double(), position_ids=torch.arange(16)[None] + 60_000)
+    error = (far.double() - reference).abs().max()
+    assert error <= 2 * (near.double() - layer(x.double())).abs().max()
+
+
+def test_an_attention_mask_that_isnt_batch_by_keys_is_refused():
+    with pytest.raises(ValueError, match=r"attention_mask has 4 dimensions; it must be \[batch, keys\]"):
+        GQEAttention(32, 4, 2)(torch.randn(1, 3, 32), attention_mask=torch.ones(1, 1, 3, 3))
