@@ -179,14 +179,14 @@ def _sees(query: int, key: int, real: list[bool], positions: list[int]) -> bool:
     """Causal, never padding, and never another document of the row.
 
     The position p of a token says that its document began p real tokens back. Where the position does not grow from
-    one real token to its neighbour, a new document begins as well.
+    one real token to the next, a new document begins as well.
     """
     if key > query or not real[key]:
         return False
     reals_between = sum(real[key + 1 : query + 1])  # rank of the query less rank of the key
     if reals_between > positions[query]:
         return False
-    return not any(real[s] and real[t] and positions[t] <= positions[s] for s, t in pairwise(range(key, query + 1)))
+    return not any(positions[t] <= positions[s] for s, t in pairwise(r for r in range(key, query + 1) if real[r]))
 
 
 def _softmax(scores: list[Tensor]) -> Tensor:

@@ -30,9 +30,7 @@ def test_stacked_layers_that_share_one_cache_give_what_they_give_without_it(kind
         return h
 
     expected = run(0, 21)
-    config = LlamaConfig(
-        num_hidden_layers=3, hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=4
-    )
+    config = LlamaConfig(num_hidden_layers=3, hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     cache = DynamicCache() if kind == "dynamic" else StaticCache(config=config, max_cache_len=24)
     cached = torch.cat([run(a, b, cache) for a, b in ((0, 10), (10, 11), (11, 20), (20, 21))], 1)
     real = mask.bool() if mask_from == "padding" else torch.ones_like(mask).bool()
@@ -55,3 +53,13 @@ def test_a_bf16_layer_keeps_the_angles_of_far_positions_exact():
 def test_an_attention_mask_that_isnt_batch_by_keys_is_refused():
     with pytest.raises(ValueError, match=r"attention_mask has 4 dimensions; it must be \[batch, keys\]"):
         GQEAttention(32, 4, 2)(torch.randn(1, 3, 32), attention_mask=torch.ones(1, 1, 3, 3))
+
+
+def test_a_document_that_begins_above_position_zero_after_padding_is_separate_too():
+    torch.manual_seed(0)
+    layer = GQEAttention(32, 8, 4).double()
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    given = {"attention_mask": torch.tensor([[1, 1, 0, 1, 1]]), "position_ids": torch.tensor([[3, 4, 0, 3, 4]])}
+    y = layer(x, **given)
+    x[:, :2] += 1
+    torch.testing.assert_close(layer(x, **given)[:, 3:], y[:, 3:], rtol=0, atol=1e-12)

@@ -31,6 +31,37 @@ class AttentionBackend:
 SDPA = AttentionBackend("sdpa")
 
 
+@dataclass(frozen=True)
+class CacheLengths:
+    """A cache as it stands before this step, as far as masks ask.
+
+    A static cache's length is a live tensor that `update` advances, and FlexAttention evaluates its mask after that.
+    """
+
+    past: Any  # int, or a tensor for a static cache
+    num_keys: int
+    offset: int
+    is_compileable: bool
+    is_sliding: tuple[bool, ...] = (False,)
+
+    @classmethod
+    def of(cls, cache: Cache | None, num_tokens: int, layer_idx: int) -> CacheLengths | None:
+        if cache is None:
+            return None
+        past = cache.get_seq_length(layer_idx)
+        past = past.clone() if isinstance(past, Tensor) else past
+        return cls(past, *cache.get_mask_sizes(num_tokens, layer_idx), bool(getattr(cache, "is_compileable", False)))
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.past
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.num_keys, self.offset
+
+
 def causal_mask(
     config: Any,
     x: Tensor,
@@ -47,51 +78,54 @@ def causal_mask(
     [B, 1, T, S] whatever the backend, for decoding (None where a single new token sees every key). layer_idx: the
     cache's layer that hasn't taken in the new tokens yet.
     """
+    cache = CacheLengths.of(past_key_values, x.shape[1], layer_idx)
     documents = None
     if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
-        documents = document_rule(x, attention_mask, past_key_values, position_ids, layer_idx)
+        documents = document_rule(x, attention_mask, cache, position_ids)
     if materialise:
         config = SDPA
     elif documents is not None and is_flash_attention_requested(config):
-        return _flash_documents(attention_mask, past_key_values)
-    return create_causal_mask(
+        return _flash_documents(attention_mask, cache)
+    mask = create_causal_mask(
         config=config,
         inputs_embeds=x,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        past_key_values=cache,
         and_mask_function=documents,
-        layer_idx=layer_idx,
         allow_is_causal_skip=not (materialise and x.shape[1] > 1),
     )
+    if isinstance(mask, Tensor) and mask.dtype == torch.float64:
+        # eager takes its softmax in float32, where float64's lowest number is -inf and a row of them is NaN
+        mask = mask.clamp(min=torch.finfo(torch.float32).min)
+    return mask
 
 
 def document_rule(
-    x: Tensor,
-    attention_mask: Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: Tensor,
-    layer_idx: int = 0,
+    x: Tensor, attention_mask: Tensor | None, cache: CacheLengths | None, position_ids: Tensor
 ) -> MaskFunction | None:
     """Documents packed into one row don't see each other: a mask function, or None where no row holds two.
 
     A token at position p that is the r-th real token of its row began its document p real tokens ago: it sees real
     keys of rank r - p and later. That needs no document numbers, so it holds across a cache; padding doesn't count.
-    Where positions fail to increase from one real token to the next, a document begins whatever its first position.
+    Where the position fails to increase from one real token to the next, a document begins whatever its position.
+    (Only the first rule reaches across chunks: a document that begins with a chunk must begin at position 0.)
     """
     batch_size, length = x.shape[:2]
     position_ids = position_ids.expand(batch_size, -1)
-    past = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
-    num_keys = past_key_values.get_mask_sizes(length, layer_idx)[0] if past_key_values is not None else length
+    past, num_keys = (cache.past, cache.num_keys) if cache is not None else (0, length)
     if attention_mask is None:
         real = torch.ones(batch_size, num_keys, dtype=torch.bool, device=x.device)
     else:
         num_keys = max(num_keys, attention_mask.shape[-1])
         real = F.pad(attention_mask.to(x.device).bool(), (0, num_keys - attention_mask.shape[-1]))
     key_rank = real.cumsum(-1) - 1  # [B, S]
-    new = torch.arange(length, device=x.device) + past  # [T], where the new tokens stand among the keys
+    steps = torch.arange(length, device=x.device)
+    new = steps + past  # [T], where the new tokens stand among the keys
     query_rank, query_real = key_rank[:, new], real[:, new]  # [B, T]
 
-    restarts = F.pad((position_ids.diff(dim=-1) <= 0) & query_real[:, 1:] & query_real[:, :-1], (1, 0))
+    last_real = torch.where(query_real, steps, -1).cummax(-1).values
+    previous = F.pad(last_real[:, :-1], (1, 0), value=-1)  # [B, T], the real token before, -1 for none in this chunk
+    restarts = query_real & (previous >= 0) & (position_ids <= position_ids.gather(1, previous.clamp(min=0)))
     restarted_at = torch.where(restarts, query_rank, 0).cummax(-1).values
     first_rank = torch.maximum(query_rank - position_ids, restarted_at)  # [B, T]
     if not is_torchdynamo_compiling() and bool((first_rank[query_real] <= 0).all()):
@@ -103,10 +137,10 @@ def document_rule(
     return same_document
 
 
-def _flash_documents(attention_mask: Tensor | None, past_key_values: Cache | None) -> None:
+def _flash_documents(attention_mask: Tensor | None, cache: CacheLengths | None) -> None:
     """FlashAttention separates documents by itself, from position_ids, where it gets no mask and no cached keys."""
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if padded or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+    if padded or (cache is not None and cache.past > 0):
         raise ValueError(
             "attn_implementation: flash attention separates packed documents only without padding and before anything "
             "is cached; use sdpa, eager or flex_attention here"

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -197,7 +196,9 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         routed = self.config.routing != "none" and (labels is not None or output_router_logits)
-        tokens = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
+        tokens = None
+        if routed:  # before the cache moves on
+            tokens = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -208,7 +209,8 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             output_router_logits=routed,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
         lm_loss = loss = aux_loss = None
         if labels is not None:
