@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from study_helpers import SIZE, Rows
 from transformers import TrainerCallback, TrainingArguments
 
 from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
 from query_experts.study.arms import arm_config, build
 from query_experts.training import GQETrainer, initialise_by_name
+from study_helpers import SIZE, Rows
 
 
 def zclip_by_the_paper(norms, alpha=0.97, threshold=2.5, warmup=25, eps=1e-6):
@@ -36,7 +36,9 @@ def zclip_by_the_paper(norms, alpha=0.97, threshold=2.5, warmup=25, eps=1e-6):
 
 def norms_with_spikes(count=300, seed=0):
     rng = random.Random(seed)
-    return [rng.lognormvariate(0, 0.3) * (rng.choice([5, 40, 1000]) if rng.random() < 0.06 else 1) for _ in range(count)]
+    return [
+        rng.lognormvariate(0, 0.3) * (rng.choice([5, 40, 1000]) if rng.random() < 0.06 else 1) for _ in range(count)
+    ]
 
 
 def arguments(tmp_path, **changes):
@@ -144,7 +146,9 @@ def test_zclip_leaves_gradients_that_are_no_outliers_bit_for_bit_alone(tmp_path)
         tiny_model(), arguments(tmp_path, max_steps=2), train_dataset=Rows(), callbacks=[before, zclip, after]
     )
     trainer.train()
-    assert all(torch.equal(a, b) for x, y in zip(before.seen, after.seen, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        torch.equal(a, b) for x, y in zip(before.seen, after.seen, strict=True) for a, b in zip(x, y, strict=True)
+    )
     assert zclip.clipped_steps == 0
     assert zclip.mean < 1e3
 

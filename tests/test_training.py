@@ -2,18 +2,19 @@
 
 import copy
 import itertools
+import time
 
 import pytest
 import torch
-from study_helpers import SIZE, TINY, Rows
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from query_experts.callbacks import TokenProgress, ZClipCallback
+from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
 from query_experts.study.arms import arm_config, build
 from query_experts.study.run import training_arguments
 from query_experts.study.settings import TrainSettings
 from query_experts.training import GQETrainer, initialise_by_name
+from study_helpers import SIZE, TINY, Rows
 
 LENGTHS = [12, 5, 9, 12, 3, 7, 12, 11, 2, 8, 10, 6]
 
@@ -86,9 +87,7 @@ def test_the_logged_lm_loss_is_the_language_model_loss_of_the_steps_real_tokens(
     rows = Rows(12, lengths=LENGTHS)
     model = model_of(arm)
     expected = language_model_loss(copy.deepcopy(model), rows)
-    args = arguments(
-        tmp_path, per_device_train_batch_size=12 // accumulation, gradient_accumulation_steps=accumulation
-    )
+    args = arguments(tmp_path, per_device_train_batch_size=12 // accumulation, gradient_accumulation_steps=accumulation)
     trainer = GQETrainer(model, args, train_dataset=rows)
     trainer.train()
     assert logged(trainer, "lm_loss") == [pytest.approx(expected, rel=1e-5)]
@@ -130,6 +129,7 @@ def test_the_trained_loss_holds_the_balance_loss_and_lm_loss_does_not(tmp_path):
     assert losses[3.0][0] - losses[3.0][1] == pytest.approx(6.0, abs=1.5)
 
 
+@pytest.mark.filterwarnings("ignore:the router gets no gradient")
 @pytest.mark.parametrize("arm", ["dense", "gqe", "hard", "static"])
 def test_eval_loss_is_the_language_model_loss_alone_for_every_kind_of_model(tmp_path, arm):
     rows = Rows(8, lengths=[12] * 8)
@@ -209,6 +209,7 @@ def test_the_data_order_depends_on_the_seed_and_not_on_the_arm(tmp_path):
 ARMS = ("dense", "static", "half", "frozen", "gqe", "hard", "weighted", "gqe-m4", "gqe-expert")
 
 
+@pytest.mark.filterwarnings("ignore:the router gets no gradient")
 def test_arms_begin_with_equal_values_in_all_tensors_of_equal_name_and_shape():
     states = {arm: model_of(arm).state_dict() for arm in ARMS}
     shared = 0
@@ -244,60 +245,56 @@ def test_norms_begin_at_one_and_tied_embeddings_stay_tied():
     assert torch.equal(model.model.norm.weight, torch.ones(32))
 
 
-def run(folder, arm, callbacks, resume=None, **changes):
+def run(folder, arm="gqe", extra=(), warmup=3, resume=None, **changes):
+    """Ten steps, into the second epoch, with a checkpoint and a validation every four."""
     model = model_of(arm)
-    torch.manual_seed(len(callbacks))  # a fresh process has drawn other numbers
+    torch.manual_seed(len(extra))  # a fresh process has drawn other numbers
     args = arguments(
         folder, output_dir=str(folder), max_steps=10, learning_rate=5e-3, optim="adamw_torch_fused",
-        lr_scheduler_type="cosine", gradient_accumulation_steps=2, per_device_train_batch_size=2, save_strategy="steps",
-        save_steps=4, eval_strategy="steps", eval_steps=4, restore_callback_states_from_checkpoint=True, **changes,
+        lr_scheduler_type="cosine", gradient_accumulation_steps=2, per_device_train_batch_size=2, eval_steps=4,
+        eval_strategy="steps", restore_callback_states_from_checkpoint=True,
+        **{"save_strategy": "steps", "save_steps": 4, **changes},
     )  # fmt: skip
+    callbacks = [ZClipCallback(z_threshold=0.5, warmup_steps=warmup), TokenProgress("run", 48), *extra]
     trainer = GQETrainer(
         model, args, train_dataset=Rows(14, lengths=[*LENGTHS, 4, 12]), eval_dataset=Rows(4), callbacks=callbacks
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
+
+
+def callback(trainer, kind):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
 
 
 def curves(trainer):
     keys = ("step", "lm_loss", "eval_loss", "learning_rate", "grad_norm")
-    return [{key: log[key] for key in keys if key in log} for log in trainer.state.log_history if "train_loss" not in log]
+    history = (log for log in trainer.state.log_history if "train_loss" not in log)
+    return [{key: log[key] for key in keys if key in log} for log in history]
 
 
 @pytest.mark.parametrize("arm", ["dense", "gqe"])
-@pytest.mark.parametrize(("warmup", "logging_steps"), [(6, 1), (3, 1), (3, 3)])
-def test_a_run_resumed_from_a_checkpoint_ends_bit_equal_to_one_without_a_break(tmp_path, arm, warmup, logging_steps):
-    """The checkpoint at step 4 lies in ZClip's warm-up or after it, and with a log every 3 steps between two logs."""
-
-    def callbacks():
-        return [ZClipCallback(z_threshold=0.5, warmup_steps=warmup), TokenProgress("run", 48)]
-
-    whole = run(tmp_path / "whole", arm, callbacks(), logging_steps=logging_steps)
+@pytest.mark.parametrize("warmup", [6, 3], ids=["in ZClip's warm-up", "after it"])
+def test_a_run_resumed_from_its_checkpoint_at_step_4_ends_bit_equal_to_one_without_a_break(tmp_path, arm, warmup):
+    whole = run(tmp_path / "whole", arm, warmup=warmup)
     with pytest.raises(Killed):
-        run(tmp_path / "cut", arm, [*callbacks(), KillAfter(5)], logging_steps=logging_steps)
-    resumed = run(
-        tmp_path / "cut", arm, callbacks(), str(tmp_path / "cut" / "checkpoint-4"), logging_steps=logging_steps
-    )
+        run(tmp_path / "cut", arm, [KillAfter(5)], warmup)
+    resumed = run(tmp_path / "cut", arm, warmup=warmup, resume=tmp_path / "cut" / "checkpoint-4")
     for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    drop = {"grad_norm"}
-    assert [{k: v for k, v in log.items() if k not in drop} for log in curves(resumed)] == [
-        {k: v for k, v in log.items() if k not in drop} for log in curves(whole)
-    ]
-    zclips = [next(c for c in t.callback_handler.callbacks if isinstance(c, ZClipCallback)) for t in (whole, resumed)]
-    assert zclips[0].state() == zclips[1].state()
-    assert zclips[0].clipped_steps > 0
-    steps = [next(c for c in t.callback_handler.callbacks if isinstance(c, TokenProgress)).steps for t in (whole, resumed)]
-    assert steps == [10, 10]
+    assert curves(resumed) == curves(whole)
+    assert len(curves(whole)) == 13
+    assert callback(resumed, ZClipCallback).state() == callback(whole, ZClipCallback).state()
+    assert callback(whole, ZClipCallback).clipped_steps > 0
+    assert callback(resumed, TokenProgress).steps == callback(whole, TokenProgress).steps == 10
 
 
-def test_resuming_from_the_last_checkpoint_of_a_finished_run_trains_no_step_more(tmp_path):
-    whole = run(tmp_path / "run", "gqe", [ZClipCallback(), TokenProgress("run", 48)])
-    again = run(
-        tmp_path / "run", "gqe", [ZClipCallback(), TokenProgress("run", 48)], str(tmp_path / "run" / "checkpoint-10")
-    )
-    assert again.state.global_step == 10
-    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert curves(again) == curves(whole)
-    assert next(c for c in again.callback_handler.callbacks if isinstance(c, TokenProgress)).steps == 10
+def test_a_run_stopped_when_its_time_was_up_logs_the_same_means_as_one_without_a_break(tmp_path):
+    """With a log every three steps, a stop between two logs must not lose a part of their mean."""
+    whole = run(tmp_path / "whole", logging_steps=3)
+    stopped = run(tmp_path / "cut", extra=[StopAt(time.monotonic())], logging_steps=3, save_strategy="no")
+    step = stopped.state.global_step
+    assert step < 10
+    resumed = run(tmp_path / "cut", logging_steps=3, resume=tmp_path / "cut" / f"checkpoint-{step}")
+    assert logged(resumed, "lm_loss") == logged(whole, "lm_loss")
+    assert len(logged(whole, "lm_loss")) == 3

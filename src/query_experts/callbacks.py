@@ -134,6 +134,9 @@ class TokenProgress(TrainerCallback, ExportableState):
             self.bar.set_postfix(values, refresh=False)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -148,7 +151,9 @@ class StopAt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        if time.monotonic() >= self.deadline and state.global_step < state.max_steps:
+        # between two logs, a part of lm_loss's mean would be lost
+        logged = state.global_step % state.logging_steps == 0
+        if time.monotonic() >= self.deadline and state.global_step < state.max_steps and logged:
             control.should_save = True
             control.should_training_stop = True
         return control

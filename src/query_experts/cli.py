@@ -13,7 +13,7 @@ import sys
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run_report(argv[1:])
         raise SettingError(f"command is {argv[0]!r}; it must be one of {', '.join(COMMANDS)}")
     except SettingError as error:
-        print(f"query-experts: {error}", file=sys.stderr)
+        print(f"query-experts: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -72,7 +72,11 @@ def run_study(command: str, argv: list[str]) -> int:
     if first.recipe:
         recipe |= read_recipe(Path(first.recipe), allowed)
     recipe = {name: value for name, value in recipe.items() if name in {f.name for f in fields(kind)}}
-    parser.set_defaults(**{name: None for name, value in recipe.items() if value is None})
+    hints = get_type_hints(kind)  # the parser has changed the types that the fields hold
+    for name, value in recipe.items():
+        if value is None and type(None) not in get_args(hints[name]):
+            raise SettingError(f"recipe sets {name} to null; it must have a value")
+    parser.set_defaults(**{name: value for name, value in recipe.items() if value is None or value == []})
     settings = parser.parse_args_into_dataclasses(as_options(recipe) + argv)[0]
     done = (study.compare if command == "compare" else study.train)(settings, Console())
     return 0 if done else 1
@@ -101,7 +105,7 @@ def as_options(recipe: dict[str, Any]) -> list[str]:
     """A recipe as command-line options, so that both are checked in one place."""
     options: list[str] = []
     for name, value in recipe.items():
-        if value is not None:
+        if value is not None and value != []:
             options += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return options
 
@@ -137,6 +141,8 @@ def run_report(argv: list[str]) -> int:
     source = folder / "comparison.json"
     try:
         comparison = json.loads(source.read_text(encoding="utf-8"))
+        if not isinstance(comparison, dict) or not comparison.get("runs"):
+            raise ValueError("no runs")
     except (OSError, ValueError) as error:
         raise SettingError(f"folder is {folder}; it must hold the comparison.json of a finished compare") from error
     page = write_report(comparison, folder / "report.html")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from query_experts.errors import SettingError
 
@@ -27,3 +32,29 @@ def require_space(folder: Path, num_bytes: int) -> None:
         raise SettingError(
             f"out is {folder}, whose disk has {free / 1e6:.0f} MB free; this run needs about {num_bytes / 1e6:.0f} MB"
         )
+
+
+# safetensors (ENOSPC, EDQUOT), then torch.save
+FULL_DISK = ("(os error 28)", "(os error 122)", "unexpected pos ", "iostream error", "Writer failed writing")
+
+
+@contextmanager
+def full_disk_as_os_error(folder: Path) -> Iterator[None]:
+    """safetensors and torch.save tell of a full disk in errors of their own kinds, by words alone."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not any(words in str(error) for words in FULL_DISK):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a fast tokenizer, after checking for room: the tokenizers package reports a full disk as no OSError.
+
+    Raises OSError (ENOSPC).
+    """
+    size = len(tokenizer.backend_tokenizer.to_str().encode())
+    if shutil.disk_usage(folder).free < 2 * size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    tokenizer.save_pretrained(folder)

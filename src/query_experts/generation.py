@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, TextStreamer, set_seed
 from transformers.utils import logging
 
 from query_experts.errors import SettingError
 from query_experts.modeling_gqe import GQEForCausalLM
-from query_experts.study.settings import resolve_device
+from query_experts.study.settings import check_seeds, resolve_device
 
 
 def generate(
@@ -19,10 +22,11 @@ def generate(
     """Print the prompt and its continuation. Raises SettingError, e.g. for a checkpoint that isn't GQE."""
     if not prompt:
         raise SettingError("prompt is empty; it must hold text")
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise SettingError(
             f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be 1 or more and 0 or more"
         )
+    check_seeds("seed", [seed])
     device = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint)
     set_seed(seed)
@@ -44,11 +48,14 @@ def load_checkpoint(folder: Path) -> tuple[GQEForCausalLM, AutoTokenizer]:
     logging.disable_progress_bar()
     if not (folder / "config.json").is_file():
         raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a GQE checkpoint's folder")
-    model_type = AutoConfig.from_pretrained(folder).model_type
-    if model_type != "gqe":
-        raise SettingError(f"checkpoint is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
     try:
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        if model_type != "gqe":
+            raise SettingError(f"checkpoint is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
         model = GQEForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except SettingError:
+        raise
+    # damaged weights; weights of another shape; a setting that can't be
+    except (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError) as error:
         raise SettingError(f"checkpoint is {folder}, which can't be loaded: {error}") from error

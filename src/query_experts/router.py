@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils.generic import maybe_autocast
 
 
 class Router(nn.Linear):
@@ -30,7 +31,7 @@ class Router(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with maybe_autocast(x.device.type, enabled=False):  # torch's own knows no meta device
             return F.linear(x.to(dtype), self.weight.to(dtype)).flatten(0, 1)
 
 

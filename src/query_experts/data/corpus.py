@@ -26,6 +26,7 @@ from query_experts.data.tokenizing import (
     vocabulary_size,
 )
 from query_experts.errors import SettingError
+from query_experts.files import save_tokenizer
 
 _LAYOUT = 1  # of a cache folder; a folder of another layout is never found
 _BUILDING = ".building-"
@@ -247,7 +248,8 @@ class _Build:
         tokenizer = given or train_bpe(
             (text for split, text, _ in sample if split == "train"), settings.vocab_size, self.progress
         )
-        self._save(tokenizer)
+        (self.folder / "tokenizer").mkdir()
+        save_tokenizer(tokenizer, self.folder / "tokenizer")
         self._write(tokenizer, _chain(sample, stream))
         if not documents.documents:
             raise SettingError(f"`data` holds {self.sources.names!r}, in which there is no text; it has to hold some")
@@ -261,13 +263,6 @@ class _Build:
             return f"{clause} and more is needed"
         each = written / sum(self.text_bytes.values()) if written else _TOKEN_BYTES_PER_TEXT_BYTE
         return f"{clause} and roughly {max(written, each * self.expected_bytes) / 1e6:.1f} MB is needed"
-
-    def _save(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Checks for room first, since the tokenizers package reports a full disk as no kind of OSError."""
-        size = len(tokenizer.backend_tokenizer.to_str().encode())
-        if shutil.disk_usage(self.folder).free < 2 * size:
-            raise OSError(errno.ENOSPC, "no room for the tokenizer", str(self.folder))
-        tokenizer.save_pretrained(self.folder / "tokenizer")
 
     def _bar(self, task: str, total: int | None) -> "tqdm[Any]":
         return tqdm(desc=task, total=total, unit="B", unit_scale=True, disable=not self.progress)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from query_experts import costs
 from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus
-from query_experts.files import require_space, write_json
+from query_experts.errors import SettingError
+from query_experts.files import full_disk_as_os_error, require_space, save_tokenizer, write_json
 from query_experts.router import select_top_k
 from query_experts.study.arms import arm_config, build
 from query_experts.study.settings import RunSettings, resolve_device
@@ -51,15 +56,54 @@ def train_arm(
         callbacks=[ZClipCallback(), progress, *([StopAt(deadline)] if deadline is not None else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoints = folder / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    if trainer.state.global_step < settings.steps:
-        return None
-    result = describe(settings, arm, seed, trainer, corpus, validation)
-    model.save_pretrained(folder / "model")
-    corpus.tokenizer.save_pretrained(folder / "model")
+    with full_disk_as_os_error(folder), close_bar(trainer):
+        train_on(trainer, last_checkpoint(folder / "checkpoints"))
+        if trainer.state.global_step < settings.steps:
+            return None
+        result = describe(settings, arm, seed, trainer, corpus, validation)
+        if not all(math.isfinite(loss) for curve in ("train_curve", "validation_curve") for _, loss in result[curve]):
+            raise SettingError(
+                f"learning_rate is {settings.learning_rate}, with which the loss of arm {arm}, seed {seed}, is no "
+                "longer a finite number; it must be lower"
+            )
+        model.save_pretrained(folder / "model")
+        save_tokenizer(corpus.tokenizer, folder / "model")
     write_json(result_file, result)
     return result
+
+
+@contextmanager
+def close_bar(trainer: GQETrainer) -> Iterator[None]:
+    """Ends the progress bar's line whatever happens, so that an error has its own."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:  # resuming makes new ones
+            if isinstance(callback, TokenProgress):
+                callback.close()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint. Those that a kill or a full disk cut short are deleted."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
+            return path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
+def train_on(trainer: GQETrainer, checkpoint: Path | None) -> None:
+    """Train from a checkpoint on. From one of the last step the Trainer itself would take one step more."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step >= trainer.args.max_steps:
+            trainer.state = state
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer._load_callback_state()
+            return
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
 def training_arguments(settings: RunSettings, seed: int, folder: Path) -> TrainingArguments:
@@ -92,7 +136,8 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         save_strategy="steps",
         save_steps=every,
         save_total_limit=1,
-        logging_steps=max(1, settings.steps // 50),
+        # checkpoints fall on logs, so that a resumed run logs the same means
+        logging_steps=max(n for n in range(1, max(1, settings.steps // 50) + 1) if every % n == 0),
         restore_callback_states_from_checkpoint=True,
         prediction_loss_only=True,
         remove_unused_columns=False,

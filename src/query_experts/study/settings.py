@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,21 @@ class RunSettings:
                      "gradient_accumulation_steps", "evaluations", "validation_sequences"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if not self.learning_rate > 0:
-            raise SettingError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise SettingError(
+                f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads, "
+                f"{self.num_key_value_heads}"
+            )
+        experts = self.num_attention_heads // self.num_key_value_heads
+        if self.active_query_experts > experts:
+            raise SettingError(f"active_query_experts is {self.active_query_experts}; it must be 1 to {experts}")
+        if self.head_dim % 2:
+            raise SettingError(f"head_dim is {self.head_dim}; rotary position embedding needs an even number")
+        if not 0 < self.learning_rate < math.inf:
+            raise SettingError(f"learning_rate is {self.learning_rate}; it must be a number above 0")
+        for name in ("weight_decay", "router_aux_loss_coef", "router_z_loss_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
         for name in ("warmup_fraction", "decay_fraction", "min_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be 0 to 1")
@@ -99,6 +113,7 @@ class TrainSettings(RunSettings):
 
     def check(self) -> None:
         super().check()
+        check_seeds("seed", [self.seed])
         check_arms([self.arm], self.model_size())
 
 
@@ -120,6 +135,7 @@ class CompareSettings(RunSettings):
         if min(self.prefill_lengths) < 1 or self.prefill_repeats < 1:
             held = f"prefill_lengths is {self.prefill_lengths} and prefill_repeats {self.prefill_repeats}"
             raise SettingError(f"{held}; all must be 1 or more")
+        check_seeds("seeds", self.seeds)
         check_arms(self.arms, self.model_size())
 
 
@@ -134,6 +150,12 @@ def resolve_device(device: str) -> str:
         usable = ", ".join(name for name, present in there.items() if present)
         raise SettingError(f"device is {device!r}, which is not there; on this machine it must be auto, {usable}")
     return device
+
+
+def check_seeds(name: str, seeds: list[int]) -> None:
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise SettingError(f"{name} holds {seed}; a seed must be 0 to {2**32 - 1}")
 
 
 def check_arms(arms: list[str], size: ModelSize) -> None:

@@ -1,0 +1,369 @@
+"""The main job end to end on a tiny corpus: its results, going on after a stop or a kill, and what it refuses."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerState
+
+from query_experts import GQEForCausalLM, costs
+from query_experts.callbacks import TokenProgress
+from query_experts.errors import SettingError
+from query_experts.study import run as run_module
+from query_experts.study.compare import compare, train
+from query_experts.study.settings import FREE_TO_CHANGE, CompareSettings, TrainSettings
+from study_helpers import quiet, said, tiny_compare, tiny_train
+
+RUN_KEYS = {
+    "arm", "seed", "parameters", "active_attention_heads", "dense_attention_heads", "intermediate_size",
+    "flops_per_token", "kv_bytes_per_token", "tokens_per_s", "train_seconds", "train_tokens", "clipped_steps",
+    "validation_loss", "train_curve", "validation_curve", "routing", "passage",
+}  # fmt: skip
+TIMES = {"tokens_per_s", "train_seconds"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished comparison of dense and gqe, one seed: never written to, tests take a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    console = quiet()
+    assert compare(tiny_compare(folder), console)
+    (folder / "console.txt").write_text(said(console))
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "study")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The runs whose Trainer was called, by folder name."""
+    names = []
+    original = run_module.GQETrainer.train
+
+    def spy(self, *args, **kwargs):
+        names.append(re.search(r"([^/\\]+)[/\\]checkpoints", self.args.output_dir).group(1))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(run_module.GQETrainer, "train", spy)
+    return names
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """How many steps lay behind each training step that was begun."""
+    steps = []
+    original = TokenProgress.on_step_begin
+
+    def spy(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(TokenProgress, "on_step_begin", spy)
+    return steps
+
+
+def comparison_of(folder):
+    return json.loads((folder / "out" / "comparison.json").read_text(encoding="utf-8"))
+
+
+def result_of(folder, name):
+    result = json.loads((folder / "out" / "runs" / name / "result.json").read_text())
+    return {key: value for key, value in result.items() if key not in TIMES}
+
+
+def weights_of(folder, name):
+    return load_file(folder / "out" / "runs" / name / "model" / "model.safetensors")
+
+
+def assert_equal_runs(a, b, name):
+    assert result_of(a, name) == result_of(b, name)
+    left, right = weights_of(a, name), weights_of(b, name)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_comparison_holds_settings_data_environment_runs_and_prefill(finished):
+    comparison = comparison_of(finished)
+    assert set(comparison) == {"settings", "data", "environment", "runs", "prefill"}
+    settings = comparison["settings"]
+    assert settings["arms"] == ["dense", "gqe"]
+    assert CompareSettings(**settings) == tiny_compare(finished)
+    data = comparison["data"]
+    assert data["epochs"] == pytest.approx(6 * 2 * 16 / data["train_tokens"], abs=1e-3)
+    assert len(data["data_hash"]) == 64
+    environment = comparison["environment"]
+    assert environment.keys() >= {"python", "torch", "transformers", "device", "hardware", "dtype", "date"}
+    assert (environment["device"], environment["dtype"]) == ("cpu", "float32")
+    assert [(run["arm"], run["seed"]) for run in comparison["runs"]] == [("dense", 0), ("gqe", 0)]
+
+
+def test_a_run_holds_its_costs_curves_in_tokens_and_for_routed_arms_the_routing(finished):
+    dense, gqe = comparison_of(finished)["runs"]
+    for run in (dense, gqe):
+        assert set(run) == RUN_KEYS
+        assert run["train_tokens"] == 6 * 32
+        assert [tokens for tokens, _ in run["train_curve"]] == [32, 64, 96, 128, 160, 192]
+        assert [tokens for tokens, _ in run["validation_curve"]] == [96, 192]
+        assert run["validation_loss"] == run["validation_curve"][-1][1]
+        assert 4 < run["validation_loss"] < math.log(300) + 0.1
+        assert run["train_curve"][0][1] == pytest.approx(math.log(300), abs=0.1)
+        assert run["dense_attention_heads"] == 4
+        assert run["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 2
+        assert run["clipped_steps"] == 0
+        assert run["tokens_per_s"] > 0
+    assert (dense["active_attention_heads"], gqe["active_attention_heads"]) == (4, 3)
+    assert dense["routing"] is None
+    assert dense["passage"] is None
+    load = torch.tensor(gqe["routing"]["load"])
+    assert load.shape == (2, 2, 2)  # layers, groups, experts
+    torch.testing.assert_close(load.sum(-1), torch.ones(2, 2), rtol=0, atol=1e-3)
+    assert gqe["routing"].keys() == {"load", "entropy", "dead", "dead_below"}
+    assert all(0 <= share <= 1.0001 for layer in gqe["routing"]["entropy"] for share in layer)
+    experts = torch.tensor(gqe["passage"]["experts"])
+    assert experts.shape == (2, len(gqe["passage"]["tokens"]), 2)
+
+
+def test_the_saved_models_load_with_auto_classes_and_have_the_loss_and_costs_that_were_reported(finished):
+    for run, kind in zip(comparison_of(finished)["runs"], (LlamaForCausalLM, GQEForCausalLM), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(finished / "out" / "runs" / f"{run['arm']}-seed0" / "model")
+        assert type(model) is kind
+        assert costs.parameters(model) == run["parameters"]
+        assert costs.flops_per_token(model.config, 16) == run["flops_per_token"]
+        assert (finished / "out" / "runs" / f"{run['arm']}-seed0" / "model" / "tokenizer.json").exists()
+
+
+def test_prefill_holds_seconds_of_every_repeat_and_the_limits_of_attention(finished):
+    prefill = comparison_of(finished)["prefill"]
+    assert set(prefill) == {"lengths", "repeats", "dtype", "limit", "seconds"}
+    assert (prefill["lengths"], prefill["repeats"], prefill["dtype"]) == ([8, 16], 2, "float32")
+    assert prefill["limit"] == {"dense": 1.0, "gqe": 4 / 3}
+    for arm in ("dense", "gqe"):
+        assert [len(repeats) for repeats in prefill["seconds"][arm]] == [2, 2]
+        assert all(seconds > 0 for repeats in prefill["seconds"][arm] for seconds in repeats)
+
+
+def test_the_page_is_written_and_the_console_says_where_and_what_was_found(finished):
+    assert "<html" in (finished / "out" / "report.html").read_text(encoding="utf-8")
+    console = (finished / "console.txt").read_text()
+    assert "held out" in console
+    assert "gqe" in console
+    assert "report.html" in console.replace("\n", "")
+
+
+def test_a_second_call_trains_nothing_again_and_keeps_the_results(folder, finished, trained):
+    result = folder / "out" / "runs" / "gqe-seed0" / "result.json"
+    stamp = result.stat().st_mtime_ns
+    assert compare(tiny_compare(folder), quiet())
+    assert trained == []
+    assert result.stat().st_mtime_ns == stamp
+    assert comparison_of(folder)["runs"] == comparison_of(finished)["runs"]
+
+
+def test_adding_a_seed_and_an_arm_trains_only_what_is_new(folder, trained):
+    stamp = (folder / "out" / "runs" / "gqe-seed0" / "result.json").stat().st_mtime_ns
+    assert compare(tiny_compare(folder, seeds=[0, 1]), quiet())
+    assert trained == ["dense-seed1", "gqe-seed1"]
+    assert compare(tiny_compare(folder, seeds=[1, 0], arms=["dense", "gqe", "static"]), quiet())
+    assert trained == ["dense-seed1", "gqe-seed1", "static-seed1", "static-seed0"]
+    assert (folder / "out" / "runs" / "gqe-seed0" / "result.json").stat().st_mtime_ns == stamp
+    runs = {(run["arm"], run["seed"]): run for run in comparison_of(folder)["runs"]}
+    assert len(runs) == 6
+    assert runs["gqe", 0]["validation_loss"] != runs["gqe", 1]["validation_loss"]
+    assert runs["static", 0]["routing"] is None
+
+
+def test_an_arm_trained_alone_ends_as_it_does_in_company(finished, tmp_path):
+    shutil.copy(finished / "text.txt", tmp_path)
+    assert train(tiny_train(tmp_path), quiet())
+    alone = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert {k: v for k, v in alone.items() if k not in TIMES} == result_of(finished, "gqe-seed0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"steps": 8}, "steps was 6, now 8"),
+        ({"learning_rate": 0.01}, "learning_rate was 0.003, now 0.01"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings was True, now False"),
+        ({"dtype": "bfloat16", "seq_len": 8}, "dtype was 'float32', now 'bfloat16'; seq_len was 16, now 8"),
+    ],
+)
+def test_a_changed_setting_is_refused_naming_it_with_both_values(folder, trained, changes, told):
+    with pytest.raises(SettingError, match=re.escape(told)):
+        compare(tiny_compare(folder, **changes), quiet())
+    assert trained == []
+
+
+def test_changed_data_is_refused(folder):
+    with (folder / "text.txt").open("a") as text:
+        text.write("one more line\n")
+    with pytest.raises(SettingError, match=r"data_hash was '[0-9a-f]{64}', now '[0-9a-f]{64}'"):
+        compare(tiny_compare(folder), quiet())
+
+
+def test_every_setting_but_those_of_place_and_number_is_kept_from_changing(folder):
+    held = json.loads((folder / "out" / "settings.json").read_text())
+    names = set(vars(tiny_compare(folder))) | set(vars(tiny_train(folder)))
+    assert names - held.keys() == FREE_TO_CHANGE - {"device"}
+    assert held["device"] == "cpu"
+
+
+def test_a_folder_of_one_trained_arm_is_no_folder_of_a_comparison_and_none_of_another_seed(tmp_path):
+    assert train(tiny_train(tmp_path, steps=1), quiet())
+    with pytest.raises(SettingError, match=r"arm and seed was \['gqe', 0\], now 'several'"):
+        compare(tiny_compare(tmp_path, steps=1), quiet())
+    with pytest.raises(SettingError, match=r"arm and seed was \['gqe', 0\], now \['gqe', 1\]"):
+        train(tiny_train(tmp_path, steps=1, seed=1), quiet())
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(SettingError, match="holds other files"):
+        compare(tiny_compare(tmp_path), quiet())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    with pytest.raises(SettingError, match="is a file; it must be a folder"):
+        compare(tiny_compare(tmp_path, out=str(tmp_path / "out" / "thesis.tex")), quiet())
+
+
+def test_stopping_when_the_time_is_up_and_going_on_ends_as_without_a_stop(finished, tmp_path):
+    shutil.copy(finished / "text.txt", tmp_path)
+    calls = 1
+    while True:
+        console = quiet()
+        if compare(tiny_compare(tmp_path, arms=["gqe"], stop_after_minutes=0), console):
+            break
+        assert "Stopped after 0 minutes; the same command goes on." in said(console)
+        assert not (tmp_path / "out" / "comparison.json").exists()
+        calls += 1
+        assert calls < 20
+    assert calls == 6  # a step a call
+    assert_equal_runs(tmp_path, finished, "gqe-seed0")
+
+
+class Killed(BaseException):
+    """No error that any handler would catch."""
+
+
+@pytest.mark.parametrize(("step", "left"), [(2, 6), (4, 3), (6, 3)])
+def test_a_run_killed_in_mid_training_goes_on_and_ends_as_without_the_kill(
+    finished, tmp_path, monkeypatch, begun, step, left
+):
+    """With checkpoints at steps 3 and 6; in steps 2, 4 and 6 before that step is saved."""
+    shutil.copy(finished / "text.txt", tmp_path)
+    original = TokenProgress.on_step_end
+
+    def kill(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenProgress, "on_step_end", kill)
+        with pytest.raises(Killed):
+            compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    begun.clear()
+    assert compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    assert begun == list(range(6 - left, 6))
+    assert_equal_runs(tmp_path, finished, "gqe-seed0")
+
+
+def test_a_run_killed_after_its_last_checkpoint_trains_no_step_more(finished, tmp_path, monkeypatch, begun):
+    shutil.copy(finished / "text.txt", tmp_path)
+
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "describe", kill)
+        with pytest.raises(Killed):
+            compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    begun.clear()
+    assert compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    assert begun == []
+    assert_equal_runs(tmp_path, finished, "gqe-seed0")
+    times = json.loads((tmp_path / "out" / "runs" / "gqe-seed0" / "result.json").read_text())
+    assert times["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("written", [None, b"", b'{"epoch": 1'], ids=["no state", "empty state", "half a state"])
+def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(
+    finished, tmp_path, monkeypatch, begun, written
+):
+    shutil.copy(finished / "text.txt", tmp_path)
+    original = TrainerState.save_to_json
+
+    def kill(self, path):
+        if self.global_step == 6:
+            if written is not None:
+                with open(path, "wb") as file:
+                    file.write(written)
+            raise Killed
+        original(self, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerState, "save_to_json", kill)
+        with pytest.raises(Killed):
+            compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    checkpoints = tmp_path / "out" / "runs" / "gqe-seed0" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-3", "checkpoint-6"}
+    begun.clear()
+    assert compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    assert begun == [3, 4, 5]
+    assert_equal_runs(tmp_path, finished, "gqe-seed0")
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-6"}
+
+
+def test_a_long_run_killed_between_two_logs_logs_the_same_means(tmp_path, monkeypatch):
+    """From 100 steps on there is not a log for each step, and a checkpoint may fall between two."""
+    changes = {"steps": 100, "evaluations": 4, "num_hidden_layers": 1, "validation_sequences": 1}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    assert train(tiny_train(tmp_path / "whole", **changes), quiet())
+    with monkeypatch.context() as patch:
+
+        def kill(self, args, state, control, **kwargs):
+            if state.global_step == 26:
+                raise Killed
+
+        patch.setattr(TokenProgress, "on_step_end", kill)
+        with pytest.raises(Killed):
+            train(tiny_train(tmp_path / "killed", **changes), quiet())
+    assert train(tiny_train(tmp_path / "killed", **changes), quiet())
+    whole, killed = (json.loads((tmp_path / name / "out" / "result.json").read_text()) for name in ("whole", "killed"))
+    assert killed["train_curve"] == whole["train_curve"]
+    assert killed["validation_curve"] == whole["validation_curve"]
+    assert killed["clipped_steps"] == whole["clipped_steps"]
+
+
+def test_evaluations_that_do_not_divide_the_steps_still_end_with_one_of_the_last_step(tmp_path):
+    assert train(tiny_train(tmp_path, steps=5, evaluations=2), quiet())
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [tokens // 32 for tokens, _ in result["validation_curve"]] == [2, 4, 5]
+
+
+def test_a_run_whose_loss_is_no_longer_finite_ends_in_a_sentence_and_is_not_reported(tmp_path):
+    settings = tiny_train(tmp_path, learning_rate=1e30)
+    for _ in range(2):  # the same command again says the same
+        with pytest.raises(SettingError, match=r"learning_rate is 1e\+30"):
+            train(settings, quiet())
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_bfloat16_autocast_trains_float32_weights(tmp_path):
+    assert train(tiny_train(tmp_path, dtype="bfloat16", steps=2), quiet())
+    weights = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_settings_default_to_the_demo_preset():
+    assert CompareSettings().out == "runs/demo"
+    assert TrainSettings().arm == "gqe"
+    CompareSettings().check()

@@ -1,0 +1,142 @@
+"""Two processes over gloo, each with its own rows, train as one process does with all of them.
+
+Run as a script, this file is one of the two processes: it runs every case and saves the gradients that it gets.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from model_helpers import EXACT, assert_same_tensors, checkpoint_activations, random_tokens, tiny_model
+
+WORLD = 2
+MICRO_BATCHES = 2
+ROWS = 2  # of one rank in one micro-batch
+SETTING = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "seed": 3}
+
+# how the processes train, and what the model is told of the step
+CASES = {
+    "ddp_with_the_step_s_labels": ("ddp", ["num_items_in_batch"]),
+    "ddp_with_uneven_padding": ("ddp", ["num_items_in_batch", "num_tokens_in_batch"]),
+    "ddp_told_nothing": ("ddp", []),
+    "ddp_checkpointed": ("checkpointed", ["num_items_in_batch", "num_tokens_in_batch"]),
+    "fsdp_with_uneven_padding": ("fsdp", ["num_items_in_batch", "num_tokens_in_batch"]),
+}
+
+
+def batch(case: str) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows of a step [micro-batch, rank, row, T]: tokens, mask, labels; padding differs from row to row."""
+    rows = MICRO_BATCHES * WORLD * ROWS
+    ids = random_tokens(rows, 12, seed=5)
+    mask = torch.ones_like(ids)
+    if "num_tokens_in_batch" in CASES[case][1]:
+        mask = (torch.arange(12) < 12 - torch.tensor([0, 1, 7, 9, 2, 0, 8, 5])[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    return tuple(t.view(MICRO_BATCHES, WORLD, ROWS, 12) for t in (ids, mask, labels))
+
+
+def told(case: str) -> dict[str, Tensor]:
+    _, mask, labels = batch(case)
+    counts = {"num_items_in_batch": labels[..., 1:].ne(-100).sum(), "num_tokens_in_batch": mask.sum()}
+    return {name: counts[name] for name in CASES[case][1]}
+
+
+def train_alone(case: str) -> dict[str, Tensor]:
+    """Gradients of a step, of one process that sees every rank's rows."""
+    model = tiny_model(**SETTING).train()
+    for ids, mask, labels in zip(*batch(case), strict=True):
+        out = model(ids.flatten(0, 1), attention_mask=mask.flatten(0, 1), labels=labels.flatten(0, 1), **told(case))
+        out.loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def train_as_rank(case: str, rank: int) -> dict[str, Tensor]:
+    """The same of one of two processes, with the Trainer's factor: it makes up for the average over ranks."""
+    model = tiny_model(**SETTING).train()
+    how, counts = CASES[case]
+    if how == "fsdp":
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert isinstance(model, FSDPModule)
+        assert isinstance(model.model.layers[0], FSDPModule)
+    elif how == "checkpointed":
+        checkpoint_activations(model)
+    wrapped = model if how == "fsdp" else DistributedDataParallel(model)
+    for ids, mask, labels in zip(*(t[:, rank] for t in batch(case)), strict=True):
+        out = wrapped(input_ids=ids, attention_mask=mask, labels=labels, **told(case))
+        (out.loss * (WORLD if counts else 1)).backward()
+    whole = (lambda t: t.full_tensor()) if how == "fsdp" else (lambda t: t)
+    return {name: whole(p.grad) for name, p in model.named_parameters()}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    for case in CASES:
+        torch.save(train_as_rank(case, rank), folder / f"{case}.{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where both processes have left their gradients."""
+    path = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    return path
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_get_the_gradients_of_one(case, rank, folder):
+    expected = train_alone(case)
+    assert_same_tensors(torch.load(folder / f"{case}.{rank}.pt"), expected, **EXACT)
+
+
+def test_a_rank_s_own_balance_loss_would_give_other_gradients():
+    """What the tests above would miss if they could not tell: f of one rank's rows alone."""
+    case = "ddp_with_uneven_padding"
+    whole = train_alone(case)
+    summed: dict[str, Tensor] = {}
+    for rank in range(WORLD):
+        model = tiny_model(**SETTING).train()
+        for ids, mask, labels in zip(*(t[:, rank] for t in batch(case)), strict=True):
+            model(ids, attention_mask=mask, labels=labels, **told(case)).loss.backward()
+        for name, p in model.named_parameters():
+            summed[name] = summed.get(name, 0) + p.grad
+    name = "model.layers.0.self_attn.router.weight"
+    assert (summed[name] - whole[name]).abs().max() > 1e-6
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
