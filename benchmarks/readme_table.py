@@ -1,4 +1,4 @@
-"""Puts the table of benchmarks/results/compare-demo.json, and its plots, into the README: python benchmarks/readme_table.py"""
+"""Puts the table of benchmarks/results/compare-demo.json into the README, and its plots into docs/plots/."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(comparison: Comparison) -> str:
     """Markdown: losses and differences seed by seed, and the median speed at the longest prompt."""
     longest = comparison["prefill"]["lengths"][-1]
     head = [
-        "arm", "active heads", "active parameters", "FLOPs a token", "KV bytes a token", "validation loss, seed by seed",
+        "arm", "active heads", "active parameters", "FLOPs a token", "KV bytes a token", "validation loss, by seed",
         "against `dense`", "against `static`", f"prefill of {text.length_name(longest)} tokens",
     ]  # fmt: skip
     lines = [head, ["---"] * len(head), *(cells(row, longest) for row in summary_rows(comparison))]

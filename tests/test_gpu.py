@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: backward through FlexAttention, bf16 kernels, compiled decoding. Skipped without."""
+"""What only a CUDA device can show: FlexAttention backwards, bf16 kernels, compiled decoding. Skipped without one."""
 
 import pytest
 import torch

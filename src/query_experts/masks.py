@@ -50,7 +50,8 @@ class CacheLengths:
             return None
         past = cache.get_seq_length(layer_idx)
         past = past.clone() if isinstance(past, Tensor) else past
-        return cls(past, *cache.get_mask_sizes(num_tokens, layer_idx), bool(getattr(cache, "is_compileable", False)))
+        num_keys, offset = cache.get_mask_sizes(num_tokens, layer_idx)
+        return cls(past, num_keys, offset, bool(getattr(cache, "is_compileable", False)))
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return self.past
