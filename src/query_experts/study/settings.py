@@ -52,7 +52,7 @@ class RunSettings:
     router_aux_loss_coef: float = field(0.01, "weight of the balance loss")
     router_z_loss_coef: float = field(0.0, "weight of the router z-loss")
 
-    steps: int = field(100, "optimizer steps")
+    steps: int = field(64, "optimizer steps")
     batch_size: int = field(16, "sequences in a micro-batch")
     gradient_accumulation_steps: int = field(1, "micro-batches in an optimizer step")
     learning_rate: float = field(3e-3, "peak learning rate (WSD: warm-up, stable, decay)")
