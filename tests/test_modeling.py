@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -494,6 +495,17 @@ def test_a_prepared_four_dimensional_mask_is_taken_as_it_is():
     out = model(ids, attention_mask=prepared).logits
     expected = model(ids, attention_mask=mask).logits
     torch.testing.assert_close(out[mask.bool()], expected[mask.bool()], **EXACT)
+
+
+def test_a_prepared_block_mask_is_taken_as_it_is():
+    """Older Transformers hands one over from `generate` with flex_attention and a static cache."""
+    ids = random_tokens(2, 14)
+    expected = tiny_model()(ids).logits
+    prepared = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 14, 14, device="cpu")
+    with attention_backend("flex_attention") as (model, tolerance):
+        for places in (None, torch.arange(14)[None]):
+            out = model(ids, attention_mask=prepared, position_ids=places).logits
+            torch.testing.assert_close(out, expected, **tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,21 @@ def test_documents_may_start_at_position_one(use_cache, backend):
     torch.testing.assert_close(packed, alone(ids, first=1), **tolerance)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_padding_between_packed_documents_changes_nothing(use_cache, first):
+    """Each document padded to a multiple of 8, as some packers do; padded tokens count on or stand at 0."""
+    model, ids = tiny_model(), random_tokens(1, 24)
+    mask = torch.ones_like(ids)
+    mask[:, 5:8] = mask[:, 14:16] = 0
+    counted_on = torch.cat([torch.arange(8), torch.arange(8), torch.arange(8)])[None] + first
+    for places in (counted_on, counted_on * mask):
+        packed = model(ids, attention_mask=mask, position_ids=places, use_cache=use_cache).logits
+        for begin, end in ((0, 5), (8, 14), (16, 24)):
+            document = model(ids[:, begin:end], position_ids=counted_on[:, begin:end], use_cache=False).logits
+            torch.testing.assert_close(packed[:, begin:end], document, **EXACT)
+
+
 def test_one_row_of_position_ids_serves_a_whole_batch():
     ids = random_tokens(2, LENGTH)
     packed = tiny_model()(ids, position_ids=positions([[9]])).logits

@@ -52,10 +52,10 @@ class RunSettings:
     router_aux_loss_coef: float = field(0.01, "weight of the balance loss")
     router_z_loss_coef: float = field(0.0, "weight of the router z-loss")
 
-    steps: int = field(64, "optimizer steps")
-    batch_size: int = field(16, "sequences in a micro-batch")
+    steps: int = field(240, "optimizer steps")
+    batch_size: int = field(4, "sequences in a micro-batch")
     gradient_accumulation_steps: int = field(1, "micro-batches in an optimizer step")
-    learning_rate: float = field(3e-3, "peak learning rate (WSD: warm-up, stable, decay)")
+    learning_rate: float = field(2e-3, "peak learning rate (WSD: warm-up, stable, decay)")
     min_learning_rate_ratio: float = field(0.02, "the schedule's lowest learning rate over its peak")
     warmup_fraction: float = field(0.1, "share of the steps that warm up")
     decay_fraction: float = field(0.2, "share of the steps that decay")
