@@ -460,6 +460,21 @@ def test_decoding_gives_the_same_attention_weights_as_one_pass():
         torch.testing.assert_close(piece, full[:, :, 9:], **EAGER)
 
 
+@pytest.mark.parametrize("length", [6, 14])
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_attention_dropout_acts_in_training_and_only_there(use_cache, length):
+    """A cache that training makes by default, and few tokens: the path that decoding takes."""
+    model = tiny_model(attention_dropout=0.5)
+    ids = random_tokens(2, length)
+
+    def again() -> float:
+        return (model(ids, use_cache=use_cache).logits - model(ids, use_cache=use_cache).logits).abs().max()
+
+    assert again() == 0
+    model.train()
+    assert again() > 1e-3
+
+
 def test_without_return_dict_the_outputs_are_a_tuple_that_starts_with_the_loss():
     model = tiny_model()
     ids = random_tokens(2, 6)

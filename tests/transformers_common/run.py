@@ -1,0 +1,103 @@
+"""Runs Transformers' common model tests, from the source distribution of the installed version, on the GQE model.
+
+    python tests/transformers_common/run.py [--cache DIR] [pytest arguments]
+
+The distribution is fetched once and its tests unpacked into DIR/transformers-VERSION. Exit status: pytest's; 2 where
+the distribution can't be had. Needs the packages pytest and parameterized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+NEEDED = "tests/test_modeling_common.py"
+
+
+class CannotRun(Exception):
+    """One sentence: what is missing."""
+
+
+def sdist_tests(cache: Path, version: str) -> Path:
+    """The folder that holds `tests` of the distribution of that version, fetched if it isn't there yet."""
+    root = cache / f"transformers-{version}"
+    if (root / NEEDED).is_file():
+        return root
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as folder:
+        download(version, Path(folder))
+        archive = next(Path(folder).glob("transformers-*.tar.gz"), None)
+        if archive is None:
+            raise CannotRun(f"pip fetched no source archive of transformers {version}.")
+        unpacked = unpack(archive, Path(folder) / "unpacked")
+        if not (unpacked / NEEDED).is_file():
+            raise CannotRun(f"{archive.name} holds no {NEEDED}.")
+        if not root.exists():
+            unpacked.rename(root)
+    return root
+
+
+def download(version: str, folder: Path) -> None:
+    """pip runs setup.py to read the distribution's metadata; with setuptools installed that needs nothing else."""
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+        "--no-binary", "transformers", *isolation, "--dest", str(folder), f"transformers=={version}",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        said = result.stderr.strip().splitlines() or ["nothing"]
+        error = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1])
+        raise CannotRun(f"The source distribution of transformers {version} can't be fetched; pip says: {error}")
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """The tests alone. ConfigTester executes `tests/__init__.py`, which is empty in the repository and missing here."""
+    with tarfile.open(archive) as tar:
+        tests = [member for member in tar.getmembers() if member.name.partition("/")[2].startswith("tests/")]
+        tar.extractall(folder, members=tests, filter="data")
+    root = folder / archive.name.removesuffix(".tar.gz")
+    if root.is_dir():
+        (root / "tests" / "__init__.py").touch()
+    return root
+
+
+def environment(sdist: Path) -> dict[str, str]:
+    path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(REPOSITORY / "src")]
+    return {
+        "OMP_NUM_THREADS": "1",  # tiny models: more threads only get into the ranks' way
+        "HF_HUB_OFFLINE": "1",
+        **os.environ,
+        "TRANSFORMERS_SDIST": str(sdist),
+        "PYTHONPATH": os.pathsep.join(path),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache", help="default: .cache of the repository")
+    arguments, pytest_arguments = parser.parse_known_args()
+    try:
+        for package in ("transformers", "pytest", "parameterized"):
+            if importlib.util.find_spec(package) is None:
+                raise CannotRun(f"The package {package} is not installed.")
+        sdist = sdist_tests(arguments.cache.resolve(), importlib.metadata.version("transformers"))
+    except (CannotRun, OSError, tarfile.TarError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *pytest_arguments], cwd=HERE, env=environment(sdist)
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

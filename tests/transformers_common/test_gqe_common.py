@@ -1,0 +1,213 @@
+"""Transformers' common model tests on the GQE model: `python tests/transformers_common/run.py` runs them.
+
+What stands here is the tiny model that they ask for, and what they can't know of GQE. A test of theirs that passes
+without having built a GQE model has tested nothing: it is counted as a skip, with its reason from NO_MODEL_BUILT,
+or it fails where no reason is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import tempfile
+import typing
+import unittest
+import unittest.mock
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests import test_fsdp_mixin, test_tensor_parallel_mixin
+from tests.generation.test_utils import GenerationTesterMixin
+from tests.test_configuration_common import ConfigTester
+from tests.test_fsdp_mixin import FSDPTesterMixin
+from tests.test_modeling_common import ModelTesterMixin, ids_tensor
+from tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
+from tests.test_training_mixin import TrainingTesterMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.processing_utils import Unpack
+from transformers.testing_utils import torch_device
+from transformers.utils import TransformersKwargs
+
+from query_experts import GQEConfig, GQEForCausalLM, GQEModel
+from query_experts.attention import DECODE_TOKENS
+from query_experts.modeling_gqe import GQEPreTrainedModel
+
+# Lists of model types and class names by which the tests choose what to run; a model outside Transformers is in none.
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # no list: every model with a plan
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+MODEL_MAPPING_NAMES["gqe"] = "GQEModel"  # without these two no labels are given and training is not tested
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gqe"] = "GQEForCausalLM"
+
+# The tests read annotations of forward to see what can be asked of it, but don't resolve postponed ones.
+for forward in (GQEModel.forward, GQEForCausalLM.forward):
+    hints = typing.get_type_hints(inspect.unwrap(forward)) | {"kwargs": Unpack[TransformersKwargs]}
+    inspect.unwrap(forward).__annotations__.update(hints)
+
+if test_fsdp_mixin._get_distributed_device_type() == "cpu":
+    # They ask for as many cores as ranks; ranks on the CPU are processes, which can share cores.
+    test_fsdp_mixin._get_available_fsdp_workers = lambda: 4
+
+# Tests that may pass without building a model: name (a regular expression) -> why that is a skip, or None if it isn't.
+NO_MODEL_BUILT = {
+    "test_config|test_config_attn_implementation_setter": None,  # about the configuration alone
+    "test_model_main_input_name": None,  # about forward's signature
+    "test_num_layers_is_small": None,  # about GQEModelTester
+    "test_get_(text|image|audio|video)_features_.*": "GQE has one input, text, and no get_*_features method",
+    "test_generation_tester_mixin_inheritance": "the distribution has no generation tests to inherit; GQE has its own",
+    "test_problem_types|test_(can_load_ignoring|load_with)_mismatched_shapes": "GQE has no classification head",
+}
+
+
+class Started:
+    """How many GQE models were built and how many ranks were started, to tell whether a test did anything."""
+
+    count = 0
+
+
+def count_calls(owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        Started.count += 1
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+count_calls(GQEPreTrainedModel, "__init__")
+count_calls(importlib.import_module("torch.multiprocessing.spawn"), "start_processes")
+
+
+def no_silent_pass(test_class: type) -> type:
+    """Class decorator: a test method that passes without building a model becomes a skip with a reason, or fails."""
+
+    def guarded(name: str, test: Callable) -> Callable:
+        @functools.wraps(test)
+        def run(self: unittest.TestCase, *args: Any, **kwargs: Any) -> None:
+            before = Started.count
+            test(self, *args, **kwargs)
+            if Started.count > before:
+                return
+            known = [reason for pattern, reason in NO_MODEL_BUILT.items() if re.fullmatch(pattern, name)]
+            if not known:
+                self.fail(f"{name} passed without building a GQE model: what did it test?")
+            if known[0] is not None:
+                self.skipTest(known[0])
+
+        return run
+
+    for name in dir(test_class):
+        if name.startswith("test_") and callable(getattr(test_class, name)):
+            setattr(test_class, name, guarded(name, getattr(test_class, name)))
+    return test_class
+
+
+class GQEModelTester:
+    """A model of 4 query experts in 2 groups, one of each awake, and its inputs.
+
+    `num_attention_heads` is here what the tests mean by it: the heads of the attention weights, which in GQE are the
+    woken experts and the shared head.
+    """
+
+    base_model_class = GQEModel
+    causal_lm_class = GQEForCausalLM
+    all_model_classes = (GQEModel, GQEForCausalLM)
+    is_training = True
+    batch_size = 13
+    seq_length = DECODE_TOKENS + 3  # fewer, with the cache that is on by default, would all be decoded in one read
+    vocab_size = 99
+    hidden_size = 32
+    intermediate_size = 36  # 5.17 does not split an odd one over two ranks, in Llama neither
+    num_hidden_layers = 2
+    num_query_experts = 4
+    num_key_value_heads = 2
+    active_query_experts = 1
+    num_attention_heads = num_key_value_heads * active_query_experts + 1
+    routing = "learned"
+
+    def __init__(self, parent: unittest.TestCase):
+        self.parent = parent
+
+    def get_config(self) -> GQEConfig:
+        return GQEConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_query_experts,
+            num_key_value_heads=self.num_key_value_heads,
+            active_query_experts=self.active_query_experts,
+            routing=self.routing,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[GQEConfig, dict[str, torch.Tensor]]:
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        attention_mask = torch.ones_like(input_ids, device=torch_device).tril()  # right padding, of each length
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+@no_silent_pass
+class GQEModelTest(
+    ModelTesterMixin,
+    GenerationTesterMixin,
+    TrainingTesterMixin,
+    TensorParallelTesterMixin,
+    FSDPTesterMixin,
+    unittest.TestCase,
+):
+    model_tester = None
+    all_model_classes = GQEModelTester.all_model_classes
+
+    def setUp(self) -> None:
+        self.model_tester = GQEModelTester(self)
+
+    def test_config(self) -> None:
+        held = {
+            "head_dim": 64,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 3,
+            "active_query_experts": 2,
+            "variant": "weighted_concat",
+            "output_projection": "expert",
+            "routing": "frozen",
+            "shared_head_kv": "first",
+            "router_aux_loss_coef": 0.02,
+            "router_z_loss_coef": 0.001,
+            "output_router_logits": True,
+        }
+        ConfigTester(self, config_class=GQEConfig, **held).run_common_tests()
+
+    def test_can_init_all_missing_weights(self) -> None:
+        """They run it for models added since 2023, judging by the copyright line of the configuration's file."""
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as dated:
+            dated.write("# Copyright 2026\n")
+            dated.flush()
+            with unittest.mock.patch("tests.test_modeling_common.inspect.getfile", return_value=dated.name):
+                super().test_can_init_all_missing_weights()
+
+    def test_training_gradient_checkpointing_use_reentrant_true(self) -> None:
+        """Reentrant checkpointing would cut the router off its balance loss: refused, unless there is no router."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = GQEForCausalLM(config).to(torch_device).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+        with pytest.raises(ValueError, match="use_reentrant=True"):
+            model(**inputs, labels=inputs["input_ids"])
+
+        self.model_tester.routing = "none"
+        self.model_tester.active_query_experts = 2  # all of a group's
+        super().test_training_gradient_checkpointing_use_reentrant_true()
+
+    def _get_tiny_config(self) -> tuple[type, dict[str, Any]]:
+        """Theirs gives each of 4 heads its own KV head, which leaves the router nothing to choose."""
+        config_class, fields = super()._get_tiny_config()
+        return config_class, fields | {"num_key_value_heads": 2}
