@@ -475,6 +475,18 @@ def test_attention_dropout_acts_in_training_and_only_there(use_cache, length):
     assert again() > 1e-3
 
 
+@pytest.mark.parametrize("use_cache", [None, False])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_short_training_pass_with_dropout_is_causal(backend, use_cache):
+    model = tiny_model(backend, torch.float32, attention_dropout=0.5).train()
+    embeds = model.get_input_embeddings()(random_tokens(1, 6)).detach().requires_grad_()
+    for t in range(6):
+        logits = model(inputs_embeds=embeds, use_cache=use_cache).logits
+        (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), embeds)
+        assert not gradient[0, t + 1 :].any()
+        assert gradient[0, t].any()
+
+
 def test_without_return_dict_the_outputs_are_a_tuple_that_starts_with_the_loss():
     model = tiny_model()
     ids = random_tokens(2, 6)

@@ -83,6 +83,8 @@ def check_layout(
             f"routing is 'none' and top_k (active_query_experts) {top_k} of {experts_per_group} experts in a group; "
             f"without a router it must be all of them"
         )
+    if head_dim < 1:
+        raise ValueError(f"head_dim is {head_dim}; it must be 1 or more")
     if rope and head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary position embedding needs an even number")
 
@@ -165,6 +167,9 @@ class GQEAttention(nn.Module):
             num_query_experts, num_kv_heads, top_k, head_dim, rope_theta is not None,
             variant, output_projection, routing, shared_head_kv,
         )  # fmt: skip
+        if _config is None and attn_implementation not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
+            allowed = ", ".join(["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()])
+            raise ValueError(f"attn_implementation is {attn_implementation!r}; it must be one of {allowed}")
         self.num_query_experts = num_query_experts
         self.num_kv_heads = num_kv_heads
         self.experts_per_group = num_query_experts // num_kv_heads
@@ -232,7 +237,7 @@ class GQEAttention(nn.Module):
             cos_sin = rotary_cos_sin(
                 position_ids if position_ids is not None else new[None], self.head_dim, self.rope_theta, x.dtype
             )
-        y, _, routing = self.route_and_attend(x, mask, cos_sin, past_key_values)
+        y, _, routing = self.route_and_attend(x, mask, cos_sin, past_key_values, position_ids=position_ids)
         if not output_routing:
             return y
         token_mask = attention_mask[:, new] if attention_mask is not None else None
@@ -286,14 +291,15 @@ class GQEAttention(nn.Module):
         G, k = self.num_kv_heads, self.top_k
         routed_query, shared_query = query[:, : G * k], query[:, G * k :]
         visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1
+        dropout = self.dropout if self.training else 0.0
         if visible and decodes_in_one_read(self, query.shape[2], past_key_values):
             routed, shared, weights = shared_decode(
-                routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling
+                routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling, dropout
             )
             wanted = weights if self.config._attn_implementation == "eager" else None
             return routed.permute(0, 3, 1, 2, 4), shared, wanted
 
-        kwargs |= {"scaling": self.scaling, "dropout": self.dropout if self.training else 0.0}
+        kwargs |= {"scaling": self.scaling, "dropout": dropout}
         routed, weights = self.routed_heads(routed_query, key, value, mask, **kwargs)  # [B, T, G*k, d]
         routed = routed.unflatten(2, (G, k))
         if self.shared_head is None:

@@ -71,6 +71,9 @@ class ZClipCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        if not parameters:
+            raise ValueError("ZClip finds no gradients in the parameters (DeepSpeed keeps its own); it can't clip")
+
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if hasattr(total, "full_tensor"):  # sharded gradients (FSDP2)
             total = total.full_tensor()

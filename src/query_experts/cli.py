@@ -46,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     except SettingError as error:
         print(f"query-experts: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("query_experts"):
+            raise
+        print(f"query-experts: {error.name} is not installed; pip install query-experts[study]", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

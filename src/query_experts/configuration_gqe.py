@@ -25,6 +25,7 @@ class GQEConfig(LlamaConfig):
     """
 
     model_type = "gqe"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "lm_loss", "aux_loss", "router_logits"]
     # 10 output slots don't split as 16 heads do: attention is replicated over tensor-parallel ranks, the MLP is split
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.mlp.gate_proj": "colwise",

@@ -81,12 +81,12 @@ def causal_mask(
     """
     cache = CacheLengths.of(past_key_values, x.shape[1], layer_idx)
     documents = None
-    if position_ids is not None and (attention_mask is None or attention_mask.ndim == 2):
+    if position_ids is not None and (attention_mask is None or len(attention_mask.shape) == 2):
         documents = document_rule(x, attention_mask, cache, position_ids)
     if materialise:
         config = SDPA
     elif documents is not None and is_flash_attention_requested(config):
-        return _flash_documents(attention_mask, cache)
+        return _flash_documents(x.shape[0], attention_mask, cache)
     mask = create_causal_mask(
         config=config,
         inputs_embeds=x,
@@ -138,11 +138,11 @@ def document_rule(
     return same_document
 
 
-def _flash_documents(attention_mask: Tensor | None, cache: CacheLengths | None) -> None:
-    """FlashAttention separates documents by itself, from position_ids, where it gets no mask and no cached keys."""
+def _flash_documents(batch_size: int, attention_mask: Tensor | None, cache: CacheLengths | None) -> None:
+    """FlashAttention separates documents by itself, from position_ids, in one row without padding or cached keys."""
     padded = attention_mask is not None and not bool(attention_mask.all())
-    if padded or (cache is not None and cache.past > 0):
+    if batch_size > 1 or padded or (cache is not None and cache.past > 0):
         raise ValueError(
-            "attn_implementation: flash attention separates packed documents only without padding and before anything "
-            "is cached; use sdpa, eager or flex_attention here"
+            "attn_implementation: flash attention separates packed documents only in a batch of one row, without "
+            "padding and before anything is cached; use sdpa, eager or flex_attention here"
         )

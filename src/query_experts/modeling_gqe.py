@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
+from transformers import initialization as init
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -20,12 +21,23 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from query_experts.attention import GQEAttention, decodes_in_one_read
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.masks import causal_mask
 from query_experts.router import BalanceWindow, Router, balance_loss, routing_statistics
+
+
+class RouterLogits:
+    """What the layers of one forward pass leave for the router's losses: [B*T, N] each.
+
+    Passed down as an argument, not captured by hooks, which `torch.compile(fullgraph=True)` can't install; not a
+    list, which tools that move arguments between devices would copy.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []
 
 
 class GQESelfAttention(GQEAttention):
@@ -54,12 +66,15 @@ class GQESelfAttention(GQEAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
+        router_logits: RouterLogits | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D] and a mask from `causal_mask` -> y [B, T, D], attention weights or None."""
-        y, weights, _ = self.route_and_attend(
+        y, weights, routing = self.route_and_attend(
             hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs
         )
+        if router_logits is not None and routing.logits is not None:
+            router_logits.layers.append(routing.logits.flatten(2).flatten(0, 1))
         return y, weights
 
 
@@ -78,10 +93,15 @@ class GQEPreTrainedModel(LlamaPreTrainedModel):
     config_class = GQEConfig
     _no_split_modules = ["GQEDecoderLayer"]  # noqa: RUF012 - as Transformers declares it
     _can_record_outputs = {  # noqa: RUF012
-        "router_logits": OutputRecorder(Router, index=0),
         "hidden_states": GQEDecoderLayer,
         "attentions": GQESelfAttention,
     }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
 
 class GQEModel(GQEPreTrainedModel):
@@ -108,6 +128,7 @@ class GQEModel(GQEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Llama's forward, but for the mask: here restarting position_ids separate documents always.
@@ -129,6 +150,9 @@ class GQEModel(GQEPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
 
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        router_logits = RouterLogits() if output_router_logits else None
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -139,9 +163,14 @@ class GQEModel(GQEPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
+                router_logits=router_logits,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_logits=tuple(router_logits.layers) if router_logits is not None else None,
+        )
 
 
 @dataclass
@@ -214,9 +243,8 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
 
         lm_loss = loss = aux_loss = None
         if labels is not None:
-            lm_loss = loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = lm_loss.clone()  # the Trainer scales `loss` in place
         if routed:
             self._check_checkpointing(outputs)
             aux_loss, z_loss, share = self._router_losses(
@@ -273,13 +301,18 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         return balance, statistics.z_sum.sum() / here, share
 
     def _check_checkpointing(self, outputs: MoeModelOutputWithPast) -> None:
-        trains = torch.is_grad_enabled() and outputs.last_hidden_state.requires_grad
-        checkpoints = self.model.layers[0].gradient_checkpointing
-        if trains and checkpoints and not any(t.requires_grad for t in outputs.router_logits):
-            raise ValueError(
-                "gradient_checkpointing_kwargs: use_reentrant=True runs the layers without gradients, so the balance "
-                "loss would not reach the router; it must be False"
-            )
+        if not (torch.is_grad_enabled() and outputs.last_hidden_state.requires_grad):
+            return
+        for layer, logits in zip(self.model.layers, outputs.router_logits, strict=True):
+            if (
+                layer.gradient_checkpointing
+                and layer.self_attn.router.weight.requires_grad
+                and not logits.requires_grad
+            ):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs: use_reentrant=True runs the layers without gradients, so the "
+                    "balance loss would not reach the router; it must be False"
+                )
 
     @staticmethod
     def create_masks_for_generate(

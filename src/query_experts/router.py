@@ -14,19 +14,23 @@ from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
 
-class Router(nn.Linear):
+class Router(nn.Module):
     """One linear map D -> M for each group, without bias (arXiv 2606.20945, section 3; router weights r_g).
 
     Logits are float32 whatever the model's dtype, since bf16 logits flip selections; float64 stays float64. The
-    initial weights are small and random: a zero router ties every logit, and devices break ties differently.
+    initial weights are small and random: a zero router ties every logit, and devices break ties differently. A router
+    that isn't trainable holds its weight as a buffer, so that nothing ever trains it. Not an `nn.Linear`, so that
+    tools which replace those by quantised or adapted ones leave it alone.
     """
 
     def __init__(self, hidden_size: int, num_query_experts: int, trainable: bool = True):
-        super().__init__(hidden_size, num_query_experts, bias=False)
-        self.weight.requires_grad_(trainable)
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        super().__init__()
+        weight = nn.init.normal_(torch.empty(num_query_experts, hidden_size), std=0.02)
+        self.weight: Tensor
+        if trainable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
@@ -107,8 +111,9 @@ class BalanceWindow:
 
         items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts.
         """
-        if self.so_far is not None and self.so_far[0].shape == selected.shape:
-            selected_before, tokens_before, items_before, total_before = self.so_far
+        before = self.so_far
+        if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):
+            selected_before, tokens_before, items_before, total_before = before
             continues = (total_before == total) & (items_before + items <= total)
             selected = selected + torch.where(continues, selected_before, 0.0)
             tokens = tokens + torch.where(continues, tokens_before, 0.0)

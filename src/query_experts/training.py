@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ class GQETrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ValueError(
+                "label_smoothing_factor and compute_loss_func replace the model's loss, and with it the router's; they "
+                "must be 0 and None"
+            )
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
 
@@ -32,7 +38,10 @@ class GQETrainer(Trainer):
                 b["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
                 for b, mask in zip(batches, real, strict=True)
             )
-            tokens = self.accelerator.reduce(torch.tensor(count, device=device), "sum")
+            tokens = torch.tensor(float(count), device=device)
+            if self.args.average_tokens_across_devices:
+                tokens = self.accelerator.reduce(tokens, "sum")
+            tokens = tokens / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
             for batch in batches:
                 batch["num_tokens_in_batch"] = tokens
         return batches, num_items
@@ -44,6 +53,8 @@ class GQETrainer(Trainer):
         lm_loss = outputs.get("lm_loss")
         if lm_loss is None:
             lm_loss = outputs["loss"]
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                lm_loss = lm_loss / (self.accelerator.num_processes // self.get_tp_size())  # as the Trainer scaled it
         if model.training:
             if self._lm_loss_sum is None:
                 self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
@@ -68,7 +79,7 @@ def initialise_by_name(model: PreTrainedModel, seed: int) -> None:
     So models of different arms start with equal values in all tensors of equal name and shape. Vectors (norms,
     biases) keep the constants that they were made with.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain(model.named_parameters(), model.named_buffers()):  # a frozen router is a buffer
         if parameter.dim() >= 2:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -11,15 +11,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def shared_decode(
-    routed_BGkTd: Tensor, shared_BTd: Tensor, key_BGSd: Tensor, value_BGSd: Tensor, mask: Tensor | None, scaling: float
+    routed_BGkTd: Tensor,
+    shared_BTd: Tensor,
+    key_BGSd: Tensor,
+    value_BGSd: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of the routed heads [B, G, k, T, d] and of the shared head [B, T, d], and the weights [B, G*k+1, T, S].
 
     mask: [B or 1, 1, T, S], boolean (True: visible) or additive, or None where every key is visible. Scores and
-    softmax are float32 (float64 for float64). A query that sees no key gives zeros, as in sdpa.
+    softmax are float32 (float64 for float64). A query that a boolean mask leaves no key gives zeros, as in sdpa.
+    dropout: of the weights, 0 outside of training.
     """
     B, G, k, T, d = routed_BGkTd.shape
     queries = torch.cat([routed_BGkTd, shared_BTd[:, None, None].expand(B, G, 1, T, d)], 2)
@@ -34,7 +42,7 @@ def shared_decode(
     weights = scores.softmax(-1)
     if mask is not None and mask.dtype == torch.bool:
         weights = weights * mask.any(-1, keepdim=True)
-    weights = weights.to(value_BGSd.dtype)
+    weights = F.dropout(weights.to(value_BGSd.dtype), dropout)
 
     routed = weights[:, : G * k].unflatten(1, (G, k))
     shared = weights[:, None, G * k :].expand(B, G, 1, T, -1)

@@ -33,7 +33,8 @@ def measure_prefill(settings: CompareSettings, folders: dict[str, Path]) -> dict
         for arm in models:
             seconds[arm].append([])
         for repeat in range(settings.prefill_repeats + 1):
-            for arm, model in models.items():
+            first = repeat % len(models)  # another arm begins each turn
+            for arm, model in [*models.items()][first:] + [*models.items()][:first]:
                 elapsed = prefill_seconds(model, prompt)
                 if repeat > 0:  # the first turn warms up
                     seconds[arm][-1].append(elapsed)

@@ -59,7 +59,8 @@ def _difference(difference: PairedDifference | None) -> str:
 def _cost(rows: list[Row]) -> Table:
     return Table(
         title="Cost",
-        note="Active: used by one token. FLOPs: one forward pass at the training length. KV bytes: cache a token. "
+        note="Active: used by one token. FLOPs: what a token needs in a forward pass at the training "
+        "length, without queries that are computed and discarded. KV bytes: cache a token. "
         "Training speed is the median over seeds.",
         head=[
             "arm", "total params", "active params", "active heads", "active FLOPs a token", "KV bytes a token",

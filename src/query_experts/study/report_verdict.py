@@ -95,7 +95,10 @@ def _routing_itself(rows: dict[str, Row]) -> Iterator[str]:
         as_many = rows["gqe"].active_heads == rows["static"].active_heads
         control = "static, with as many active heads and no router" if as_many else "static, which has no router"
         if difference.excludes_zero and difference.mean < 0:
-            yield f"The control for routing is {control}: against it, these seeds speak for routing at this scale."
+            yield (
+                f"The control for routing is {control}: against it, these seeds speak for gqe at this scale; whether "
+                "that is learned routing or merely more query weights, only the arm frozen tells."
+            )
         elif difference.same_sign and difference.mean > 0:
             yield f"The control for routing is {control}: gqe lost to it, so routing did not pay here."
         elif difference.same_sign and difference.low is None:
@@ -132,7 +135,7 @@ def _certainty(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
     if spreads[arm] >= between:
         yield line + f"the arms' means differ by {between:.4f} at most. Go by paired differences, not means."
     else:
-        yield line + f"the arms' means differ by up to {between:.4f}, more than seeds do."
+        yield line + f"the arms' means lie up to {between:.4f} apart, which says nothing of any one pair."
 
 
 def _lowest(rows: dict[str, Row]) -> Iterator[str]:
@@ -148,14 +151,29 @@ def _lowest(rows: dict[str, Row]) -> Iterator[str]:
 def _speed(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
     if "gqe" not in rows:
         return
-    ours, dense = rows["gqe"].tokens_per_s, rows["dense"].tokens_per_s if "dense" in rows else None
-    if ours and dense:
-        change = ours / dense - 1
-        how = "about as fast as" if abs(change) <= SAME_SPEED else f"{abs(change):.0%} {_pace(change)} than"
-        yield f"In training, gqe runs {how} dense ({text.whole(ours)} against {text.whole(dense)} tokens/s)."
+    yield from _training_speed(comparison)
     lengths = [length for length in prefill_lengths(comparison) if rows["gqe"].prefill.get(length)]
     for length in lengths[-1:]:
         yield _prefill_sentence(comparison, rows["gqe"], length)
+
+
+def _training_speed(comparison: Comparison) -> Iterator[str]:
+    """Seed by seed: runs of one seed follow each other, and a machine's speed drifts."""
+    speeds = {
+        arm: {run["seed"]: run["tokens_per_s"] for run in runs if run.get("tokens_per_s")}
+        for arm, runs in runs_by_arm(comparison).items()
+    }
+    ours, dense = speeds.get("gqe", {}), speeds.get("dense", {})
+    changes = [ours[seed] / dense[seed] - 1 for seed in sorted(ours.keys() & dense.keys())]
+    if not changes:
+        return
+    listing = text.listed([f"{change:+.0%}" for change in changes])
+    if max(abs(change) for change in changes) <= SAME_SPEED:
+        yield f"In training, gqe runs about as fast as dense (tokens/s, seed by seed: {listing})."
+    elif min(changes) > 0 or max(changes) < 0:
+        yield f"In training, gqe runs {_pace(changes[0])} than dense on every seed (tokens/s: {listing})."
+    else:
+        yield f"In training, gqe runs faster than dense on some seeds and slower on others (tokens/s: {listing})."
 
 
 def _pace(change: float) -> str:

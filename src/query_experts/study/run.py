@@ -42,6 +42,12 @@ def train_arm(
     result_file = folder / "result.json"
     if result_file.exists():
         return json.loads(result_file.read_text())
+    step = settings.batch_size * settings.gradient_accumulation_steps
+    if len(corpus.train) < step:
+        raise SettingError(
+            f"batch_size * gradient_accumulation_steps is {step}; it must be at most the {len(corpus.train)} sequences "
+            "that data holds"
+        )
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed)
     require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
@@ -51,7 +57,7 @@ def train_arm(
     trainer = GQETrainer(
         model=model,
         args=training_arguments(settings, seed, folder / "checkpoints"),
-        train_dataset=corpus.train,
+        train_dataset=Subset(corpus.train, range(len(corpus.train) // step * step)),  # no epoch ends in a short step
         eval_dataset=validation,
         callbacks=[ZClipCallback(), progress, *([StopAt(deadline)] if deadline is not None else [])],
     )
@@ -173,7 +179,7 @@ def describe(
         "dense_attention_heads": settings.num_attention_heads,
         "intermediate_size": model.config.intermediate_size,
         "flops_per_token": costs.flops_per_token(model.config, settings.seq_len),
-        "kv_bytes_per_token": costs.kv_bytes_per_token(model.config),
+        "kv_bytes_per_token": costs.kv_bytes_per_token(model.config, getattr(torch, settings.dtype).itemsize),
         "tokens_per_s": round(progress.steps * settings.tokens_per_step / progress.seconds, 1),
         "train_seconds": round(progress.seconds, 1),
         "train_tokens": settings.steps * settings.tokens_per_step,

@@ -98,6 +98,10 @@ class RunSettings:
         if self.warmup_fraction + self.decay_fraction > 1:
             total = self.warmup_fraction + self.decay_fraction
             raise SettingError(f"warmup_fraction + decay_fraction is {total}; it must be 1 or less")
+        if self.stop_after_minutes is not None and not 0 <= self.stop_after_minutes < math.inf:
+            raise SettingError(f"stop_after_minutes is {self.stop_after_minutes}; it must be a number, 0 or more")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise SettingError(f"max_bytes is {self.max_bytes}; it must be 1 or more")
         if self.dtype not in ("bfloat16", "float32"):
             raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16 or float32")
         resolve_device(self.device)
