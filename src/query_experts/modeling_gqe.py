@@ -303,7 +303,8 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
     def _check_checkpointing(self, outputs: MoeModelOutputWithPast) -> None:
         if not (torch.is_grad_enabled() and outputs.last_hidden_state.requires_grad):
             return
-        for layer, logits in zip(self.model.layers, outputs.router_logits, strict=True):
+        layers: Any = self.model.layers
+        for layer, logits in zip(layers, outputs.router_logits, strict=True):
             if (
                 layer.gradient_checkpointing
                 and layer.self_attn.router.weight.requires_grad
