@@ -115,7 +115,7 @@ def test_a_run_holds_its_costs_curves_in_tokens_and_for_routed_arms_the_routing(
         assert 4 < run["validation_loss"] < math.log(300) + 0.1
         assert run["train_curve"][0][1] == pytest.approx(math.log(300), abs=0.1)
         assert run["dense_attention_heads"] == 4
-        assert run["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 2
+        assert run["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 4  # float32
         assert run["clipped_steps"] == 0
         assert run["tokens_per_s"] > 0
     assert (dense["active_attention_heads"], gqe["active_attention_heads"]) == (4, 3)
@@ -190,7 +190,7 @@ def test_an_arm_trained_alone_ends_as_it_does_in_company(finished, tmp_path):
     ("changes", "told"),
     [
         ({"steps": 8}, "steps was 6, now 8"),
-        ({"learning_rate": 0.01}, "learning_rate was 0.003, now 0.01"),
+        ({"learning_rate": 0.01}, "learning_rate was 0.002, now 0.01"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings was True, now False"),
         ({"dtype": "bfloat16", "seq_len": 8}, "dtype was 'float32', now 'bfloat16'; seq_len was 16, now 8"),
     ],

@@ -50,6 +50,7 @@ def parameters(model: PreTrainedModel) -> dict[str, int]:
     asleep = (h.held - h.active) * d * (config.hidden_size + bias)
     asleep += (h.slots_held - h.slots_active) * d * config.hidden_size
     total = sum(p.numel() for p in model.parameters())
+    total += sum(b.numel() for name, b in model.named_buffers() if name.endswith("router.weight"))  # frozen routers
     tables = 1 if config.tie_word_embeddings else 2
     return {
         "total": total,
