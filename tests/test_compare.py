@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerState
 from query_experts import GQEForCausalLM, costs
 from query_experts.callbacks import TokenProgress
 from query_experts.errors import SettingError
+from query_experts.study import environment as environment_module
+from query_experts.study import prefill as prefill_module
 from query_experts.study import run as run_module
 from query_experts.study.compare import compare, train
 from query_experts.study.settings import FREE_TO_CHANGE, CompareSettings, TrainSettings
@@ -21,9 +23,9 @@ from study_helpers import quiet, said, tiny_compare, tiny_train
 RUN_KEYS = {
     "arm", "seed", "parameters", "active_attention_heads", "dense_attention_heads", "intermediate_size",
     "flops_per_token", "kv_bytes_per_token", "tokens_per_s", "train_seconds", "train_tokens", "clipped_steps",
-    "validation_loss", "train_curve", "validation_curve", "routing", "passage",
+    "validation_loss", "train_curve", "validation_curve", "routing", "passage", "diverged_at_tokens", "pieces",
 }  # fmt: skip
-TIMES = {"tokens_per_s", "train_seconds"}
+TIMES = {"tokens_per_s", "train_seconds", "pieces"}
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +246,7 @@ def test_stopping_when_the_time_is_up_and_going_on_ends_as_without_a_stop(finish
         assert not (tmp_path / "out" / "comparison.json").exists()
         calls += 1
         assert calls < 20
-    assert calls == 6  # a step a call
+    assert calls == 7  # a step a call, then a length of prefill
     assert_equal_runs(tmp_path, finished, "gqe-seed0")
 
 
@@ -318,7 +320,7 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(
     assert compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
     assert begun == [3, 4, 5]
     assert_equal_runs(tmp_path, finished, "gqe-seed0")
-    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-6"}
+    assert not checkpoints.exists()  # of no use to a finished run
 
 
 def test_a_long_run_killed_between_two_logs_logs_the_same_means(tmp_path, monkeypatch):
@@ -349,12 +351,89 @@ def test_evaluations_that_do_not_divide_the_steps_still_end_with_one_of_the_last
     assert [tokens // 32 for tokens, _ in result["validation_curve"]] == [2, 4, 5]
 
 
-def test_a_run_whose_loss_is_no_longer_finite_ends_in_a_sentence_and_is_not_reported(tmp_path):
+def test_a_run_that_diverges_is_kept_as_such_and_ends_in_a_sentence(tmp_path, trained):
     settings = tiny_train(tmp_path, learning_rate=1e30)
-    for _ in range(2):  # the same command again says the same
-        with pytest.raises(SettingError, match=r"learning_rate is 1e\+30"):
+    for _ in range(2):  # the same command again says the same and trains nothing
+        with pytest.raises(SettingError, match=r"learning_rate is 1e\+30, with which arm gqe, seed 0, diverged after"):
             train(settings, quiet())
-    assert not (tmp_path / "out" / "result.json").exists()
+    assert len(trained) == 1
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert set(result) == RUN_KEYS
+    assert result["validation_loss"] is None
+    assert 0 < result["diverged_at_tokens"] < 6 * 32  # not trained to the end
+    assert all(math.isfinite(loss) for curve in ("train_curve", "validation_curve") for _, loss in result[curve])
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_comparison_goes_on_without_an_arm_that_diverged_and_says_so(tmp_path, monkeypatch):
+    original = run_module.training_arguments
+
+    def reckless(settings, seed, folder):
+        arguments = original(settings, seed, folder)
+        if "gqe-seed0" in str(folder) or "static" in str(folder):
+            arguments.learning_rate = 1e30
+        return arguments
+
+    monkeypatch.setattr(run_module, "training_arguments", reckless)
+    console = quiet()
+    assert compare(tiny_compare(tmp_path, arms=["dense", "static", "gqe"], seeds=[0, 1]), console)
+    runs = {(run["arm"], run["seed"]): run for run in comparison_of(tmp_path)["runs"]}
+    assert {key for key, run in runs.items() if run["diverged_at_tokens"] is not None} == {
+        ("static", 0), ("static", 1), ("gqe", 0)
+    }  # fmt: skip
+    assert comparison_of(tmp_path)["prefill"]["seconds"].keys() == {"dense", "gqe"}  # gqe by its other seed
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in (" ".join(said(console).split()), page):
+        assert "static diverged with seeds 0 and 1" in text
+        assert "gqe diverged with seed 0" in text
+
+
+def test_prefill_is_measured_once_for_each_length_and_anew_for_other_models(folder, finished, monkeypatch):
+    timed = []
+    original = prefill_module.time_in_turn
+
+    def spy(models, length, *rest):
+        timed.append((sorted(models), length))
+        return original(models, length, *rest)
+
+    monkeypatch.setattr(prefill_module, "time_in_turn", spy)
+    assert compare(tiny_compare(folder), quiet())
+    assert timed == []
+    assert comparison_of(folder)["prefill"] == comparison_of(finished)["prefill"]
+    assert compare(tiny_compare(folder, prefill_lengths=[8, 16, 4]), quiet())
+    assert timed == [(["dense", "gqe"], 4)]
+    assert compare(tiny_compare(folder, arms=["dense", "gqe", "static"]), quiet())
+    assert timed[1:] == [(["dense", "gqe", "static"], length) for length in (8, 16)]
+
+
+def test_a_run_notes_where_each_of_its_pieces_was_trained(finished, tmp_path, monkeypatch):
+    shutil.copy(finished / "text.txt", tmp_path)
+    (whole,) = json.loads((finished / "out" / "runs" / "gqe-seed0" / "result.json").read_text())["pieces"]
+    assert whole["first_step"] == 0
+    assert whole["hardware"]
+    assert not compare(tiny_compare(tmp_path, arms=["gqe"], stop_after_minutes=0), quiet())
+    monkeypatch.setattr(environment_module, "cpu_name", lambda: "another machine")
+    assert compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    first, second = comparison_of(tmp_path)["runs"][0]["pieces"]
+    assert first == whole
+    assert second["first_step"] == 1
+    assert second["hardware"].startswith("another machine")
+
+
+@pytest.mark.parametrize("processes", ["2", "8"])
+def test_a_launch_on_several_processes_is_refused(tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SettingError, match=f"WORLD_SIZE is {processes}; .* must be 1"):
+        compare(tiny_compare(tmp_path), quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_visible_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(SettingError, match="of which 4 are visible; it must be one: set CUDA_VISIBLE_DEVICES"):
+        CompareSettings().check()
+    CompareSettings(device="cpu").check()
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):

@@ -450,6 +450,17 @@ def test_outputs_hold_attention_weights_and_hidden_states_in_eager():
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits, **EXACT)
 
 
+@each_setting
+def test_the_attention_weights_that_are_returned_are_on_the_way_to_the_loss(setting):
+    model = tiny_model("eager", **setting)
+    ids = random_tokens(2, 14)
+    out = model(ids, labels=ids, output_attentions=True)
+    for weights in out.attentions:
+        weights.retain_grad()
+    out.lm_loss.backward()
+    assert all(weights.grad[:, head].any() for weights in out.attentions for head in range(weights.shape[1]))
+
+
 def test_decoding_gives_the_same_attention_weights_as_one_pass():
     model = tiny_model("eager")
     ids, cache = random_tokens(2, 12), new_cache("dynamic", model)

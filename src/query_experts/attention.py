@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
 from query_experts.masks import AttentionBackend, causal_mask
 from query_experts.ops.shared_decode import shared_decode
@@ -300,18 +300,25 @@ class GQEAttention(nn.Module):
             return routed.permute(0, 3, 1, 2, 4), shared, wanted
 
         kwargs |= {"scaling": self.scaling, "dropout": dropout}
-        routed, weights = self.routed_heads(routed_query, key, value, mask, **kwargs)  # [B, T, G*k, d]
-        routed = routed.unflatten(2, (G, k))
         if self.shared_head is None:
-            return routed, None, weights
+            routed, weights = self.routed_heads(routed_query, key, value, mask, **kwargs)  # [B, T, G*k, d]
+            return routed.unflatten(2, (G, k)), None, weights
         if self.shared_head_kv == "mean":
-            key, value = key.mean(1, keepdim=True), value.mean(1, keepdim=True)
+            shared_key, shared_value = key.mean(1, keepdim=True), value.mean(1, keepdim=True)
         else:
-            key, value = key[:, :1], value[:, :1]
-        shared, shared_weights = self.shared_head(shared_query, key, value, mask, **kwargs)  # [B, T, 1, d]
-        if weights is not None:
-            weights = torch.cat([weights, shared_weights], 1)
-        return routed, shared.squeeze(2), weights
+            shared_key, shared_value = key[:, :1], value[:, :1]
+        if self.config._attn_implementation == "eager":
+            # one call, so that the weights which are returned are those that the output was made with; eager would
+            # repeat each KV head k times by itself
+            key, value = (
+                torch.cat([repeat_kv(routed, k), shared], 1)
+                for routed, shared in ((key, shared_key), (value, shared_value))
+            )
+            out, weights = self.shared_head(query, key, value, mask, **kwargs)  # [B, T, G*k + 1, d]
+            return out[:, :, :-1].unflatten(2, (G, k)), out[:, :, -1], weights
+        routed, _ = self.routed_heads(routed_query, key, value, mask, **kwargs)
+        shared, _ = self.shared_head(shared_query, shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
+        return routed.unflatten(2, (G, k)), shared.squeeze(2), None
 
     def combine(self, routed: Tensor, shared: Tensor | None, routing: Routing) -> Tensor:
         """Slots [B, T, (G*k or N) + 2, d] -> y [B, T, D]: hard slots, the weighted slot, the shared head (eq. W_O)."""

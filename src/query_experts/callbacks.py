@@ -1,4 +1,4 @@
-"""Trainer callbacks: ZClip, a progress bar in tokens, and a clean stop when the time is up."""
+"""Trainer callbacks: ZClip, a progress bar in tokens, and a clean stop when the time is up or the loss diverged."""
 
 from __future__ import annotations
 
@@ -160,3 +160,17 @@ class StopAt(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+class StopAtDivergence(TrainerCallback):
+    """Stops where a logged loss is no longer a finite number: nothing that follows can mend it."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        if not losses_are_finite(state.log_history[-1:]):
+            control.should_training_stop = True
+        return control
+
+
+def losses_are_finite(logs: list[dict[str, Any]]) -> bool:
+    """Whether every language-model loss, of training and of validation, that the Trainer logged is finite."""
+    return all(math.isfinite(log[name]) for log in logs for name in ("lm_loss", "eval_loss") if name in log)

@@ -47,11 +47,9 @@ def sdist_tests(cache: Path, version: str) -> Path:
 
 
 def download(version: str, folder: Path) -> None:
-    """pip runs setup.py to read the distribution's metadata; with setuptools installed that needs nothing else."""
-    isolation = ["--no-build-isolation"] if importlib.util.find_spec("setuptools") else []
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-        "--no-binary", "transformers", *isolation, "--dest", str(folder), f"transformers=={version}",
+        "--no-binary", "transformers", "--dest", str(folder), f"transformers=={version}",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

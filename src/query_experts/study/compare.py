@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
@@ -19,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import write_json
+from query_experts.study.environment import environment
 from query_experts.study.prefill import measure_prefill
 from query_experts.study.report import print_summary, verdict, write_report
 from query_experts.study.run import deadline_after, train_arm
@@ -39,20 +36,24 @@ def compare(settings: CompareSettings, console: Console) -> bool:
     deadline = deadline_after(settings.stop_after_minutes)
     out = Path(settings.out)
     corpus = open_corpus(settings, out, console)
-    runs = []
+    runs, stopped = [], f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on."
     for seed in settings.seeds:  # seeds outermost, so that what is finished is paired
         for arm in settings.arms:
             run = train_arm(settings, arm, seed, corpus, out / "runs" / f"{arm}-seed{seed}", deadline)
             if run is None:
-                console.print(f"Stopped after {settings.stop_after_minutes:g} minutes; the same command goes on.")
+                console.print(stopped)
                 return False
+            if run["diverged_at_tokens"] is not None:
+                console.print(Text(diverged(settings, run), style="yellow"))
             runs.append(run)
-    first = settings.seeds[0]
-    prefill = measure_prefill(settings, {arm: out / "runs" / f"{arm}-seed{first}" / "model" for arm in settings.arms})
+    prefill = measure_prefill(settings, trained_models(runs, out), out / "prefill.json", deadline)
+    if prefill is None:
+        console.print(stopped)
+        return False
     comparison = {
         "settings": dataclasses.asdict(settings),
         "data": data_facts(settings, corpus),
-        "environment": environment(settings),
+        "environment": environment(resolve_device(settings.device), settings.dtype),
         "runs": runs,
         "prefill": prefill,
     }
@@ -66,7 +67,10 @@ def compare(settings: CompareSettings, console: Console) -> bool:
 
 
 def train(settings: TrainSettings, console: Console) -> bool:
-    """Train one arm with one seed. False if `stop_after_minutes` cut it off."""
+    """Train one arm with one seed. False if `stop_after_minutes` cut it off.
+
+    Raises SettingError where the loss diverged; that is kept as the run's result.
+    """
     settings.check()
     deadline = deadline_after(settings.stop_after_minutes)
     out = Path(settings.out)
@@ -75,11 +79,29 @@ def train(settings: TrainSettings, console: Console) -> bool:
     if run is None:
         console.print(f"Stopped after {settings.stop_after_minutes:g} minutes; the same command goes on.")
         return False
+    if run["diverged_at_tokens"] is not None:
+        raise SettingError(diverged(settings, run))
     console.print(
         f"{settings.arm} seed {settings.seed}: validation loss {run['validation_loss']:.4f} after "
         f"{run['train_tokens']:,} tokens at {run['tokens_per_s']:,.0f} tokens/s. Model: {out / 'model'}"
     )
     return True
+
+
+def diverged(settings: RunSettings, run: dict[str, Any]) -> str:
+    return (
+        f"learning_rate is {settings.learning_rate}, with which arm {run['arm']}, seed {run['seed']}, diverged after "
+        f"{run['diverged_at_tokens']:,} tokens; it must be lower"
+    )
+
+
+def trained_models(runs: list[dict[str, Any]], out: Path) -> dict[str, Path]:
+    """A trained model's folder for each arm: that of its first seed which didn't diverge."""
+    folders: dict[str, Path] = {}
+    for run in runs:
+        if run["diverged_at_tokens"] is None:
+            folders.setdefault(run["arm"], out / "runs" / f"{run['arm']}-seed{run['seed']}" / "model")
+    return folders
 
 
 def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
@@ -120,25 +142,3 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
 def data_facts(settings: RunSettings, corpus: Corpus) -> dict[str, Any]:
     epochs = settings.steps * settings.tokens_per_step / corpus.info["train_tokens"]
     return corpus.info | {"epochs": round(epochs, 3)}
-
-
-def environment(settings: RunSettings) -> dict[str, Any]:
-    device = resolve_device(settings.device)
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return {
-        "python": platform.python_version(),
-        **{name.replace("-", "_"): version(name) for name in ("torch", "transformers", "query-experts")},
-        "device": device,
-        "hardware": hardware,
-        "dtype": settings.dtype,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,43 +12,71 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from query_experts import costs
+from query_experts.files import write_json
+from query_experts.study.environment import environment
 from query_experts.study.settings import CompareSettings, resolve_device
 
 
 @torch.no_grad()
-def measure_prefill(settings: CompareSettings, folders: dict[str, Path]) -> dict[str, Any]:
-    """Seconds of every repeat, for each arm and length; folders: arm -> trained model.
+def measure_prefill(
+    settings: CompareSettings, folders: dict[str, Path], kept: Path, deadline: float | None
+) -> dict[str, Any] | None:
+    """Seconds of every repeat, for each arm and length; folders: arm -> trained model. None if time ran out.
 
     Batch 1, into an empty dynamic cache, logits of the last token alone. Every repeat times all arms one after
-    another, so that a machine whose speed drifts slows them alike; ratios are taken within a repeat.
+    another, so that a machine whose speed drifts slows them alike; ratios are taken within a repeat. A length that
+    was measured is written to `kept`, and isn't measured again for the same models on the same machine.
     """
     device = resolve_device(settings.device)
+    where = environment(device, settings.dtype)
+    made_with = {
+        "models": {arm: folder.parent.name for arm, folder in folders.items()},
+        "repeats": settings.prefill_repeats,
+        "environment": {name: value for name, value in where.items() if name != "date"},
+    }
+    seconds = _read_kept(kept, made_with)  # length -> arm -> seconds of each repeat
+    todo = [length for length in settings.prefill_lengths if str(length) not in seconds]
     models = {arm: load(folder, settings) for arm, folder in folders.items()}
+    with tqdm(total=len(todo) * (settings.prefill_repeats + 1), desc="prefill", unit="turn") as bar:
+        for length in todo:
+            seconds[str(length)] = time_in_turn(models, length, settings, bar)
+            write_json(kept, {"made_with": made_with, "seconds": seconds})
+            if deadline is not None and time.monotonic() >= deadline and length != todo[-1]:
+                return None
     dense = models.get("dense")
-    seconds: dict[str, list[list[float]]] = {arm: [] for arm in models}
-    turns = len(settings.prefill_lengths) * (settings.prefill_repeats + 1)
-    bar = tqdm(total=turns, desc="prefill", unit="turn")
-    for length in settings.prefill_lengths:
-        generator = torch.Generator().manual_seed(length)
-        prompt = torch.randint(settings.vocab_size, (1, length), generator=generator).to(device)
-        for arm in models:
-            seconds[arm].append([])
-        for repeat in range(settings.prefill_repeats + 1):
-            first = repeat % len(models)  # another arm begins each turn
-            for arm, model in [*models.items()][first:] + [*models.items()][:first]:
-                elapsed = prefill_seconds(model, prompt)
-                if repeat > 0:  # the first turn warms up
-                    seconds[arm][-1].append(elapsed)
-            bar.update()
-    bar.close()
-    limits = {arm: costs.attention_limit(m.config, dense.config) for arm, m in models.items()} if dense else {}
     return {
         "lengths": settings.prefill_lengths,
         "repeats": settings.prefill_repeats,
         "dtype": settings.dtype,
-        "limit": limits,
-        "seconds": seconds,
+        "limit": {arm: costs.attention_limit(m.config, dense.config) for arm, m in models.items()} if dense else {},
+        "seconds": {arm: [seconds[str(length)][arm] for length in settings.prefill_lengths] for arm in models},
     }
+
+
+def _read_kept(kept: Path, made_with: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """What was measured before of the same, or nothing."""
+    try:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        return dict(before["seconds"]) if before["made_with"] == made_with else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def time_in_turn(
+    models: dict[str, PreTrainedModel], length: int, settings: CompareSettings, bar: tqdm
+) -> dict[str, list[float]]:
+    """Seconds of each repeat for each arm, at one prompt length."""
+    generator = torch.Generator().manual_seed(length)
+    prompt = torch.randint(settings.vocab_size, (1, length), generator=generator).to(resolve_device(settings.device))
+    seconds: dict[str, list[float]] = {arm: [] for arm in models}
+    for repeat in range(settings.prefill_repeats + 1):
+        first = repeat % len(models) if models else 0  # another arm begins each turn
+        for arm, model in [*models.items()][first:] + [*models.items()][:first]:
+            elapsed = prefill_seconds(model, prompt)
+            if repeat > 0:  # the first turn warms up
+                seconds[arm].append(elapsed)
+        bar.update()
+    return seconds
 
 
 def load(folder: Path, settings: CompareSettings) -> PreTrainedModel:

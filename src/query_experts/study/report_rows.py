@@ -139,7 +139,7 @@ def missing_parts(comparison: Comparison) -> list[str]:
         elif absent:
             lines.append(f"No run of {arm} with {_seeds(absent)}.")
         if diverged:
-            lines.append(f"{arm} has no finite validation loss with {_seeds(diverged)}.")
+            lines.append(f"{arm} diverged with {_seeds(diverged)}: the loss was no longer a finite number.")
     lines += [f"No run of {base}, so no difference from it." for base in BASELINES if base not in arms]
     return lines + _missing_prefill(comparison, [arm for arm in arms if arm in by_arm])
 

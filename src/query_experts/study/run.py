@@ -17,13 +17,14 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, Trainin
 from transformers.trainer import TRAINER_STATE_NAME
 
 from query_experts import costs
-from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
+from query_experts.callbacks import StopAt, StopAtDivergence, TokenProgress, ZClipCallback, losses_are_finite
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus
 from query_experts.errors import SettingError
 from query_experts.files import full_disk_as_os_error, require_space, save_tokenizer, write_json
 from query_experts.router import select_top_k
 from query_experts.study.arms import arm_config, build
+from query_experts.study.environment import Pieces
 from query_experts.study.settings import RunSettings, resolve_device
 from query_experts.training import GQETrainer, initialise_by_name
 
@@ -37,7 +38,8 @@ def train_arm(
 ) -> dict[str, Any] | None:
     """Train one arm, going on from its last checkpoint, and write model and result.json; None if time ran out.
 
-    A finished run is read back, not trained again. deadline: on `time.monotonic`'s clock.
+    A finished run is read back, not trained again. A run whose loss is no longer finite ends there, and that is its
+    result. deadline: on `time.monotonic`'s clock.
     """
     result_file = folder / "result.json"
     if result_file.exists():
@@ -54,27 +56,31 @@ def train_arm(
 
     validation = Subset(corpus.validation, range(min(settings.validation_sequences, len(corpus.validation))))
     progress = TokenProgress(f"{arm} seed {seed}", settings.tokens_per_step)
+    where = Pieces(resolve_device(settings.device), settings.dtype)
     trainer = GQETrainer(
         model=model,
         args=training_arguments(settings, seed, folder / "checkpoints"),
         train_dataset=Subset(corpus.train, range(len(corpus.train) // step * step)),  # no epoch ends in a short step
         eval_dataset=validation,
-        callbacks=[ZClipCallback(), progress, *([StopAt(deadline)] if deadline is not None else [])],
+        callbacks=[
+            ZClipCallback(),
+            progress,
+            where,
+            StopAtDivergence(),
+            *([StopAt(deadline)] if deadline is not None else []),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     with full_disk_as_os_error(folder), close_bar(trainer):
         train_on(trainer, last_checkpoint(folder / "checkpoints"))
-        if trainer.state.global_step < settings.steps:
+        if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
         result = describe(settings, arm, seed, trainer, corpus, validation)
-        if not all(math.isfinite(loss) for curve in ("train_curve", "validation_curve") for _, loss in result[curve]):
-            raise SettingError(
-                f"learning_rate is {settings.learning_rate}, with which the loss of arm {arm}, seed {seed}, is no "
-                "longer a finite number; it must be lower"
-            )
-        model.save_pretrained(folder / "model")
-        save_tokenizer(corpus.tokenizer, folder / "model")
+        if result["diverged_at_tokens"] is None:
+            model.save_pretrained(folder / "model")
+            save_tokenizer(corpus.tokenizer, folder / "model")
     write_json(result_file, result)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 
@@ -157,17 +163,19 @@ def describe(
     settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, corpus: Corpus, validation: Subset
 ) -> dict[str, Any]:
     """The result of a finished run, JSON-able; its fields are those of `comparison.json`'s runs."""
-    model, history = trainer.model, trainer.state.log_history
-    progress = next(c for c in trainer.callback_handler.callbacks if isinstance(c, TokenProgress))
-    zclip = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ZClipCallback))
+    model, callbacks = trainer.model, {type(c): c for c in trainer.callback_handler.callbacks}
+    progress, zclip, pieces = callbacks[TokenProgress], callbacks[ZClipCallback], callbacks[Pieces]
+    trained_tokens = trainer.state.global_step * settings.tokens_per_step
+    diverged = not losses_are_finite(trainer.state.log_history)
 
     def curve(key: str) -> list[list[float]]:
-        return [[log["step"] * settings.tokens_per_step, round(log[key], 5)] for log in history if key in log]
+        logged = [(log["step"] * settings.tokens_per_step, log[key]) for log in trainer.state.log_history if key in log]
+        return [[tokens, round(loss, 5)] for tokens, loss in logged if math.isfinite(loss)]
 
     validation_curve = curve("eval_loss")
-    if not validation_curve or validation_curve[-1][0] != settings.steps * settings.tokens_per_step:
+    if not diverged and (not validation_curve or validation_curve[-1][0] != trained_tokens):
         trainer.evaluate()
-        history = trainer.state.log_history
+        diverged = not losses_are_finite(trainer.state.log_history)
         validation_curve = curve("eval_loss")
     head_counts = costs.heads(model.config)
     routed = isinstance(model.config, GQEConfig) and model.config.routing != "none"
@@ -182,13 +190,15 @@ def describe(
         "kv_bytes_per_token": costs.kv_bytes_per_token(model.config, getattr(torch, settings.dtype).itemsize),
         "tokens_per_s": round(progress.steps * settings.tokens_per_step / progress.seconds, 1),
         "train_seconds": round(progress.seconds, 1),
-        "train_tokens": settings.steps * settings.tokens_per_step,
+        "train_tokens": trained_tokens,
+        "diverged_at_tokens": trained_tokens if diverged else None,
+        "pieces": pieces.pieces,
         "clipped_steps": zclip.clipped_steps,
-        "validation_loss": validation_curve[-1][1],
+        "validation_loss": None if diverged else validation_curve[-1][1],
         "train_curve": curve("lm_loss"),
         "validation_curve": validation_curve,
-        "routing": routing_load(model, validation) if routed else None,
-        "passage": passage(model, corpus) if routed else None,
+        "routing": routing_load(model, validation) if routed and not diverged else None,
+        "passage": passage(model, corpus) if routed and not diverged else None,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class RunSettings:
             raise SettingError(f"max_bytes is {self.max_bytes}; it must be 1 or more")
         if self.dtype not in ("bfloat16", "float32"):
             raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16 or float32")
-        resolve_device(self.device)
+        require_one_device(resolve_device(self.device))
 
 
 @dataclass
@@ -147,13 +148,26 @@ def resolve_device(device: str) -> str:
     """cpu, cuda or mps. Raises SettingError for a device that isn't there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return "cuda" if there["cuda"] else "cpu"
+        device = "cuda" if there["cuda"] else "cpu"
     if device not in there:
         raise SettingError(f"device is {device!r}; it must be auto, {', '.join(there)}")
     if not there[device]:
         usable = ", ".join(name for name, present in there.items() if present)
         raise SettingError(f"device is {device!r}, which is not there; on this machine it must be auto, {usable}")
     return device
+
+
+def require_one_device(device: str) -> None:
+    """Raises SettingError for a launch on several processes, or where the Trainer would spread over several GPUs."""
+    remedy = "on several devices, train with GQETrainer in a script of your own"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise SettingError(f"WORLD_SIZE is {processes}; the study runs in one process, so it must be 1 ({remedy})")
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        raise SettingError(
+            f"device is cuda, of which {torch.cuda.device_count()} are visible; it must be one: set "
+            f"CUDA_VISIBLE_DEVICES ({remedy})"
+        )
 
 
 def check_seeds(name: str, seeds: list[int]) -> None:

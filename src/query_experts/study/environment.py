@@ -1,0 +1,53 @@
+"""Where and with what something ran: hardware and versions, kept with every result."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """device: cpu, cuda or mps. -> Python and package versions, hardware, dtype and today's date (UTC), JSON-able."""
+    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return {
+        "python": platform.python_version(),
+        **{name.replace("-", "_"): version(name) for name in ("torch", "transformers", "query-experts")},
+        "device": device,
+        "hardware": hardware,
+        "dtype": dtype,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Pieces(TrainerCallback, ExportableState):
+    """Notes where each piece of a resumed run was trained: `first_step` and the environment, one entry a change."""
+
+    def __init__(self, device: str, dtype: str):
+        self.device = device
+        self.dtype = dtype
+        self.pieces: list[dict[str, Any]] = []
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"device": self.device, "dtype": self.dtype}, "attributes": {"pieces": self.pieces}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        here = environment(self.device, self.dtype)
+        if not self.pieces or {**self.pieces[-1], **here} != self.pieces[-1]:
+            self.pieces = [*self.pieces, {"first_step": state.global_step, **here}]
