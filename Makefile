@@ -5,11 +5,14 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help compare test test-transformers lint format clean
+OLDEST_TORCH ?= 2.11.0
+
+.PHONY: help compare test test-oldest test-transformers lint format clean
 
 help:
 	@echo "make compare            train dense, static and gqe on this machine and report (ARGS='--preset small ...')"
 	@echo "make test               linter, type checker, tests"
+	@echo "make test-oldest        the tests on the oldest versions that are supported, in an environment of their own"
 	@echo "make test-transformers  Transformers' own common model tests against ours"
 	@echo "make lint | format      the linter and type checker alone | reformat"
 
@@ -18,6 +21,9 @@ compare: $(VENV)/.installed-study
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-oldest: $(VENV)-oldest/.installed-$(OLDEST_TORCH)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-transformers: $(VENV)/.installed-dev
 	$(BIN)/python tests/transformers_common/run.py $(ARGS)
@@ -32,11 +38,17 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) $(VENV)-oldest .cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON is %s; it must be 3.11 or newer" % sys.version)'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)-oldest/.installed-%: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-oldest.txt \
+		torch==$* --editable '.[dev]'
+	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing query-experts[$*] into $(VENV): a minute or two"

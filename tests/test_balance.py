@@ -210,6 +210,17 @@ def test_a_step_after_an_aborted_one_of_another_size_starts_anew(count):
     steps.micro_batch(window, **step_total(count, 2))
 
 
+@COUNTS
+def test_an_announced_step_starts_anew_whatever_the_one_before_it_held(count):
+    """After one that was cut short; and with totals of one rank, which the ranks' counts together overrun."""
+    steps = Steps()
+    for total in (4, 2, 2, 1):
+        steps.model.balance_window.begin_step()
+        window = []
+        for _ in range(2):
+            window = steps.micro_batch(window, **step_total(count, total))
+
+
 def test_without_a_count_each_pass_stands_alone():
     steps = Steps()
     for _ in range(3):
@@ -289,6 +300,35 @@ def test_the_trainer_gives_the_same_parameters_with_and_without_accumulation(tra
     data = Rows(input_ids=ids, labels=ids)
     whole = train_one_step(trainer, tmp_path, 8, data, steps)
     assert_same_tensors(train_one_step(trainer, tmp_path, rows, data, steps), whole)
+
+
+def test_the_gqe_trainer_begins_each_step_anew_even_after_one_that_broke_off(tmp_path, monkeypatch):
+    spans, begun = [], []
+    add, begin = BalanceWindow.add, BalanceWindow.begin_step
+
+    def spy(self, *counts):
+        selected, tokens = add(self, *counts)
+        spans.append(int(tokens) // 12)
+        return selected, tokens
+
+    monkeypatch.setattr(BalanceWindow, "add", spy)
+    monkeypatch.setattr(BalanceWindow, "begin_step", lambda self: begun.append(len(spans)) or begin(self))
+    ids = random_tokens(16, 12)
+    train_one_step(GQETrainer, tmp_path, 2, Rows(input_ids=ids, labels=ids), steps=2)
+    assert spans == [2, 4, 6, 8] * 2  # rows of 12 tokens
+    assert begun == [0, 4]
+
+
+def test_after_training_a_step_is_recognised_by_its_counts_again(tmp_path):
+    ids = random_tokens(8, 12)
+    model = tiny_model()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    GQETrainer(model=model, args=arguments, train_dataset=Rows(input_ids=ids, labels=ids)).train()
+    assert not model.balance_window.announced
+    assert model.balance_window.so_far is None
 
 
 def test_the_balance_gradient_does_not_grow_with_accumulation(tmp_path):

@@ -1,10 +1,18 @@
-"""The README says what the committed result file says."""
+"""The README says what the committed result file says, and what it shows runs."""
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 
+import torch
+
+from query_experts.cli import COMMANDS, main
+from query_experts.study import compare as study
+
 ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 
 
 def test_the_table_in_the_readme_is_that_of_the_committed_result():
@@ -16,8 +24,34 @@ def test_the_table_in_the_readme_is_that_of_the_committed_result():
 
 
 def test_every_file_that_the_readme_links_to_exists():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     links = [part.split(")")[0] for part in readme.split("](")[1:]]
     local = [link.split("#")[0] for link in links if not link.startswith(("http", "#"))]
     assert local
     assert not [link for link in local if not (ROOT / link).exists()]
+
+
+def test_the_snippets_of_the_readme_run():
+    layer, model = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(layer, names)
+    names["loss"].backward()
+    assert names["layer"].router.weight.grad.any()
+    with torch.device("meta"):  # a model of 250M parameters
+        exec(model, names)
+    assert 2e8 < names["model"].num_parameters() < 3e8
+
+
+def test_the_commands_of_the_readme_are_understood(monkeypatch):
+    asked = []
+    for name in ("train", "compare"):
+        monkeypatch.setattr(study, name, lambda settings, console: asked.append(settings) or True)
+    (block,) = re.findall(r"```\n(query-experts .*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert {argv[0] for argv in commands} == set(COMMANDS)
+    for argv in commands:
+        if argv[0] in ("train", "compare"):
+            assert main(argv) == 0
+            asked[-1].check()
+        else:
+            assert main(argv) == 2  # understood, but there is no such folder here

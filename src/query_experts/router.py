@@ -98,13 +98,21 @@ def balance_loss(selected_fraction: Tensor, mean_probs: Tensor) -> Tensor:
 class BalanceWindow:
     """Selections counted so far in the current optimizer step, so that f spans its micro-batches.
 
-    A step is recognised by its label counts: all micro-batches of a step carry the same `num_items_in_batch`, and
-    theirs add up to it. A new step begins when the total changes or would be overrun. Nothing is read back to the
-    host, so the window works under `torch.compile` and costs no synchronisation.
+    `GQETrainer` announces each step by `begin_step`. Where nobody does, a step is recognised by its counts: all
+    micro-batches of a step carry the same total (`num_items_in_batch`), and theirs add up to it; a new step begins
+    when the total changes or would be overrun. That misses a step whose predecessor of the same total was cut short,
+    or had a micro-batch without labels. Nothing is read back to the host, so the window works under `torch.compile`
+    and costs no synchronisation.
     """
 
     def __init__(self) -> None:
         self.so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # selected, tokens, items, total
+        self.announced = False
+
+    def begin_step(self) -> None:
+        """Forget the step before; from now on, only this begins a step."""
+        self.so_far = None
+        self.announced = True
 
     def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it.
@@ -113,10 +121,9 @@ class BalanceWindow:
         """
         before = self.so_far
         if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):
-            selected_before, tokens_before, items_before, total_before = before
-            continues = (total_before == total) & (items_before + items <= total)
-            selected = selected + torch.where(continues, selected_before, 0.0)
-            tokens = tokens + torch.where(continues, tokens_before, 0.0)
-            items = items + torch.where(continues, items_before, 0.0)
+            if not self.announced:
+                continues = (before[3] == total) & (before[2] + items <= total)
+                before = tuple(torch.where(continues, count, 0.0) for count in before)
+            selected, tokens, items = selected + before[0], tokens + before[1], items + before[2]
         self.so_far = selected, tokens, items, total
         return selected, tokens

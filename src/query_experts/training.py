@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from query_experts.router import BalanceWindow
+
 
 class GQETrainer(Trainer):
     """Transformers' Trainer; nothing of its loop is changed. It serves dense models as well.
 
     To each micro-batch of a GQE model it adds `num_tokens_in_batch`, the step's real tokens over all micro-batches
-    and ranks, so that the balance loss is weighted exactly. It logs the language-model loss alone as `lm_loss`, and
-    `eval_loss` is that loss too, so that arms with and without a router compare. (Stock Trainer works as well: it
-    weights the balance loss by labels, and its losses hold the balance term.)
+    and ranks, so that the balance loss is weighted exactly, and it tells the model where a step begins. It logs the
+    language-model loss alone as `lm_loss`, and `eval_loss` is that loss too, so that arms with and without a router
+    compare. (Stock Trainer works as well: it weights the balance loss by labels, and its losses hold the balance
+    term.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -30,9 +33,17 @@ class GQETrainer(Trainer):
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.model.config.model_type == "gqe":
+                self.model.balance_window = BalanceWindow()  # nobody announces steps any more
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.model.config.model_type == "gqe":
+            self.model.balance_window.begin_step()
             real = (b.get("attention_mask") for b in batches)
             count = sum(
                 b["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
