@@ -121,9 +121,12 @@ class BalanceWindow:
         """
         before = self.so_far
         if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):
+            selected_before, tokens_before, items_before, total_before = before
             if not self.announced:
-                continues = (before[3] == total) & (before[2] + items <= total)
-                before = tuple(torch.where(continues, count, 0.0) for count in before)
-            selected, tokens, items = selected + before[0], tokens + before[1], items + before[2]
+                continues = (total_before == total) & (items_before + items <= total)
+                selected_before = torch.where(continues, selected_before, 0.0)
+                tokens_before = torch.where(continues, tokens_before, 0.0)
+                items_before = torch.where(continues, items_before, 0.0)
+            selected, tokens, items = selected + selected_before, tokens + tokens_before, items + items_before
         self.so_far = selected, tokens, items, total
         return selected, tokens
