@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from query_experts.study import report_text as text
-from query_experts.study.report import write_plots
-from query_experts.study.report_rows import Comparison, Row, summary_rows
+from query_experts.study.report import text, write_plots
+from query_experts.study.report.rows import BASELINES, Comparison, Row, by_seed, seeds_of, summary_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compare-demo.json"
@@ -22,27 +21,31 @@ def table(comparison: Comparison) -> str:
         "arm", "active heads", "active parameters", "FLOPs a token", "KV bytes a token", "validation loss, by seed",
         "against `dense`", "against `static`", f"prefill of {text.length_name(longest)} tokens",
     ]  # fmt: skip
-    lines = [head, ["---"] * len(head), *(cells(row, longest) for row in summary_rows(comparison))]
+    rows = {row.arm: row for row in summary_rows(comparison)}
+    lines = [head, ["---"] * len(head), *(cells(rows, arm, longest, seeds_of(comparison)) for arm in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cells(row: Row, longest: int) -> list[str]:
-    speed = row.prefill[longest]
+def cells(rows: dict[str, Row], arm: str, longest: int, asked: list[int]) -> list[str]:
+    row, speed = rows[arm], rows[arm].prefill[longest]
     return [
-        f"`{row.arm}`",
+        f"`{arm}`",
         row.active_heads,
         text.short(row.active_parameters),
         text.short(row.flops_per_token),
         text.whole(row.kv_bytes_per_token),
-        " / ".join(text.fixed(loss, 3) for loss in row.losses.values()),
-        *(difference(row, base) for base in ("dense", "static")),
+        " / ".join(by_seed(row.losses, row.diverged, asked, lambda loss: text.fixed(loss, 3))),
+        *(difference(row, rows.get(base), asked) for base in BASELINES),
         f"{text.times(speed.median)} ({speed.low:.2f} to {speed.high:.2f})" if speed else text.MISSING,
     ]
 
 
-def difference(row: Row, base: str) -> str:
-    paired = row.versus[base]
-    return " / ".join(text.signed(d, 3) for d in paired.differences.values()) if paired else text.MISSING
+def difference(row: Row, base: Row | None, asked: list[int]) -> str:
+    paired = row.versus[base.arm] if base else None
+    if base is None or paired is None:
+        return text.MISSING
+    gone = [*row.diverged, *base.diverged]
+    return " / ".join(by_seed(paired.differences, gone, asked, lambda value: text.signed(value, 3)))
 
 
 def with_table(readme: str, comparison: Comparison) -> str:

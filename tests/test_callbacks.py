@@ -179,26 +179,46 @@ def test_the_progress_bar_counts_tokens_and_shows_the_language_model_loss(tmp_pa
     GQETrainer(
         tiny_model(), arguments(tmp_path, max_steps=3), train_dataset=Rows(), callbacks=[progress]
     ).train()  # fmt: skip
-    assert progress.steps == 3
-    assert 0 < progress.seconds < 60
+    assert (progress.cold_steps, progress.warm_steps) == (2, 1)
+    assert 0 < progress.warm_seconds < progress.seconds < 60
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "gqe seed 3: 100%" in last
     assert "144/144" in last
     assert "loss=5." in last
 
 
+def progress_of(pieces, waits=()):
+    """A progress callback after pieces of so many steps, with a wait before each of the steps named in `waits`."""
+    progress, done = TokenProgress("run", 10), 0
+    for steps in pieces:
+        state = SimpleNamespace(is_world_process_zero=False, max_steps=9, global_step=done)
+        progress.on_train_begin(None, state, None)
+        for _ in range(steps):
+            progress.on_step_begin(None, state, None)
+            if done in waits:
+                time.sleep(0.1)
+            done += 1
+            state.global_step = done
+            progress.on_step_end(None, state, None)
+            time.sleep(0.02)  # a validation
+    return progress
+
+
 def test_the_progress_bar_times_training_steps_alone():
-    progress = TokenProgress("run", 1)
-    state = SimpleNamespace(is_world_process_zero=False, max_steps=2, global_step=0)
-    progress.on_train_begin(None, state, None)
-    progress.on_step_begin(None, state, None)
-    progress.on_step_end(None, state, None)
-    time.sleep(0.2)  # a validation
-    progress.on_step_begin(None, state, None)
-    progress.on_step_end(None, state, None)
-    progress.on_train_end(None, state, None)
-    assert progress.steps == 2
-    assert progress.seconds < 0.1
+    assert progress_of([5]).seconds < 0.02
+
+
+def test_the_first_steps_of_a_piece_do_not_count_in_tokens_per_second():
+    progress = progress_of([3, 4], waits=[0, 1, 3, 4])
+    assert (progress.cold_steps, progress.warm_steps) == (4, 3)
+    assert progress.seconds > 0.4
+    assert progress.tokens_per_s == pytest.approx(30 / progress.warm_seconds)
+    assert progress.warm_seconds < 0.1
+
+
+def test_a_run_of_first_steps_alone_has_a_speed_too():
+    progress = progress_of([2, 1])
+    assert progress.tokens_per_s == pytest.approx(30 / progress.seconds)
 
 
 def test_stop_at_saves_and_stops_when_its_time_has_come_and_not_after_the_last_step():

@@ -190,16 +190,67 @@ def test_an_unknown_preset_or_command_is_refused_with_what_there_is(tmp_path, re
         (["compare", "--seeds", "0", "one"], "--seeds"),
         (["train", "--tie_word_embeddings", "maybe"], "--tie_word_embeddings"),
         (["train", "--stepz", "3"], "--stepz"),
-        (["generate", "folder", "--max-new-tokens", "x"], "--max-new-tokens"),
+        (["train", "--steps", "3", "4"], "4"),
+        (["generate", "folder", "--max_new_tokens", "x"], "--max_new_tokens"),
         (["generate"], "checkpoint"),
         (["report"], "folder"),
     ],
 )
-def test_values_that_cannot_be_parsed_end_in_argparses_own_message_and_exit_status_2(capsys, argv, named):
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    assert ended.value.code == 2
-    assert named in capsys.readouterr().err.strip().splitlines()[-1]
+def test_options_that_cannot_be_parsed_are_refused_in_one_sentence(refused, argv, named):
+    refused(argv, named, f"query-experts {argv[0]} --help lists what is allowed")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("steps: [3, 4]\n", ["steps to [3, 4]", "one value"]),
+        ("steps: many\n", ["--steps", "many"]),
+        ("seeds: [0, one]\n", ["--seeds", "one"]),
+        ("steps: null\n", ["steps to null"]),
+    ],
+)
+def test_a_value_in_a_recipe_that_cannot_be_used_is_refused_naming_the_recipe(tmp_path, refused, lines, words):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(lines)
+    refused(["compare", "--recipe", recipe], str(recipe), *words)
+
+
+def test_none_on_the_command_line_lifts_a_limit_of_the_preset(settings_of):
+    assert settings_of("compare").max_bytes == 12_000_000
+    assert settings_of("compare", "--max_bytes", "none").max_bytes is None
+    assert settings_of("train", "--preset", "gpu", "--max-bytes", "none").max_bytes is None
+    assert settings_of("train", "--data", "none").data == ["none"]  # a file may have that name
+
+
+def test_comparisons_and_single_runs_go_to_folders_of_their_own(settings_of):
+    assert settings_of("compare").out == "runs/demo"
+    assert settings_of("compare", "--preset", "small").out == "runs/small"
+    assert settings_of("train", "--preset", "small").out == "runs/train"
+    assert settings_of("compare", "--out", "elsewhere").out == "elsewhere"
+
+
+def test_ctrl_c_ends_in_a_sentence(monkeypatch, capsys):
+    def interrupted(settings, console):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "compare", interrupted)
+    assert main(["compare"]) == 130
+    assert capsys.readouterr().err.strip() == (
+        "query-experts: stopped; what was finished is kept, and the same command goes on"
+    )
+
+
+@pytest.mark.parametrize("out", ["file/below", "/proc/nowhere/out"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, text, refused, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    refused(options("train", out, text), f"out is {out}", "must be a folder that can be written to")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"runs": []}', '{"runs": [{}]}', '{"runs": [3]}', "{"])
+def test_report_refuses_what_is_no_comparison(tmp_path, refused, content):
+    (tmp_path / "comparison.json").write_text(content)
+    refused(["report", tmp_path], f"folder is {tmp_path}", "comparison.json")
 
 
 @pytest.mark.parametrize("command", ["compare", "train", "generate", "report"])
@@ -330,6 +381,7 @@ def test_generate_refuses_a_dense_checkpoint_a_missing_folder_and_values_out_of_
         ("--max-new-tokens", "0", "max_new_tokens is 0"),
         ("--temperature", "-1", "temperature"),
         ("--temperature", "nan", "temperature"),
+        ("--temperature", "1e-45", "temperature"),
         ("--seed", "-1", "seed"),
         ("--device", "tpu", "device is 'tpu'"),
     ):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerState
 from query_experts import GQEForCausalLM, costs
 from query_experts.callbacks import TokenProgress
 from query_experts.errors import SettingError
+from query_experts.study import compare as compare_module
 from query_experts.study import environment as environment_module
 from query_experts.study import prefill as prefill_module
 from query_experts.study import run as run_module
@@ -243,7 +245,8 @@ def test_stopping_when_the_time_is_up_and_going_on_ends_as_without_a_stop(finish
         if compare(tiny_compare(tmp_path, arms=["gqe"], stop_after_minutes=0), console):
             break
         assert "Stopped after 0 minutes; the same command goes on." in said(console)
-        assert not (tmp_path / "out" / "comparison.json").exists()
+        if (tmp_path / "out" / "comparison.json").exists():
+            assert comparison_of(tmp_path)["prefill"] is None  # a report of what there is so far
         calls += 1
         assert calls < 20
     assert calls == 7  # a step a call, then a length of prefill
@@ -428,12 +431,84 @@ def test_a_launch_on_several_processes_is_refused(tmp_path, monkeypatch, process
     assert not (tmp_path / "out").exists()
 
 
-def test_several_visible_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(SettingError, match="of which 4 are visible; it must be one: set CUDA_VISIBLE_DEVICES"):
-        CompareSettings().check()
-    CompareSettings(device="cpu").check()
+def test_of_several_visible_gpus_one_is_used(tmp_path):
+    arguments = run_module.training_arguments(tiny_train(tmp_path), 0, tmp_path)
+    assert arguments.n_gpu <= 1
+    assert arguments.train_batch_size == 2  # times n_gpu, were it nn.DataParallel
+
+
+def test_the_report_holds_all_that_the_folder_holds(folder, trained):
+    assert compare(tiny_compare(folder, arms=["static"], seeds=[1]), quiet())
+    assert trained == ["static-seed1"]
+    comparison = comparison_of(folder)
+    assert [(run["arm"], run["seed"]) for run in comparison["runs"]] == [("dense", 0), ("gqe", 0), ("static", 1)]
+    assert (comparison["settings"]["arms"], comparison["settings"]["seeds"]) == (["static", "dense", "gqe"], [1, 0])
+    assert comparison["prefill"]["seconds"].keys() == {"dense", "gqe", "static"}
+
+
+def test_a_refused_setting_does_not_bind_a_folder_in_which_nothing_was_trained(tmp_path):
+    with pytest.raises(SettingError, match=r"batch_size .* is 4000; it must be at most"):
+        compare(tiny_compare(tmp_path, batch_size=4000), quiet())
+    assert compare(tiny_compare(tmp_path, arms=["dense"]), quiet())
+
+
+def test_a_changed_setting_is_refused_before_any_data_is_read(folder, monkeypatch):
+    monkeypatch.setattr(compare_module, "prepare", lambda *args, **kwargs: pytest.fail("read"))
+    with pytest.raises(SettingError, match="vocab_size was 300, now 310"):
+        compare(tiny_compare(folder, vocab_size=310), quiet())
+
+
+@pytest.mark.parametrize("name", ["settings.json", "runs/gqe-seed0/result.json"])
+@pytest.mark.parametrize("content", ["", '{"arm": "gq', "[]"], ids=["empty", "half", "other"])
+def test_a_damaged_file_of_a_run_is_named(folder, name, content):
+    (folder / "out" / name).write_text(content)
+    with pytest.raises(SettingError, match=f"out holds .*{name.rpartition('/')[2]}, which is damaged .* delete it"):
+        compare(tiny_compare(folder), quiet())
+
+
+def test_a_trained_model_that_is_missing_is_named(folder):
+    shutil.rmtree(folder / "out" / "runs" / "gqe-seed0" / "model")
+    with pytest.raises(SettingError, match="gqe-seed0/model of arm gqe is missing; delete"):
+        compare(tiny_compare(folder), quiet())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_with_a_file_cut_short_is_passed_over(finished, tmp_path, monkeypatch, begun, name):
+    shutil.copy(finished / "text.txt", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "describe", lambda *args: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    (checkpoint,) = (tmp_path / "out" / "runs" / "gqe-seed0" / "checkpoints").iterdir()
+    whole = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+    begun.clear()
+    assert compare(tiny_compare(tmp_path, arms=["gqe"]), quiet())
+    assert begun == list(range(6))
+    assert_equal_runs(tmp_path, finished, "gqe-seed0")
+
+
+def test_validation_is_spread_over_the_held_out_text(tmp_path):
+    corpus = SimpleNamespace(validation=range(100))
+    assert list(run_module.held_out(tiny_train(tmp_path, validation_sequences=4), corpus)) == [0, 25, 50, 75]
+    assert list(run_module.held_out(tiny_train(tmp_path, validation_sequences=500), corpus)) == list(range(100))
+
+
+def test_the_data_facts_say_what_validation_was_made_with(finished):
+    data = comparison_of(finished)["data"]
+    assert (data["validation_sequences_used"], data["validation_tokens_used"]) == (4, 64)
+
+
+def test_a_character_of_several_tokens_is_shown_once_and_whole():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    text = "a\u00e9\u4e2d\U0001f600b"
+    shown = run_module.readable_tokens(Bytes(), list(text.encode()))
+    assert shown == ["a", "", "\u00e9", "", "", "\u4e2d", "", "", "", "\U0001f600", "b"]
+    assert run_module.readable_tokens(Bytes(), [0xE4, 0xB8]) == ["", ""]  # cut off
+    assert run_module.readable_tokens(Bytes(), [0xFF, *b"abcd"])[-1] == "d"  # no character at all
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):

@@ -16,8 +16,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM, TrainingArguments
 
-from model_helpers import EXACT, assert_same_tensors, checkpoint_activations, random_tokens, tiny_model
+from model_helpers import (
+    EXACT,
+    assert_same_tensors,
+    checkpoint_activations,
+    random_tokens,
+    tiny_llama_config,
+    tiny_model,
+)
+from query_experts.training import GQETrainer
 
 WORLD = 2
 MICRO_BATCHES = 2
@@ -81,13 +90,43 @@ def train_as_rank(case: str, rank: int) -> dict[str, Tensor]:
     return {name: whole(p.grad) for name, p in model.named_parameters()}
 
 
+def tiny_llama(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(tiny_llama_config()).double()
+
+
+TRAINED = {"gqe_trainer_on_gqe": tiny_model, "gqe_trainer_on_dense": tiny_llama}
+
+
+def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
+    """Parameters after a step of GQETrainer over 8 unevenly padded rows, `rows` on each rank, and its logged losses."""
+    ids, mask, labels = (t.flatten(0, 2) for t in batch("ddp_with_uneven_padding"))
+    data = [{"input_ids": i, "attention_mask": m, "labels": n} for i, m, n in zip(ids, mask, labels, strict=True)]
+    model = TRAINED[case](seed=3)
+    arguments = TrainingArguments(
+        output_dir=str(folder / case), max_steps=1, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
+        optim="sgd", learning_rate=0.1, max_grad_norm=0.0, use_cpu=True, logging_steps=1, save_strategy="no",
+        report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = GQETrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    (trained,) = (log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log)
+    losses = {"lm_loss": trained, "eval_loss": trainer.evaluate()["eval_loss"]}
+    return {name: p.detach() for name, p in model.named_parameters()} | {k: torch.tensor(v) for k, v in losses.items()}
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    # for the Trainer, which looks for these though the process group is there already
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
     for case in CASES:
         torch.save(train_as_rank(case, rank), folder / f"{case}.{rank}.pt")
+    for case in TRAINED:
+        torch.save(train_by_trainer(case, 4, folder), folder / f"{case}.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -121,6 +160,17 @@ def folder(tmp_path_factory) -> Path:
 def test_two_processes_get_the_gradients_of_one(case, rank, folder):
     expected = train_alone(case)
     assert_same_tensors(torch.load(folder / f"{case}.{rank}.pt"), expected, **EXACT)
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("case", TRAINED)
+def test_gqe_trainer_on_two_processes_trains_and_evaluates_as_on_one(case, rank, folder, tmp_path):
+    expected = train_by_trainer(case, 8, tmp_path)
+    actual = torch.load(folder / f"{case}.{rank}.pt")
+    losses = {name: (actual.pop(name), expected.pop(name)) for name in ("lm_loss", "eval_loss")}
+    assert_same_tensors(actual, expected, **EXACT)
+    for two, one in losses.values():
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)  # float32 means
 
 
 def test_a_rank_s_own_balance_loss_would_give_other_gradients():

@@ -1,26 +1,39 @@
 """Owns the checks of the report: the numbers shown, the verdict's signs, and a page that stands alone."""
 
+import errno
+import importlib.util
 import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from query_experts.errors import SettingError
-from query_experts.study.report import print_summary, summary_rows, verdict, write_plots, write_report
+from query_experts.study.report import missing_parts, print_summary, summary_rows, verdict, write_plots, write_report
+from query_experts.study.report.charts import loss_figure
+from query_experts.study.report.rows import runs_by_arm
+from query_experts.study.report.tables import tables
 
 LOSSES = {
     "dense": {0: 4.30, 1: 4.28, 2: 4.29},
     "static": {0: 4.32, 1: 4.31, 2: 4.33},
     "gqe": {0: 4.29, 1: 4.26, 2: 4.26},
 }
+GONE = {**LOSSES, "static": dict.fromkeys(range(3)), "gqe": {0: 4.29, 1: None, 2: 4.26}}  # None: it diverged
+HERE = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "query_experts": "0.1.0", "device": "cpu",
+        "hardware": "a CPU, 2 cores", "dtype": "bfloat16", "date": "2026-11-23"}  # fmt: skip
+THERE = {**HERE, "hardware": "NVIDIA H100", "device": "cuda"}
+MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 TOKENS = ["def", " f", "(", "<b>", "</script>", "\n", "&", " x"]
 
 
 def run(arm, seed, loss):
-    routed = arm.startswith("gqe")
-    curve = [[tokens, loss + 1000 / tokens] for tokens in range(500, 10_001, 500)]
+    """loss None: a run that diverged after 4,000 tokens."""
+    routed = arm.startswith("gqe") and loss is not None
+    tokens = 4_000 if loss is None else 10_000
+    curve = [[at, (loss or 5) + 1000 / at] for at in range(500, tokens + 1, 500)]
     return {
         "arm": arm,
         "seed": seed,
@@ -29,9 +42,11 @@ def run(arm, seed, loss):
         "dense_attention_heads": 8,
         "flops_per_token": 1.2e7,
         "kv_bytes_per_token": 1024,
-        "tokens_per_s": 1000.0 + 100 * seed,
+        "tokens_per_s": 9.0 if loss is None else 1000.0 + 100 * seed,
         "train_seconds": 9.0,
-        "train_tokens": 10_000,
+        "train_tokens": tokens,
+        "diverged_at_tokens": tokens if loss is None else None,
+        "pieces": [{"first_step": 0, **HERE}],
         "validation_loss": loss,
         "train_curve": curve,
         "validation_curve": curve[4::5],
@@ -63,6 +78,20 @@ def with_gqe(shift):
 
 def row(arm, of=None):
     return next(row for row in summary_rows(comparison() if of is None else of) if row.arm == arm)
+
+
+def said(of):
+    return " ".join(verdict(of))
+
+
+def cells(of, title="Quality"):
+    """A table's cells, by arm."""
+    return {line[0]: line[1:] for table in tables(of) if table.title == title for line in table.body}
+
+
+def trained_on(of, tmp_path):
+    page = write_report(of, tmp_path / "report.html").read_text(encoding="utf-8")
+    return re.findall(r"<li>(.*?)</li>", page.partition("<h3>Trained on</h3>")[2])
 
 
 def printed(of, width):
@@ -101,9 +130,9 @@ def test_prefill_ratios_are_taken_repeat_by_repeat():
     assert (speed.median, speed.low, speed.high) == pytest.approx((1.0, 0.8, 2.0))
 
 
-def test_arms_come_in_the_order_of_the_study_and_unknown_ones_last():
-    mixed = comparison({"mine": {0: 4.0}, "gqe": {0: 4.0}, "dense": {0: 4.0}})
-    assert [row.arm for row in summary_rows(mixed)] == ["dense", "gqe", "mine"]
+def test_arms_come_in_the_order_of_the_study():
+    mixed = comparison({"gqe": {0: 4.0}, "static": {0: 4.0}, "dense": {0: 4.0}})
+    assert [row.arm for row in summary_rows(mixed)] == ["dense", "static", "gqe"]
 
 
 @pytest.mark.parametrize("width", [120, 80])
@@ -111,9 +140,166 @@ def test_the_printed_summary_fits_the_terminal_and_keeps_every_number(width):
     text = printed(comparison(), width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    for number in ("4.2700", "\N{MINUS SIGN}0.0100", "5/8", "2.30M", "1,024", "1,100", "1.60"):
+    for number in ("4.2700", f"{MINUS}0.0100", "5/8", "2.30M", "1,024", "1,100", "1.60"):
         assert number in text
-    assert "+0.0048]" in text  # the upper end of the interval against dense
+
+
+@pytest.mark.parametrize("width", [120, 80])
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("lost", [None, 1], ids=["all finished", "one diverged"])
+def test_nothing_in_the_printed_quality_wraps_inside_a_number_or_a_bracket(width, count, lost):
+    seeds = range(count)
+    arms = ("dense", "static", "gqe", "gqe-expert")
+    losses = {arm: {s: 5.5 + s / 70 + i * (1 + s) / 7 for s in seeds} for i, arm in enumerate(arms)}
+    losses["gqe"] |= {} if lost is None else {lost: None}
+    of = comparison(losses, seeds)
+    text = printed(of, width)
+    assert max(map(len, text.splitlines())) <= width
+    whole = re.compile(r"\[[^]]*\]|[^\s\[\]]+")  # brackets with what they hold, and words
+    shown = set(whole.findall(text))
+    assert {piece for row in cells(of).values() for cell in row for piece in whole.findall(cell)} <= shown
+    assert any(cell.count("\n") == 2 for row in cells(of).values() for cell in row) == (count > 2)
+
+
+def test_cells_of_quality_hold_the_mean_its_interval_and_each_seed_on_lines_of_their_own():
+    assert cells(comparison())["gqe"][:2] == [
+        "mean 4.2700\n4.2900 4.2600 4.2600",
+        f"mean {MINUS}0.0200\n[{MINUS}0.0448, +0.0048]\n{MINUS}0.0100 {MINUS}0.0200 {MINUS}0.0300",
+    ]
+    assert cells(comparison(seeds=(0,)))["gqe"][:2] == ["4.2900", f"{MINUS}0.0100"]
+
+
+def test_an_arm_that_diverged_keeps_its_row_and_says_so_seed_by_seed():
+    assert cells(comparison(GONE)) == {
+        "dense": ["mean 4.2900\n4.3000 4.2800 4.2900", DASH, DASH],
+        "static": ["diverged", DASH, DASH],
+        "gqe": ["mean 4.2750\n4.2900 diverged 4.2600", f"mean {MINUS}0.0200\n{MINUS}0.0100 diverged {MINUS}0.0300",
+                DASH],
+    }  # fmt: skip
+
+
+def test_a_seed_that_is_still_to_be_run_has_a_dash_in_its_place():
+    of = comparison({"dense": LOSSES["dense"], "gqe": {0: 4.29, 2: 4.26}})
+    assert cells(of)["gqe"][0] == f"mean 4.2750\n4.2900 {DASH} 4.2600"
+    assert cells(of)["gqe"][1].endswith(f"{MINUS}0.0100 {DASH} {MINUS}0.0300")
+
+
+def test_the_readme_table_says_seed_by_seed_what_diverged():
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "readme_table.py"
+    spec = importlib.util.spec_from_file_location("readme_table", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = script.table(comparison(GONE))
+    assert f"| 4.290 / diverged / 4.260 | {MINUS}0.010 / diverged / {MINUS}0.030 | {DASH} |" in table
+    assert "| diverged / diverged / diverged |" in table
+
+
+def test_the_verdict_names_the_seeds_that_diverged():
+    lines = verdict(comparison(GONE))
+    assert lines[0] == (
+        f"gqe is better than dense on the 2 seeds that both have: {MINUS}0.0100 and {MINUS}0.0300, mean {MINUS}0.0200; "
+        "of 3 seeds, 1 diverged (gqe, seed 1)."
+    )
+    assert lines[1] == (
+        "gqe can't be compared with static: of 3 seeds, 3 diverged (gqe, seed 1; static, seeds 0, 1 and 2)."
+    )
+    assert "gqe diverged with seed 1: after 4.00k tokens the loss was no longer a finite number." in lines
+    assert "2 seeds are too few for a confidence interval." in lines
+    assert "both seeds" not in said(comparison(GONE))
+
+
+def test_a_seed_that_neither_ran_nor_diverged_is_no_seed_that_both_have():
+    of = comparison({"dense": LOSSES["dense"], "gqe": {0: 4.29, 1: 4.26}})
+    assert verdict(of)[0].startswith("gqe is better than dense on the 2 seeds that both have: ")
+
+
+def test_gqe_that_diverged_with_every_seed_is_a_result():
+    lines = verdict(comparison({**LOSSES, "gqe": dict.fromkeys(range(3))}))
+    assert lines[0] == "gqe can't be compared with dense: of 3 seeds, 3 diverged (gqe, seeds 0, 1 and 2)."
+
+
+def test_runs_that_diverged_count_neither_as_unequal_training_nor_in_speeds():
+    of = comparison(GONE)
+    assert "unequal numbers of tokens" not in said(of)
+    assert "In training, gqe runs about as fast as dense (tokens/s, seed by seed: +0% and +0%)." in verdict(of)
+    assert row("gqe", of).tokens_per_s == 1100
+    assert cells(of, "Cost")["static"][-1] == DASH
+    assert missing_parts(of) == []  # a run that diverged is a result, and leaves no model to time
+    short = comparison()
+    short["runs"][0]["train_tokens"] = 4_000
+    assert "Runs saw unequal numbers of tokens (4.00k to 10.0k)" in said(short)
+
+
+def test_a_run_that_diverged_does_not_stretch_the_loss_chart_and_ends_in_a_cross():
+    of = comparison(GONE)
+    of["runs"][-2]["train_curve"][-1][1] = 1e6
+    figure = loss_figure(runs_by_arm(of))
+    upper, lower = figure.axes
+    assert upper.get_ylim()[1] < 10
+    crosses = [line for line in upper.lines if line.get_marker() == "x"]
+    assert [line.get_xdata()[0] for line in crosses] == [4_000] * 4  # static thrice, gqe once
+    assert all(line.get_ydata()[0] <= upper.get_ylim()[1] for line in crosses)
+    assert len(lower.lines) == 5
+    assert "diverged" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_page_names_the_machine_and_versions_that_every_run_was_trained_with(tmp_path):
+    whole = "a CPU, 2 cores, torch 2.13.0, transformers 5.23.0, query-experts 0.1.0, python 3.11.7 (every run)"
+    assert trained_on(comparison(), tmp_path) == [whole]
+
+
+def test_the_page_tells_the_machines_of_a_run_in_pieces_apart(tmp_path):
+    of = comparison({"dense": LOSSES["dense"], "gqe": LOSSES["gqe"]}, seeds=(0, 1))
+    later = {**HERE, "date": "2026-11-24"}  # another day is no other machine
+    newer = {**HERE, "torch": "2.14.0"}
+    of["runs"][2]["pieces"] = [{"first_step": 0, **HERE}, {"first_step": 60, **later}, {"first_step": 120, **THERE}]
+    of["runs"][3]["pieces"] = [{"first_step": 0, **newer}]
+    assert trained_on(of, tmp_path) == [
+        "a CPU, 2 cores, torch 2.13.0, transformers 5.23.0, query-experts 0.1.0, python 3.11.7 (dense seeds 0 and 1; "
+        "gqe seed 0 to step 120)",
+        "NVIDIA H100, torch 2.13.0, transformers 5.23.0, query-experts 0.1.0, python 3.11.7 (gqe seed 0 from step 120)",
+        "a CPU, 2 cores, torch 2.14.0, transformers 5.23.0, query-experts 0.1.0, python 3.11.7 (gqe seed 1)",
+    ]
+
+
+def test_result_files_without_pieces_or_divergence_are_read_as_before(tmp_path):
+    of = comparison()
+    for each in of["runs"]:
+        del each["pieces"], each["diverged_at_tokens"]
+    assert trained_on(of, tmp_path) == []
+    assert verdict(of) == verdict(comparison())
+    of["runs"][0] = comparison()["runs"][0]
+    assert trained_on(of, tmp_path)[1].startswith("not recorded (dense seeds 1 and 2; static seeds 0, 1 and 2; ")
+
+
+def test_training_speeds_of_different_hardware_are_not_compared():
+    of = comparison()
+    assert "different hardware" not in said(of)
+    of["runs"][-1]["pieces"] = [{"first_step": 0, **THERE}]
+    line = "Runs were trained on different hardware (a CPU, 2 cores; NVIDIA H100), so training speeds don't compare."
+    assert line in verdict(of)
+    assert "In training, gqe runs" not in said(of)
+    assert "different hardware" in next(table.note for table in tables(of) if table.title == "Cost")
+
+
+def test_differences_that_round_to_zero_are_no_wins():
+    near = {seed: loss - 4e-5 for seed, loss in LOSSES["dense"].items()}
+    lines = verdict(comparison({"dense": LOSSES["dense"], "gqe": near}))
+    same = "0.0000, 0.0000 and 0.0000, mean 0.0000"
+    assert lines[0] == f"gqe has the same loss as dense on every one of the 3 seeds: {same}."
+    assert "The lowest mean validation loss is that of dense and gqe (4.2900)." in lines
+    mixed = comparison({"dense": LOSSES["dense"], "gqe": {**near, 2: 4.2}})
+    assert "lower loss on 1 of 3 seeds, higher on 0" in verdict(mixed)[0]
+    one = comparison({"dense": LOSSES["dense"], "gqe": near}, seeds=(0,))
+    assert verdict(one)[0] == "On the one seed that both have, gqe has the same loss as dense."
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-0.02, "lower"), (0.02, "higher")])
+def test_two_seeds_of_one_sign_say_what_was_measured_and_no_more(shift, word):
+    of = with_gqe(shift)
+    of["runs"], of["settings"]["seeds"] = [run for run in of["runs"] if run["seed"] < 2], [0, 1]
+    line = next(line for line in verdict(of) if line.startswith("The control for routing"))
+    assert line.endswith(f"gqe has the {word} loss on both seeds, too few for an interval.")
 
 
 @pytest.mark.parametrize(("shift", "word", "other"), [(-0.02, "is better than", "loses to"),
@@ -199,6 +385,50 @@ def test_charts_have_a_title_for_those_who_do_not_see_them(page):
     assert all(start.startswith("<title") for start in charts)
 
 
+def test_prefill_shows_the_median_time_of_each_arm_at_each_length(page):
+    shown = cells(comparison(), "Prefill speed against dense")
+    assert shown["dense"][:2] == [f"1.00{TIMES}\n2.00 s", f"1.00{TIMES}\n8.00 s"]
+    assert shown["gqe"][0] == f"1.00{TIMES}\n0.80 to 2.00\n2.00 s"
+    fast = comparison()
+    fast["prefill"]["seconds"]["gqe"][1] = [0.031, 0.0299, 0.029]
+    assert cells(fast, "Prefill speed against dense")["gqe"][1].endswith("\n29.9 ms")
+    assert "<span>5.00 s</span>" in page
+
+
+def test_without_dense_prefill_shows_times_alone():
+    of = comparison({"gqe": LOSSES["gqe"]})
+    assert cells(of, "Prefill speed against dense")["gqe"][:2] == ["2.00 s", "5.00 s"]
+
+
+def test_prefill_that_was_stopped_midway_has_dashes_for_the_lengths_to_come():
+    of = comparison()
+    of["prefill"]["seconds"] = {arm: seconds[:1] for arm, seconds in of["prefill"]["seconds"].items()}
+    assert cells(of, "Prefill speed against dense")["gqe"][1] == DASH
+    assert "Prefill of 512 tokens" in said(of)
+
+
+def test_how_much_was_held_out_is_among_the_facts(tmp_path):
+    of = comparison()
+    of["data"] |= {"validation_sequences_used": 128, "validation_tokens_used": 32_768}
+    page = write_report(of, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<dt>validation sequences used</dt><dd>128</dd><dt>validation tokens used</dt><dd>32,768</dd>" in page
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def no_room(self, text, **kwargs):
+        with self.open("w") as file:
+            file.write(text[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", no_room)
+    with pytest.raises(OSError, match="No space"):
+        write_report(comparison(), path)
+    assert path.read_text() == "old"
+
+
 def test_the_sections_come_in_the_promised_order(page):
     sections = ["verdict", "results", "loss", "prefill", "load", "passage", "run"]
     assert re.findall(r'<section aria-labelledby="(\w+)"', page) == sections
@@ -209,7 +439,7 @@ def test_the_same_comparison_gives_the_same_bytes(page, tmp_path):
 
 
 def test_the_page_and_the_plots_render_without_baselines_curves_prefill_or_routing(tmp_path):
-    part = comparison({"gqe": {0: 4.2}, "gqe-m4": {0: float("nan")}})
+    part = comparison({"gqe": {0: 4.2}, "gqe-m4": {0: None}})
     part["settings"]["arms"] = ["static", "gqe", "gqe-m4"]
     part["settings"]["seeds"] = [0, 1]
     part["prefill"] = None
@@ -220,7 +450,7 @@ def test_the_page_and_the_plots_render_without_baselines_curves_prefill_or_routi
                  "No run of dense, so no difference from it.", "Prefill was not timed.", "No run kept a loss curve.",
                  "No run with a router reports its load."):  # fmt: skip
         assert line in text
-    assert "\N{EN DASH}" in printed(part, 100)
+    assert DASH in printed(part, 100)
     assert write_plots(part, tmp_path) == []
 
 

@@ -39,5 +39,13 @@ def test_arms_without_a_common_seed_have_no_difference():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
+@pytest.mark.parametrize("near", [4e-5, -4e-5, 0.0])
+def test_a_difference_that_rounds_to_zero_has_no_sign(near):
+    assert not paired_difference({0: near}, {0: 0.0}).same_sign
+    assert not paired_difference({0: 1.0, 1: near}, {0: 0.0, 1: 0.0}).same_sign
+    assert not paired_difference(dict.fromkeys(range(3), near), dict.fromkeys(range(3), 0.0)).excludes_zero
+    assert paired_difference({0: 6e-5, 1: 1.0}, {0: 0.0, 1: 0.0}).same_sign
+
+
 def test_seeds_that_disagree_have_no_common_sign():
     assert not paired_difference({0: 1.0, 1: 2.0}, {0: 2.0, 1: 1.0}).same_sign

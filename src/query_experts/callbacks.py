@@ -88,25 +88,43 @@ class ZClipCallback(TrainerCallback, ExportableState):
 class TokenProgress(TrainerCallback, ExportableState):
     """A bar with tokens, tokens/s, time left and the last losses; and the time that training steps took.
 
-    tokens_per_step: over all micro-batches and ranks. `steps` and `seconds` count training steps alone, without
-    validation and checkpoints, over all pieces of a resumed run.
+    tokens_per_step: over all micro-batches and ranks. `seconds` counts training steps alone, without validation and
+    checkpoints, over all pieces of a resumed run. `tokens_per_s` leaves out the first steps of each piece, in which
+    the process warms up, unless there were no others.
     """
+
+    WARM_UP_STEPS = 2
 
     def __init__(self, name: str, tokens_per_step: int):
         self.name = name
         self.tokens_per_step = tokens_per_step
-        self.steps = 0
         self.seconds = 0.0
+        self.warm_steps = 0
+        self.warm_seconds = 0.0
+        self.cold_steps = 0
+        self.piece_began_at = 0
         self.started = 0.0
         self.bar: tqdm | None = None
 
     def state(self) -> dict[str, Any]:
         return {
             "args": {"name": self.name, "tokens_per_step": self.tokens_per_step},
-            "attributes": {"steps": self.steps, "seconds": self.seconds},
+            "attributes": {
+                "seconds": self.seconds,
+                "warm_steps": self.warm_steps,
+                "warm_seconds": self.warm_seconds,
+                "cold_steps": self.cold_steps,
+            },
         }
 
+    @property
+    def tokens_per_s(self) -> float:
+        if self.warm_steps:
+            return self.warm_steps * self.tokens_per_step / self.warm_seconds
+        return self.cold_steps * self.tokens_per_step / self.seconds
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.piece_began_at = state.global_step
         if not state.is_world_process_zero:
             return
         self.bar = tqdm(
@@ -124,8 +142,13 @@ class TokenProgress(TrainerCallback, ExportableState):
         self.started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.steps += 1
-        self.seconds += time.perf_counter() - self.started
+        elapsed = time.perf_counter() - self.started
+        self.seconds += elapsed
+        if state.global_step - self.piece_began_at > self.WARM_UP_STEPS:
+            self.warm_steps += 1
+            self.warm_seconds += elapsed
+        else:
+            self.cold_steps += 1
         if self.bar is not None:
             self.bar.update(self.tokens_per_step)
 

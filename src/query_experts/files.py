@@ -16,12 +16,28 @@ from safetensors import SafetensorError
 from query_experts.errors import SettingError
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside the target and rename it into place. Makes the folder."""
+def write_text(path: Path, text: str) -> None:
+    """Write text beside the target and rename it into place. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As write_text; refuses numbers that JSON can't hold."""
+    write_text(path, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that `write_json` wrote. Raises SettingError where the file is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"out holds {path}, which is damaged ({error}); delete it, and it is made again") from error
+    if not isinstance(value, dict):
+        raise SettingError(f"out holds {path}, which is damaged (no JSON object); delete it, and it is made again")
+    return value
 
 
 def require_space(folder: Path, num_bytes: int) -> None:

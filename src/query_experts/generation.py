@@ -15,6 +15,8 @@ from query_experts.errors import SettingError
 from query_experts.modeling_gqe import GQEForCausalLM
 from query_experts.study.settings import check_seeds, resolve_device
 
+LOWEST_TEMPERATURE = 1e-3  # below it, logits overflow
+
 
 def generate(
     checkpoint: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str = "auto"
@@ -22,10 +24,10 @@ def generate(
     """Print the prompt and its continuation. Raises SettingError, e.g. for a checkpoint that isn't GQE."""
     if not prompt:
         raise SettingError("prompt is empty; it must hold text")
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise SettingError(
-            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; they must be 1 or more and 0 or more"
-        )
+    if max_new_tokens < 1:
+        raise SettingError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    if temperature != 0 and not LOWEST_TEMPERATURE <= temperature < math.inf:
+        raise SettingError(f"temperature is {temperature}; it must be 0, or a number from {LOWEST_TEMPERATURE} on")
     check_seeds("seed", [seed])
     device = resolve_device(device)
     model, tokenizer = load_checkpoint(checkpoint)

@@ -30,6 +30,11 @@ class GQETrainer(Trainer):
                 "label_smoothing_factor and compute_loss_func replace the model's loss, and with it the router's; they "
                 "must be 0 and None"
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process; nn.DataParallel is not supported: launch one "
+                "process a GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
+            )
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
 
@@ -61,17 +66,18 @@ class GQETrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        averaged = 1  # over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            averaged = self.accelerator.num_processes // self.get_tp_size()
         lm_loss = outputs.get("lm_loss")
         if lm_loss is None:
-            lm_loss = outputs["loss"]
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                lm_loss = lm_loss / (self.accelerator.num_processes // self.get_tp_size())  # as the Trainer scaled it
+            lm_loss = outputs["loss"] / averaged
         if model.training:
             if self._lm_loss_sum is None:
                 self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
             self._lm_loss_sum += lm_loss.detach()
         else:
-            loss = lm_loss
+            loss = lm_loss * averaged
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -28,7 +28,7 @@ from query_experts.data.tokenizing import (
 from query_experts.errors import SettingError
 from query_experts.files import save_tokenizer
 
-_LAYOUT = 1  # of a cache folder; a folder of another layout is never found
+_LAYOUT = 2  # of a cache folder; a folder of another layout is never found
 _BUILDING = ".building-"
 _ABANDONED_SECONDS = 24 * 3600
 _TOKEN_BYTES_PER_TEXT_BYTE = 0.6  # about three bytes of text to a token of two
@@ -41,8 +41,8 @@ class Corpus:
     `info` holds: source (list of str, as given, or "python standard library X.Y.Z" alone), data_hash (sha256 hex over
     the tokens, the same on every machine), tokenizer ("trained" or the name given), train_documents,
     validation_documents, duplicate_documents (dropped), train_tokens, validation_tokens, train_bytes and
-    validation_bytes (UTF-8 of the text), vocab_size, seq_len, and validation ("held-out documents" or "tail of the
-    only document").
+    validation_bytes (UTF-8 of the text), vocab_size, seq_len, validation ("held-out documents" or "tails of the
+    documents"), and the settings max_bytes, validation_fraction and text_field that the tokens were made with.
     """
 
     train: TokenSequences
@@ -115,10 +115,12 @@ def prepare(
     hub data sets as owner/name or owner/name:config, whose train split is streamed. None reads the source of this
     machine's Python standard library. Files come in a fixed shuffled order, by a hash of their relative paths, so the
     text up to `max_bytes` (UTF-8) is a sample of a folder; documents within a file come in order, hub data sets last.
+    The document that reaches `max_bytes` is cut there, at a line break.
 
     Split: a document is held out if a hash of its text falls in the lowest `validation_fraction`, whatever the order;
-    exact duplicates are kept once, and of two documents or more each side has one. Of an only document the last
-    `validation_fraction`, cut at a line break, is held out.
+    exact duplicates are kept once, and of two documents or more each side has one. Where all sources are files of one
+    document each and fewer than 50 of them are read, and of an only document, the last `validation_fraction` of each
+    document is held out instead, from a line break on.
 
     `tokenizer`: a name or folder for AutoTokenizer. None trains a byte-level BPE of `vocab_size` on the first 10 MB
     of the training split. Each document ends with the tokenizer's eos token.
@@ -128,16 +130,20 @@ def prepare(
     documents (a text file whole, 10 MB while the BPE trains) and a 16-byte hash for each.
 
     `data` may also be one folder that an earlier call has filled in its `cache_dir`: its tokens are used as they are,
-    so they can be carried, in shards of at most `shard_bytes`, to a machine that hasn't the text.
+    so they can be carried, in shards of at most `shard_bytes`, to a machine that hasn't the text. Of the settings only
+    `seq_len` applies to them; `info` says what they were made with.
 
-    Raises SettingError for a setting or source that cannot be used, a split shorter than one sequence and a full
-    disk. A failed build leaves nothing behind; tokens too few for `seq_len` stay cached for a shorter one.
+    Raises SettingError for a setting or source that cannot be used, a split shorter than one sequence, and a
+    `cache_dir` that cannot be written to or whose disk is full. A failed build leaves nothing behind; tokens too few
+    for `seq_len` stay cached for a shorter one.
     """
     settings = _Settings(vocab_size, tokenizer, validation_fraction, max_bytes, shard_bytes, text_field)
     _require("seq_len", seq_len, _whole(seq_len, 2), "a whole number of tokens, at least 2")
     settings.check()
-    if data and len(data) == 1 and (tokens := _read_meta(Path(data[0]))) is not None:
-        return _corpus(Path(data[0]), tokens, seq_len)
+    if data and len(data) == 1:
+        given = Path(data[0]).expanduser()
+        if (tokens := _read_meta(given)) is not None:
+            return _corpus(given, tokens, seq_len)
     sources = find_sources(data)
     folder = Path(cache_dir) / f"corpus-{_fingerprint(settings, sources)}"
     meta = _read_meta(folder) or _build_into(folder, settings, sources, progress)
@@ -150,13 +156,13 @@ def _fingerprint(settings: _Settings, sources: Sources) -> str:
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """The folder's meta.json, or None unless every shard it lists is there at its full length."""
+    """The folder's meta.json, or None unless a build wrote it and each file it lists is there at its full length."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for split in SPLITS for name in meta["shards"][split]}
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        whole = all((folder / name).stat().st_size == size for name, size in meta["sizes"].items())
+        return meta if whole and {"info", "dtype", "shards"} <= meta.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return meta if sizes == meta["shard_sizes"] else None
 
 
 def _corpus(folder: Path, meta: dict[str, Any], seq_len: int) -> Corpus:
@@ -164,10 +170,9 @@ def _corpus(folder: Path, meta: dict[str, Any], seq_len: int) -> Corpus:
     for split in SPLITS:
         tokens = info[f"{split}_tokens"]
         if tokens < seq_len:
-            wish = " or a larger `validation_fraction`" if split == "validation" else ""
             raise SettingError(
                 f"`seq_len` is {seq_len}, but the {split} split of `data` has only {tokens} tokens "
-                f"({info[f'{split}_documents']} documents); it has to be at most that, or give more text{wish}"
+                f"({info[f'{split}_documents']} documents); it has to be at most that, or give more text"
             )
     train, validation = (
         TokenSequences([folder / name for name in meta["shards"][split]], meta["dtype"], seq_len) for split in SPLITS
@@ -180,22 +185,19 @@ def _build_into(folder: Path, settings: _Settings, sources: Sources, progress: b
     """Build beside `folder` and rename at the end; of two builders at once the first to finish is kept."""
     cache_dir = folder.parent
     building = cache_dir / f"{_BUILDING}{folder.name}-{uuid.uuid4().hex[:8]}"
+    build = _Build(building, settings, sources, progress)
     try:
         building.mkdir(parents=True)
         _remove_abandoned(cache_dir)
-    except OSError as error:
-        raise SettingError(
-            f"`cache_dir` is {str(cache_dir)!r}, where no folder can be made ({error.strerror}); "
-            "it has to be a folder that can be written to"
-        ) from error
-    build = _Build(building, settings, sources, progress)
-    try:
         meta = build.run()
         _publish(building, folder)
         return meta
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise SettingError(
+                f"`cache_dir` is {str(cache_dir)!r}, where the tokens cannot be written ({error.strerror or error}); "
+                "it has to be a folder that can be made or written to"
+            ) from error
         raise SettingError(
             f"`cache_dir` is {str(cache_dir)!r}, whose disk is full: {build.need()}; "
             "free that much, lower `max_bytes` or name a folder on another disk"
@@ -219,7 +221,7 @@ def _remove_abandoned(cache_dir: Path) -> None:
     for left in cache_dir.glob(f"{_BUILDING}*"):
         try:
             newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
-        except FileNotFoundError:  # another process has just finished or removed it
+        except OSError:  # another process has just finished or removed it, or it is closed to this user
             continue
         if newest < time.time() - _ABANDONED_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
@@ -242,12 +244,11 @@ class _Build:
         settings = self.settings
         given = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
         texts = self.sources.texts(settings.text_field, self.folder)
-        documents = SplitDocuments(texts, settings.validation_fraction, settings.max_bytes)
+        tails = self.sources.few_documents(settings.max_bytes)
+        documents = SplitDocuments(texts, settings.validation_fraction, settings.max_bytes, tails)
         stream = iter(documents)
         sample = [] if given else self._sample(stream)
-        tokenizer = given or train_bpe(
-            (text for split, text, _ in sample if split == "train"), settings.vocab_size, self.progress
-        )
+        tokenizer = given or self._train(sample)
         (self.folder / "tokenizer").mkdir()
         save_tokenizer(tokenizer, self.folder / "tokenizer")
         self._write(tokenizer, _chain(sample, stream))
@@ -281,6 +282,10 @@ class _Build:
                     break
         return sample
 
+    def _train(self, sample: list[tuple[Split, str, int]]) -> PreTrainedTokenizerFast:
+        with tqdm(sample, desc="training the tokenizer", unit=" documents", disable=not self.progress) as bar:
+            return train_bpe((text for split, text, _ in bar if split == "train"), self.settings.vocab_size)
+
     def _write(self, tokenizer: PreTrainedTokenizerFast, documents: Iterable[tuple[Split, str, int]]) -> None:
         dtype = token_dtype(vocabulary_size(tokenizer))
         self.writers = {split: ShardWriter(self.folder, split, dtype, self.settings.shard_bytes) for split in SPLITS}
@@ -300,7 +305,10 @@ class _Build:
             "source": self.sources.names,
             "data_hash": digest.hexdigest(),
             "tokenizer": self.settings.tokenizer or "trained",
-            "validation": "tail of the only document" if documents.only_document else "held-out documents",
+            "validation": "tails of the documents" if documents.tails else "held-out documents",
+            "validation_fraction": self.settings.validation_fraction,
+            "max_bytes": self.settings.max_bytes,
+            "text_field": self.settings.text_field,
             "duplicate_documents": documents.duplicates,
             "vocab_size": vocab_size,
         }
@@ -309,8 +317,9 @@ class _Build:
             info[f"{split}_tokens"] = writers[split].tokens
             info[f"{split}_bytes"] = self.text_bytes[split]
         shards = {split: writers[split].shards for split in SPLITS}
-        sizes = {name: (self.folder / name).stat().st_size for names in shards.values() for name in names}
-        meta = {"info": info, "dtype": dtype, "shards": shards, "shard_sizes": sizes}
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
+        meta = {"info": info, "dtype": dtype, "shards": shards, "sizes": sizes}
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         return meta
 

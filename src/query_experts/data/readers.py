@@ -4,6 +4,7 @@ import errno
 import gzip
 import io
 import json
+import logging
 import lzma
 import shutil
 import tempfile
@@ -34,6 +35,11 @@ def format_of(path: Path) -> str | None:
 def holds_plain_text(path: Path) -> bool:
     """Whether the size of the file is about that of its text."""
     return path.suffix.lower() not in (*COMPRESSIONS, ".parquet")
+
+
+def is_one_document(path: Path) -> bool:
+    """Whether the file is a text that is read as one document, rather than lines or rows that each are one."""
+    return format_of(path) not in (".jsonl", ".parquet")
 
 
 def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
@@ -77,7 +83,9 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
     failures = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, DatasetsError)
     number = 0
     try:
-        for row in load_dataset(name, config, split="train", streaming=True):
+        with _quiet("datasets", "huggingface_hub"):
+            rows = load_dataset(name, config, split="train", streaming=True)
+        for row in rows:
             number += 1
             yield _field(row, text_field, f"{full_name!r}, where row {number}", "columns")
     except SettingError:
@@ -92,6 +100,20 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
             f"`data` holds {full_name!r}, which is no file or folder here, and no data set with a train split that "
             f"the Hugging Face hub could load ({_one_line(error)})"
         ) from error
+
+
+@contextmanager
+def _quiet(*packages: str) -> Iterator[None]:
+    """Keep the warnings of these packages' loggers back, such as a line for each try to reach the hub."""
+    loggers = [logging.getLogger(package) for package in packages]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _missing(name: str, package: str) -> str:

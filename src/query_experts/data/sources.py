@@ -4,15 +4,18 @@ import hashlib
 import os
 import platform
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from query_experts.data import readers
 from query_experts.errors import SettingError
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
+_FEW = 50
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 
 
@@ -49,6 +52,14 @@ class Sources:
         if self.hub or not all(readers.holds_plain_text(file.path) for file in self.files):
             return None
         return sum(file.size for file in self.files)
+
+    def few_documents(self, max_bytes: int | None) -> bool:
+        """Whether all are files of one document each, fewer than 50 of which begin within `max_bytes` (on disk)."""
+        if self.hub or not all(readers.is_one_document(file.path) for file in self.files):
+            return False
+        limit = sys.maxsize if max_bytes is None else max_bytes
+        starts = accumulate([0, *(file.size for file in self.files[:-1])])
+        return sum(start < limit for start in starts) < _FEW
 
     def texts(self, text_field: str, scratch: Path) -> Iterator[str]:
         """Each document's text; `scratch` holds a compressed parquet file while it is read. Raises SettingError."""

@@ -22,7 +22,7 @@ _BATCH_PIECES = 1024
 _QUIET = "False"  # spelled unlike what users write, so that a setting of theirs is told from this module's own
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool) -> PreTrainedTokenizerFast:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` ids, fewer where the text has too few pairs that come twice.
 
     Any text survives encoding and decoding unchanged; `<|endoftext|>`, id 0, begins, ends and pads.
@@ -35,7 +35,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool) -> PreTrain
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=progress,
+        show_progress=False,  # it prints to stdout
     )
     with _parallel_tokenizers():
         tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)

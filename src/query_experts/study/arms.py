@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.errors import SettingError
-from query_experts.study.report_text import ARMS
+from query_experts.study.report.text import ARMS
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from transformers.utils import logging as transformers_logging
 
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
-from query_experts.files import write_json
+from query_experts.files import read_json, write_json
 from query_experts.study.environment import environment
 from query_experts.study.prefill import measure_prefill
 from query_experts.study.report import print_summary, verdict, write_report
-from query_experts.study.run import deadline_after, train_arm
+from query_experts.study.report.text import ARMS
+from query_experts.study.run import deadline_after, held_out, train_arm
 from query_experts.study.settings import (
     CompareSettings,
     RunSettings,
@@ -30,40 +31,83 @@ from query_experts.study.settings import (
 
 
 def compare(settings: CompareSettings, console: Console) -> bool:
-    """Train what isn't trained yet, measure, report. False if `stop_after_minutes` cut it off."""
+    """Train what isn't trained yet, measure, report. False if `stop_after_minutes` cut it off.
+
+    The report holds every finished run of the folder, whatever arms and seeds this call asks for.
+    """
     settings.check()
     started = time.monotonic()
     deadline = deadline_after(settings.stop_after_minutes)
     out = Path(settings.out)
     corpus = open_corpus(settings, out, console)
-    runs, stopped = [], f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on."
-    for seed in settings.seeds:  # seeds outermost, so that what is finished is paired
-        for arm in settings.arms:
-            run = train_arm(settings, arm, seed, corpus, out / "runs" / f"{arm}-seed{seed}", deadline)
-            if run is None:
-                console.print(stopped)
-                return False
-            if run["diverged_at_tokens"] is not None:
-                console.print(Text(diverged(settings, run), style="yellow"))
-            runs.append(run)
-    prefill = measure_prefill(settings, trained_models(runs, out), out / "prefill.json", deadline)
+    asked = [(arm, seed) for seed in settings.seeds for arm in settings.arms]  # what is finished first is paired
+    for number, (arm, seed) in enumerate(asked, 1):
+        folder = run_folder(out, arm, seed)
+        if not (folder / "result.json").exists():
+            console.print(f"Run {number} of {len(asked)}: {arm}, seed {seed}")
+        run = train_arm(settings, arm, seed, corpus, folder, deadline)
+        if run is None:
+            write_comparison(settings, corpus, out, None)
+            console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
+            return False
+        if run.get("diverged_at_tokens") is not None:
+            console.print(Text(diverged(settings, run), style="yellow"))
+    write_comparison(settings, corpus, out, None)
+    prefill = measure_prefill(settings, trained_models(out), out / "prefill.json", deadline)
     if prefill is None:
-        console.print(stopped)
+        console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
         return False
+    comparison = write_comparison(settings, corpus, out, prefill)
+    print_summary(comparison, console)
+    for sentence in verdict(comparison):
+        console.print(Text(f"- {sentence}"))
+    took = f"({time.monotonic() - started:.0f} s)"
+    console.print(Text(f"Page: {out / 'report.html'}   Numbers: {out / 'comparison.json'}   {took}"))
+    return True
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    return out / "runs" / f"{arm}-seed{seed}"
+
+
+def write_comparison(
+    settings: CompareSettings, corpus: Corpus, out: Path, prefill: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Everything that the folder holds so far, as comparison.json and as a page."""
+    runs = finished_runs(out)
+    held = {"arms": [run["arm"] for run in runs], "seeds": [run["seed"] for run in runs]}
+    both = {name: list(dict.fromkeys([*getattr(settings, name), *held[name]])) for name in held}
     comparison = {
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(settings) | both,
         "data": data_facts(settings, corpus),
         "environment": environment(resolve_device(settings.device), settings.dtype),
         "runs": runs,
         "prefill": prefill,
     }
     write_json(out / "comparison.json", comparison)
-    page = write_report(comparison, out / "report.html")
-    print_summary(comparison, console)
-    for sentence in verdict(comparison):
-        console.print(Text(f"- {sentence}"))
-    console.print(f"Page: {page}   Numbers: {out / 'comparison.json'}   ({time.monotonic() - started:.0f} s)")
-    return True
+    write_report(comparison, out / "report.html")
+    return comparison
+
+
+def finished_runs(out: Path) -> list[dict[str, Any]]:
+    """The results in a folder, seed by seed, arms in the study's order."""
+    runs = [read_json(path) for path in out.glob("runs/*/result.json")]
+    return sorted(runs, key=lambda run: (run["seed"], [*ARMS].index(run["arm"])))
+
+
+def trained_models(out: Path) -> dict[str, Path]:
+    """A trained model's folder for each arm: that of its first seed which didn't diverge."""
+    folders: dict[str, Path] = {}
+    for run in finished_runs(out):
+        if run.get("diverged_at_tokens") is None:
+            folders.setdefault(run["arm"], run_folder(out, run["arm"], run["seed"]) / "model")
+    for arm, folder in folders.items():
+        if not (folder / "config.json").exists():
+            raise SettingError(
+                f"out is {out}, where the trained model {folder} of arm {arm} is missing; delete the folder that held "
+                "it, and that run is trained again"
+            )
+    return folders
 
 
 def train(settings: TrainSettings, console: Console) -> bool:
@@ -77,13 +121,15 @@ def train(settings: TrainSettings, console: Console) -> bool:
     corpus = open_corpus(settings, out, console)
     run = train_arm(settings, settings.arm, settings.seed, corpus, out, deadline)
     if run is None:
-        console.print(f"Stopped after {settings.stop_after_minutes:g} minutes; the same command goes on.")
+        console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
         return False
-    if run["diverged_at_tokens"] is not None:
+    if run.get("diverged_at_tokens") is not None:
         raise SettingError(diverged(settings, run))
     console.print(
-        f"{settings.arm} seed {settings.seed}: validation loss {run['validation_loss']:.4f} after "
-        f"{run['train_tokens']:,} tokens at {run['tokens_per_s']:,.0f} tokens/s. Model: {out / 'model'}"
+        Text(
+            f"{settings.arm} seed {settings.seed}: validation loss {run['validation_loss']:.4f} after "
+            f"{run['train_tokens']:,} tokens at {run['tokens_per_s']:,.0f} tokens/s. Model: {out / 'model'}"
+        )
     )
     return True
 
@@ -95,24 +141,16 @@ def diverged(settings: RunSettings, run: dict[str, Any]) -> str:
     )
 
 
-def trained_models(runs: list[dict[str, Any]], out: Path) -> dict[str, Path]:
-    """A trained model's folder for each arm: that of its first seed which didn't diverge."""
-    folders: dict[str, Path] = {}
-    for run in runs:
-        if run["diverged_at_tokens"] is None:
-            folders.setdefault(run["arm"], out / "runs" / f"{run['arm']}-seed{run['seed']}" / "model")
-    return folders
-
-
 def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     """The tokenised data of a run folder, after making sure that the folder holds no other run."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    require_own_folder(out)
     marker = out / "settings.json"
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"out is {out}, which is a file; it must be a folder")
-    if out.is_dir() and not marker.exists() and any(p.name != "cache" for p in out.iterdir()):
-        raise SettingError(f"out is {out}, which holds other files; it must be an empty or new folder, or a run's")
+    kept = read_json(marker) if marker.exists() and holds_results(out) else None
+    now = fingerprint(settings)
+    if kept is not None:  # before anything is read for data that may be refused
+        refuse_change({name: value for name, value in kept.items() if name != "data_hash"}, now, out)
     corpus = prepare(
         settings.data or None,
         cache_dir=Path(settings.cache_dir) if settings.cache_dir else out / "cache",
@@ -125,20 +163,55 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     if corpus.info["vocab_size"] > settings.vocab_size:
         held, allowed = corpus.info["vocab_size"], settings.vocab_size
         raise SettingError(f"tokenizer has {held} tokens; it must have vocab_size, which is {allowed}, or fewer")
-    now = fingerprint(settings, corpus.info["data_hash"])
-    now["arm and seed"] = [settings.arm, settings.seed] if isinstance(settings, TrainSettings) else "several"
-    if marker.exists():
-        refuse_change(json.loads(marker.read_text()), now, out)
+    step = settings.batch_size * settings.gradient_accumulation_steps
+    if len(corpus.train) < step:
+        raise SettingError(
+            f"batch_size * gradient_accumulation_steps is {step}; it must be at most the {len(corpus.train)} sequences "
+            "that data holds"
+        )
+    now["data_hash"] = corpus.info["data_hash"]
+    if kept is not None:
+        refuse_change(kept, now, out)
     else:
         write_json(marker, now)
     info = corpus.info
+    limit = f" (max_bytes: {settings.max_bytes / 1e6:g} MB)" if settings.max_bytes else ""
     console.print(
-        f"Data: {', '.join(info['source'])}: {info['train_documents']:,} documents, {info['train_tokens']:,} tokens to "
-        f"train on, {info['validation_tokens']:,} held out"
+        Text(
+            f"Data: {', '.join(info['source'])}{limit}: {info['train_documents']:,} documents, "
+            f"{info['train_tokens']:,} tokens to train on, {info['validation_tokens']:,} held out"
+        )
     )
     return corpus
 
 
+def require_own_folder(out: Path) -> None:
+    """Raises SettingError for an `out` that can't be a run's folder, or that holds other files."""
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"out is {out}, which is a file; it must be a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        others = [path.name for path in out.iterdir() if path.name != "cache"]
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise SettingError(
+            f"out is {out}, which can't be made or read ({error.strerror}); it must be a folder that can be written to"
+        ) from error
+    if others and not (out / "settings.json").exists():
+        raise SettingError(f"out is {out}, which holds other files; it must be an empty or new folder, or a run's")
+
+
+def holds_results(out: Path) -> bool:
+    """Whether training has begun in a run's folder, so that its settings must not change any more."""
+    return any((out / name).exists() for name in ("runs", "checkpoints", "result.json"))
+
+
 def data_facts(settings: RunSettings, corpus: Corpus) -> dict[str, Any]:
+    used = len(held_out(settings, corpus))
     epochs = settings.steps * settings.tokens_per_step / corpus.info["train_tokens"]
-    return corpus.info | {"epochs": round(epochs, 3)}
+    return corpus.info | {
+        "epochs": round(epochs, 3),
+        "validation_sequences_used": used,
+        "validation_tokens_used": used * settings.seq_len,
+    }

@@ -6,22 +6,24 @@ import json
 import math
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from query_experts import costs
 from query_experts.callbacks import StopAt, StopAtDivergence, TokenProgress, ZClipCallback, losses_are_finite
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus
-from query_experts.errors import SettingError
-from query_experts.files import full_disk_as_os_error, require_space, save_tokenizer, write_json
+from query_experts.files import full_disk_as_os_error, read_json, require_space, save_tokenizer, write_json
 from query_experts.router import select_top_k
 from query_experts.study.arms import arm_config, build
 from query_experts.study.environment import Pieces
@@ -29,6 +31,7 @@ from query_experts.study.settings import RunSettings, resolve_device
 from query_experts.training import GQETrainer, initialise_by_name
 
 PASSAGE_TOKENS = 192
+MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
 ROUTING_SEQUENCES = 16
 DEAD_BELOW = 0.01  # an expert that fewer tokens than this wake counts as dead
 
@@ -43,18 +46,13 @@ def train_arm(
     """
     result_file = folder / "result.json"
     if result_file.exists():
-        return json.loads(result_file.read_text())
+        return read_json(result_file)
     step = settings.batch_size * settings.gradient_accumulation_steps
-    if len(corpus.train) < step:
-        raise SettingError(
-            f"batch_size * gradient_accumulation_steps is {step}; it must be at most the {len(corpus.train)} sequences "
-            "that data holds"
-        )
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed)
     require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
 
-    validation = Subset(corpus.validation, range(min(settings.validation_sequences, len(corpus.validation))))
+    validation = held_out(settings, corpus)
     progress = TokenProgress(f"{arm} seed {seed}", settings.tokens_per_step)
     where = Pieces(resolve_device(settings.device), settings.dtype)
     trainer = GQETrainer(
@@ -95,15 +93,32 @@ def close_bar(trainer: GQETrainer) -> Iterator[None]:
                 callback.close()
 
 
+def held_out(settings: RunSettings, corpus: Corpus) -> Subset:
+    """`validation_sequences` of the held-out sequences, or all where there are fewer, spread evenly over them."""
+    there = len(corpus.validation)
+    count = min(settings.validation_sequences, there)
+    return Subset(corpus.validation, [i * there // count for i in range(count)])
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. Those that a kill or a full disk cut short are deleted."""
+    """The newest whole checkpoint. Those that a kill, a full disk or a bad one cut short are deleted."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
+        if is_whole(path):
             return path
-        except (OSError, ValueError):
-            shutil.rmtree(path)
+        shutil.rmtree(path)
     return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer finished this checkpoint, and each of its files reaches to its end."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # written last
+        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt"):
+            pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    archives = [path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")]
+    return all(zipfile.is_zipfile(path) for path in archives)
 
 
 def train_on(trainer: GQETrainer, checkpoint: Path | None) -> None:
@@ -123,7 +138,7 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
     every = max(1, settings.steps // settings.evaluations)
     warmup = round(settings.warmup_fraction * settings.steps)
     decay = round(settings.decay_fraction * settings.steps)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -157,6 +172,8 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         report_to="none",
         log_level="error",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # of several visible ones the first, not nn.DataParallel over all
+    return arguments
 
 
 def describe(
@@ -188,7 +205,7 @@ def describe(
         "intermediate_size": model.config.intermediate_size,
         "flops_per_token": costs.flops_per_token(model.config, settings.seq_len),
         "kv_bytes_per_token": costs.kv_bytes_per_token(model.config, getattr(torch, settings.dtype).itemsize),
-        "tokens_per_s": round(progress.steps * settings.tokens_per_step / progress.seconds, 1),
+        "tokens_per_s": round(progress.tokens_per_s, 1),
         "train_seconds": round(progress.seconds, 1),
         "train_tokens": trained_tokens,
         "diverged_at_tokens": trained_tokens if diverged else None,
@@ -206,7 +223,7 @@ def describe(
 def router_probabilities(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """input_ids [B, T] -> probabilities [L, B*T, G, M]."""
     model.eval()
-    outputs = model(input_ids.to(model.device), output_router_logits=True, use_cache=False)
+    outputs = model(input_ids.to(model.device), output_router_logits=True, use_cache=False, logits_to_keep=1)
     logits = torch.stack(outputs.router_logits).unflatten(-1, (model.config.num_key_value_heads, -1))
     return logits.softmax(-1)
 
@@ -232,7 +249,18 @@ def passage(model: PreTrainedModel, corpus: Corpus) -> dict[str, Any]:
     """A held-out text, token by token, and for each layer and group the most probable expert that it woke."""
     ids = corpus.validation[0]["input_ids"][:PASSAGE_TOKENS]
     experts = router_probabilities(model, ids[None]).argmax(-1)  # [L, T, G]
-    return {"tokens": [corpus.tokenizer.decode([i]) for i in ids.tolist()], "experts": experts.tolist()}
+    return {"tokens": readable_tokens(corpus.tokenizer, ids.tolist()), "experts": experts.tolist()}
+
+
+def readable_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to the text. Of tokens that share a character, the last has it and the others are empty."""
+    texts, begun = [], 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[begun:end])
+        whole = not text.endswith("\ufffd") or end - begun >= MAX_CHARACTER_TOKENS
+        texts.append(text if whole else "")
+        begun = end if whole else begun
+    return texts
 
 
 def deadline_after(minutes: float | None) -> float | None:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from query_experts.errors import SettingError
 from query_experts.study.arms import ModelSize, arm_config
-from query_experts.study.report_text import ARMS
+from query_experts.study.report.text import ARMS
 
 
 def field(default: Any, text: str) -> Any:
@@ -35,7 +35,7 @@ class RunSettings:
     text_field: str = field("text", "field of a jsonl line or parquet column that holds the text")
     tokenizer: str | None = field(None, "tokenizer by name or folder; default: a byte-level BPE trained on the data")
     max_bytes: int | None = field(12_000_000, "read at most so many bytes of text")
-    validation_sequences: int = field(64, "sequences of held-out text that the validation loss is taken over")
+    validation_sequences: int = field(128, "sequences for the validation loss, spread over the held-out text")
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("bfloat16", "autocast dtype: bfloat16, or float32 for none")
     stop_after_minutes: float | None = field(None, "save and stop then; the same command goes on from there")
@@ -105,7 +105,8 @@ class RunSettings:
             raise SettingError(f"max_bytes is {self.max_bytes}; it must be 1 or more")
         if self.dtype not in ("bfloat16", "float32"):
             raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16 or float32")
-        require_one_device(resolve_device(self.device))
+        resolve_device(self.device)
+        require_one_process()
 
 
 @dataclass
@@ -157,16 +158,13 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def require_one_device(device: str) -> None:
-    """Raises SettingError for a launch on several processes, or where the Trainer would spread over several GPUs."""
-    remedy = "on several devices, train with GQETrainer in a script of your own"
+def require_one_process() -> None:
+    """Raises SettingError for a launch on several processes."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
-        raise SettingError(f"WORLD_SIZE is {processes}; the study runs in one process, so it must be 1 ({remedy})")
-    if device == "cuda" and torch.cuda.device_count() > 1:
         raise SettingError(
-            f"device is cuda, of which {torch.cuda.device_count()} are visible; it must be one: set "
-            f"CUDA_VISIBLE_DEVICES ({remedy})"
+            f"WORLD_SIZE is {processes}; the study runs in one process on one device, so it must be 1 (on several "
+            "devices, train with GQETrainer in a script of your own)"
         )
 
 
@@ -189,10 +187,11 @@ FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm",
                   "prefill_lengths", "prefill_repeats", "data", "tokenizer", "cache_dir"}  # fmt: skip
 
 
-def fingerprint(settings: RunSettings, data_hash: str) -> dict[str, Any]:
+def fingerprint(settings: RunSettings) -> dict[str, Any]:
     """What must not change while results of a folder are kept: all but where they are and how many of them."""
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE_TO_CHANGE}
-    return kept | {"device": resolve_device(settings.device), "data_hash": data_hash}
+    one = [settings.arm, settings.seed] if isinstance(settings, TrainSettings) else "several"
+    return kept | {"device": resolve_device(settings.device), "arm and seed": one}
 
 
 def refuse_change(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MIN_SEEDS_FOR_INTERVAL = 3
+EQUAL_BELOW = 5e-5  # smaller differences round to zero at the four digits that are shown
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,18 @@ class PairedDifference:
 
     @property
     def same_sign(self) -> bool:
-        """Whether every seed points the same way."""
-        values = self.differences.values()
-        return all(value < 0 for value in values) or all(value > 0 for value in values)
+        """Whether every seed points the same way; a seed without a difference points nowhere."""
+        return {sign(value) for value in self.differences.values()} in ({-1}, {1})
 
     @property
     def excludes_zero(self) -> bool:
         """Whether there is an interval and zero lies outside it."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return self.low is not None and self.high is not None and (sign(self.low) > 0 or sign(self.high) < 0)
+
+
+def sign(difference: float) -> int:
+    """-1, 0 or 1; 0 for a difference that rounds to zero at the digits that are shown."""
+    return 0 if abs(difference) < EQUAL_BELOW else 1 if difference > 0 else -1
 
 
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference | None:

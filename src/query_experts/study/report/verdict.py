@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from query_experts.study import report_text as text
-from query_experts.study.report_rows import (
+from query_experts.study.report import text
+from query_experts.study.report.machines import hardware
+from query_experts.study.report.rows import (
     BASELINES,
     Comparison,
     Row,
+    completed_runs,
+    diverged,
     missing_parts,
     prefill_lengths,
     prefill_speedup,
@@ -20,7 +23,7 @@ from query_experts.study.report_rows import (
     seeds_of,
     summary_rows,
 )
-from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDifference, paired_difference
+from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDifference, paired_difference, sign
 
 TINY_PARAMETERS = 50e6
 TOKENS_PER_PARAMETER = 20  # about compute-optimal training (arXiv 2203.15556)
@@ -36,8 +39,14 @@ def verdict(comparison: Comparison) -> list[str]:
 def verdict_by_topic(comparison: Comparison) -> dict[str, list[str]]:
     """The verdict's sentences under the heading of what they are about; a topic without any is left out."""
     rows = {row.arm: row for row in summary_rows(comparison)}
+    asked = len(seeds_of(comparison))
     topics = {
-        "Loss": [*_against_baselines(rows), *_routing_itself(rows), *_lowest(rows)],
+        "Loss": [
+            *_against_baselines(rows, asked),
+            *_routing_itself(rows, asked),
+            *_lowest(rows),
+            *_divergences(comparison),
+        ],
         "How sure": [*_certainty(comparison, rows)],
         "Speed": [*_speed(comparison, rows)],
         "Routing": [*_dead_experts(comparison)],
@@ -46,81 +55,115 @@ def verdict_by_topic(comparison: Comparison) -> dict[str, list[str]]:
     return {topic: lines for topic, lines in topics.items() if lines}
 
 
-def _against_baselines(rows: dict[str, Row]) -> Iterator[str]:
-    if "gqe" not in rows or not rows["gqe"].losses:
+def _against_baselines(rows: dict[str, Row], asked: int) -> Iterator[str]:
+    if "gqe" not in rows:
         yield "gqe has no validation loss here, so this comparison says nothing about the quality of the paper's layer."
         return
     for base in BASELINES:
-        difference = rows["gqe"].versus[base]
-        if difference is None:
-            yield f"gqe can't be compared with {base}: no seed has a loss for both."
-        else:
-            yield _outcome("gqe", base, difference)
+        yield _outcome(rows, base, asked)
 
 
-def _outcome(arm: str, base: str, difference: PairedDifference) -> str:
-    """One sentence on who has the lower loss, on how many seeds, by how much, and how sure that is."""
+def _outcome(rows: dict[str, Row], base: str, asked: int) -> str:
+    """One sentence on whether gqe has the lower loss, on how many seeds, by how much, and how sure that is."""
+    difference, gone = _between(rows, base), _diverged(rows, base, asked)
+    if difference is None:
+        return f"gqe can't be compared with {base}: {gone or 'no seed has a loss for both'}."
+    parts = [_who_won(base, difference, asked), _how_sure(difference), gone]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def _between(rows: dict[str, Row], base: str) -> PairedDifference | None:
+    return paired_difference(rows["gqe"].losses, rows[base].losses) if "gqe" in rows and base in rows else None
+
+
+def _who_won(base: str, difference: PairedDifference, asked: int) -> str:
     values = list(difference.differences.values())
-    wins, losses = sum(value < 0 for value in values), sum(value > 0 for value in values)
+    signs = [sign(value) for value in values]
     if len(values) == 1:
-        end = f" by {abs(values[0]):.4f}" if values[0] else ""
-        return f"On the one seed that both have, {arm} {_verb(values[0])} {base}{end}."
-    shown = text.listed([text.signed(value) for value in values])
-    if difference.same_sign:
-        every = "both seeds" if len(values) == 2 else f"every one of the {len(values)} seeds"
-        line = f"{arm} {_verb(values[0])} {base} on {every}: {shown}, mean {text.signed(difference.mean)}"
-    else:
-        line = (
-            f"{arm} against {base} has no consistent winner: lower loss on {wins} of {len(values)} seeds, higher on "
-            f"{losses} ({shown}, mean {text.signed(difference.mean)})"
-        )
-    if difference.low is None:
-        return line + "."
-    bracket = text.interval(difference.low, difference.high)
-    if difference.excludes_zero:
-        return f"{line}; the 95% interval {bracket} excludes zero."
-    return f"{line}; the 95% interval {bracket} includes zero, so chance alone may explain it."
+        end = f" by {abs(values[0]):.4f}" if signs[0] else ""
+        return f"On the one seed that both have, gqe {_verb(values[0])} {base}{end}"
+    shown = f"{text.listed([text.signed(value) for value in values])}, mean {text.signed(difference.mean)}"
+    if len(set(signs)) == 1:
+        return f"gqe {_verb(values[0])} {base} on {_every(len(values), asked)}: {shown}"
+    return (
+        f"gqe against {base} has no consistent winner: lower loss on {signs.count(-1)} of {len(values)} seeds, higher "
+        f"on {signs.count(1)} ({shown})"
+    )
+
+
+def _every(pairs: int, asked: int) -> str:
+    if pairs < asked:
+        return f"the {pairs} seeds that both have"
+    return "both seeds" if pairs == 2 else f"every one of the {pairs} seeds"
 
 
 def _verb(difference: float) -> str:
-    if difference == 0:
-        return "has the same loss as"
-    return "is better than" if difference < 0 else "loses to"
+    return {-1: "is better than", 0: "has the same loss as", 1: "loses to"}[sign(difference)]
 
 
-def _routing_itself(rows: dict[str, Row]) -> Iterator[str]:
+def _how_sure(difference: PairedDifference) -> str:
+    if difference.low is None or not any(sign(value) for value in difference.differences.values()):
+        return ""
+    bracket = f"the 95% interval {text.interval(difference.low, difference.high)}"
+    if difference.excludes_zero:
+        return f"{bracket} excludes zero"
+    return f"{bracket} includes zero, so chance alone may explain it"
+
+
+def _diverged(rows: dict[str, Row], base: str, asked: int) -> str:
+    """Which seeds of gqe and of the other arm diverged, or nothing."""
+    gone = {arm: rows[arm].diverged for arm in ("gqe", base) if arm in rows and rows[arm].diverged}
+    if not gone:
+        return ""
+    count = len({seed for seeds in gone.values() for seed in seeds})
+    named = "; ".join(f"{arm}, {text.seeds(seeds)}" for arm, seeds in gone.items())
+    return f"of {text.plural(asked, 'seed')}, {count} diverged ({named})"
+
+
+def _divergences(comparison: Comparison) -> Iterator[str]:
+    for arm, runs in runs_by_arm(comparison).items():
+        gone = {run["seed"]: text.short(run["diverged_at_tokens"]) for run in runs if diverged(run)}
+        if gone:
+            after = f"after {text.listed(list(gone.values()))} tokens"
+            yield f"{arm} diverged with {text.seeds(list(gone))}: {after} the loss was no longer a finite number."
+
+
+def _routing_itself(rows: dict[str, Row], asked: int) -> Iterator[str]:
     """Whether routing, rather than anything else that gqe changes, earned the difference."""
-    difference = rows["gqe"].versus["static"] if "gqe" in rows else None
+    difference = _between(rows, "static")
     if difference is not None:
         as_many = rows["gqe"].active_heads == rows["static"].active_heads
         control = "static, with as many active heads and no router" if as_many else "static, which has no router"
-        if difference.excludes_zero and difference.mean < 0:
-            yield (
-                f"The control for routing is {control}: against it, these seeds speak for gqe at this scale; whether "
-                "that is learned routing or merely more query weights, only the arm frozen tells."
-            )
-        elif difference.same_sign and difference.mean > 0:
-            yield f"The control for routing is {control}: gqe lost to it, so routing did not pay here."
-        elif difference.same_sign and difference.low is None:
-            yield f"The control for routing is {control}: what was run points to routing, but without an interval."
-        else:
-            yield f"The control for routing is {control}: these runs don't establish that routing helps."
-    half, frozen = (_between(rows, "gqe", control) for control in ("half", "frozen"))
-    if half is not None:
-        yield _outcome("gqe", "half", half)
+        yield f"The control for routing is {control}: {_of_routing(difference, asked)}."
+    if _between(rows, "half") is not None:
+        yield _outcome(rows, "half", asked)
+    frozen = _between(rows, "frozen")
     if frozen is not None:
         won = frozen.same_sign and frozen.mean < 0
         doubt = "" if won else " So a gain of gqe, where there is one, need not come from learned routing."
-        yield _outcome("gqe", "frozen", frozen) + doubt
+        yield _outcome(rows, "frozen", asked) + doubt
 
 
-def _between(rows: dict[str, Row], arm: str, base: str) -> PairedDifference | None:
-    return paired_difference(rows[arm].losses, rows[base].losses) if arm in rows and base in rows else None
+def _of_routing(difference: PairedDifference, asked: int) -> str:
+    """What the difference from static says of routing: no more than was measured."""
+    if difference.excludes_zero and difference.mean < 0:
+        return (
+            "against it, these seeds speak for gqe at this scale; whether that is learned routing or merely more query "
+            "weights, only the arm frozen tells"
+        )
+    if difference.excludes_zero:
+        return "gqe lost to it, so routing did not pay here"
+    if difference.low is None and difference.same_sign:
+        pairs = len(difference.differences)
+        on = "the one seed that both have" if pairs == 1 else _every(pairs, asked)
+        return f"gqe has the {'lower' if difference.mean < 0 else 'higher'} loss on {on}, too few for an interval"
+    return "these runs don't establish that routing helps"
 
 
 def _certainty(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
     """How far seeds move the loss, beside how far arms do."""
-    seeds = len(seeds_of(comparison))
+    pairs = [len(difference.differences) for row in rows.values() for difference in row.versus.values() if difference]
+    seeds = min(pairs, default=0)
     if seeds == 1:
         yield "One seed can't tell a difference between arms from luck."
     elif 0 < seeds < MIN_SEEDS_FOR_INTERVAL:
@@ -142,32 +185,32 @@ def _lowest(rows: dict[str, Row]) -> Iterator[str]:
     means = {arm: row.loss_mean for arm, row in rows.items() if row.loss_mean is not None}
     if len(means) < 2:
         return
-    best = min(means, key=lambda arm: means[arm])
+    lowest = min(means.values())
+    best = text.listed([arm for arm, mean in means.items() if not sign(mean - lowest)])
     seeds = {frozenset(row.losses) for row in rows.values() if row.losses}
     tail = "" if len(seeds) == 1 else ", but the arms' means are over different seeds"
-    yield f"The lowest mean validation loss is that of {best} ({means[best]:.4f}){tail}."
+    yield f"The lowest mean validation loss is that of {best} ({lowest:.4f}){tail}."
 
 
 def _speed(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
-    if "gqe" not in rows:
-        return
-    yield from _training_speed(comparison)
-    lengths = [length for length in prefill_lengths(comparison) if rows["gqe"].prefill.get(length)]
+    machines = hardware(comparison)
+    if len(machines) > 1:
+        yield f"Runs were trained on different hardware ({'; '.join(machines)}), so training speeds don't compare."
+    elif "gqe" in rows:
+        yield from _training_speed(comparison)
+    lengths = [length for length in prefill_lengths(comparison) if "gqe" in rows and rows["gqe"].prefill[length]]
     for length in lengths[-1:]:
         yield _prefill_sentence(comparison, rows["gqe"], length)
 
 
 def _training_speed(comparison: Comparison) -> Iterator[str]:
     """Seed by seed: runs of one seed follow each other, and a machine's speed drifts."""
-    speeds = {
-        arm: {run["seed"]: run["tokens_per_s"] for run in runs if run.get("tokens_per_s")}
-        for arm, runs in runs_by_arm(comparison).items()
-    }
-    ours, dense = speeds.get("gqe", {}), speeds.get("dense", {})
+    speeds = {(run["arm"], run["seed"]): run["tokens_per_s"] for run in completed_runs(comparison)}
+    ours, dense = ({seed: speed for (of, seed), speed in speeds.items() if of == arm} for arm in ("gqe", "dense"))
     changes = [ours[seed] / dense[seed] - 1 for seed in sorted(ours.keys() & dense.keys())]
     if not changes:
         return
-    listing = text.listed([f"{change:+.0%}" for change in changes])
+    listing = text.listed([f"{change:+.0%}".replace("-", text.MINUS) for change in changes])
     if max(abs(change) for change in changes) <= SAME_SPEED:
         yield f"In training, gqe runs about as fast as dense (tokens/s, seed by seed: {listing})."
     elif min(changes) > 0 or max(changes) < 0:
@@ -198,9 +241,10 @@ def _prefill_sentence(comparison: Comparison, row: Row, length: int) -> str:
 
 def _sizes(rows: dict[str, Row]) -> Iterator[str]:
     for base in BASELINES:
-        ours, theirs = (rows[arm].total_parameters if arm in rows else None for arm in ("gqe", base))
-        if ours and theirs and abs(ours / theirs - 1) >= 0.005:
-            change = ours / theirs - 1
+        if "gqe" not in rows or base not in rows:
+            continue
+        change = rows["gqe"].total_parameters / rows[base].total_parameters - 1
+        if abs(change) >= 0.005:
             word = "more" if change > 0 else "fewer"
             yield f"gqe has {abs(change):.1%} {word} parameters than {base}: losses are not at equal size."
 
@@ -208,23 +252,21 @@ def _sizes(rows: dict[str, Row]) -> Iterator[str]:
 def _dead_experts(comparison: Comparison) -> Iterator[str]:
     found, threshold = [], 0.0
     for arm, runs in runs_by_arm(comparison).items():
-        routings = [run["routing"] for run in runs if run.get("routing")]
-        dead = [routing.get("dead") or 0 for routing in routings]
+        routings = [run["routing"] for run in runs if run["routing"]]
+        dead = [routing["dead"] for routing in routings]
         if any(dead):
-            experts = sum(len(group) for layer in routings[0].get("load") or () for group in layer)
+            experts = sum(len(group) for layer in routings[0]["load"] for group in layer)
             found.append(f"{arm} {text.listed([str(count) for count in dead])} of {experts}")
-            threshold = max(threshold, *(routing.get("dead_below", 0.01) for routing in routings))
+            threshold = routings[0]["dead_below"]
     if found:
         yield f"Dead experts, woken by less than {threshold:.0%} of tokens, seed by seed: {'; '.join(found)}."
 
 
 def _scale(comparison: Comparison) -> Iterator[str]:
-    runs = [run for group in runs_by_arm(comparison).values() for run in group]
-    sizes = [run["parameters"]["total"] for run in runs if (run.get("parameters") or {}).get("total")]
-    tokens = [run["train_tokens"] for run in runs if run.get("train_tokens")]
-    if not sizes or not tokens:
+    runs = completed_runs(comparison)
+    if not runs:
         return
-    size, seen = max(sizes), max(tokens)
+    size, seen = max(run["parameters"]["total"] for run in runs), max(run["train_tokens"] for run in runs)
     if size < TINY_PARAMETERS:
         yield (
             f"The models are tiny ({text.short(size)} parameters, {text.short(seen)} training tokens): nothing here "
@@ -241,8 +283,7 @@ def _incomplete(comparison: Comparison) -> Iterator[str]:
     lines = missing_parts(comparison)
     if lines:
         yield f"The comparison is incomplete: {text.plural(len(lines), 'part')} missing, listed apart."
-    runs = [run for group in runs_by_arm(comparison).values() for run in group]
-    unequal = {run["train_tokens"] for run in runs if run.get("train_tokens")}
+    unequal = {run["train_tokens"] for run in completed_runs(comparison)}
     if len(unequal) > 1:
         low, high = text.short(min(unequal)), text.short(max(unequal))
         yield f"Runs saw unequal numbers of tokens ({low} to {high}), so losses are not at equal training."

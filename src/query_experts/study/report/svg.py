@@ -12,19 +12,18 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from query_experts.study.report_charts import ARM_COLOURS, DEAD, FAINT, GRID, INK, OTHER_COLOURS, colour_of
+from query_experts.study.report.charts import ARM_COLOURS, DEAD, FAINT, GRID, INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PAGE_COLOURS = {INK: "ink", FAINT: "faint", GRID: "grid", DEAD: "dead"}
 _PAGE_COLOURS |= {colour: f"arm-{arm}" for arm, colour in ARM_COLOURS.items() if colour not in _PAGE_COLOURS}
-_PAGE_COLOURS |= {colour: f"arm-other-{i}" for i, colour in enumerate(OTHER_COLOURS)}
 
 
 def colour_variable(arm: str) -> str:
     """The CSS variable that holds the arm's colour."""
-    return _PAGE_COLOURS[colour_of(arm)]
+    return _PAGE_COLOURS[ARM_COLOURS[arm]]
 
 
 def svg_text(figure: Figure, salt: str) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from query_experts.errors import SettingError
-from query_experts.study import report_text as text
-from query_experts.study.report_rows import BASELINES, Comparison, Run, Speedup, prefill_lengths, summary_rows
+from query_experts.study.report import text
+from query_experts.study.report.rows import BASELINES, Comparison, Run, Speedup, diverged, prefill_lengths, summary_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,6 @@ ARM_COLOURS = {
     "dense": INK, "static": "#d98c00", "half": "#7d8590", "frozen": "#46a5de", "gqe": "#0067b0", "hard": "#c66a9e",
     "weighted": "#008f6b", "gqe-m4": "#c84e00", "gqe-expert": "#7b4bb3",
 }  # fmt: skip
-OTHER_COLOURS = ("#8a6d3b", "#3b7f8a", "#8a3b5c")
 MARKERS = dict(zip(ARM_COLOURS, "os^vDPX*p", strict=True))
 SEED_STYLES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 EXPERT_COLOURS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#c4a7e7")
@@ -46,11 +45,6 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def colour_of(arm: str) -> str:
-    """The arm's colour; arms that the study doesn't know share three more."""
-    return ARM_COLOURS.get(arm) or OTHER_COLOURS[sum(map(ord, arm)) % len(OTHER_COLOURS)]
-
-
 def loss_figure(by_arm: Mapping[str, Sequence[Run]]) -> Figure | None:
     """Training loss (smoothed) with validation points against tokens, and below it the second half, validation only."""
     runs = [(arm, run) for arm, group in by_arm.items() for run in group if _has_curve(run)]
@@ -59,7 +53,7 @@ def loss_figure(by_arm: Mapping[str, Sequence[Run]]) -> Figure | None:
     seeds = sorted({run["seed"] for _, run in runs})
     styles = {seed: SEED_STYLES[i % len(SEED_STYLES)] for i, seed in enumerate(seeds)}
     last = max(tokens for _, run in runs for name in CURVES for tokens, _ in curve(run, name))
-    validated = [(arm, run) for arm, run in runs if len(_late(run, last)) > 1]
+    validated = [(arm, run) for arm, run in runs if not diverged(run) and len(_late(run, last)) > 1]
     figure = new_figure(6.4 if validated else 4.2)
     panels = figure.subplots(2, 1, height_ratios=(1.15, 1)) if validated else [figure.add_subplot()]
     for axes, title in zip(panels, ("training (lines), validation (points)", "validation, second half"), strict=False):
@@ -72,28 +66,29 @@ def loss_figure(by_arm: Mapping[str, Sequence[Run]]) -> Figure | None:
         look = _look(arm)
         _plot(panels[0], smooth(curve(run, "train_curve")), linestyle=styles[run["seed"]], linewidth=1.1, **look)
         points = curve(run, "validation_curve")
-        _plot(panels[0], points, linestyle="none", marker=MARKERS.get(arm, "o"), markersize=3.5, **look)
+        _plot(panels[0], points, linestyle="none", marker=MARKERS[arm], markersize=3.5, **look)
     for arm, run in validated:
-        style, marker = styles[run["seed"]], MARKERS.get(arm, "o")
+        style, marker = styles[run["seed"]], MARKERS[arm]
         _plot(panels[1], _late(run, last), linestyle=style, linewidth=1.3, marker=marker, markersize=5, **_look(arm))
-    _cut_the_start(panels[0], [run for _, run in runs], last)
-    _loss_legend(figure, list(dict.fromkeys(arm for arm, _ in runs)), styles)
+    gone = [run for _, run in runs if diverged(run)]
+    _fit(panels[0], [run for _, run in runs if not diverged(run)] or gone, last)
+    _cross_ends(panels[0], gone)
+    _loss_legend(figure, list(dict.fromkeys(arm for arm, _ in runs)), styles, bool(gone))
     return figure
 
 
 def _look(arm: str) -> dict[str, Any]:
-    return {"color": colour_of(arm), "zorder": 4 if arm == "gqe" else 3}
+    return {"color": ARM_COLOURS[arm], "zorder": 4 if arm == "gqe" else 3}
 
 
 def _plot(axes: Axes, points: Sequence[tuple[float, float]], **look: Any) -> None:
     if points:
-        axes.plot(*zip(*points, strict=True), markeredgewidth=0, **look)
+        axes.plot(*zip(*points, strict=True), **{"markeredgewidth": 0, **look})
 
 
 def curve(run: Run, name: str) -> list[tuple[float, float]]:
-    """The finite points (tokens, loss) of one of a run's curves."""
-    points = [(tokens, loss) for tokens, loss in run.get(name) or () if tokens is not None and loss is not None]
-    return [(float(tokens), float(loss)) for tokens, loss in points if math.isfinite(tokens) and math.isfinite(loss)]
+    """The points (tokens, loss) of one of a run's curves."""
+    return [(float(tokens), float(loss)) for tokens, loss in run[name]]
 
 
 def _has_curve(run: Run) -> bool:
@@ -118,8 +113,8 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return smoothed[::-step][::-1]
 
 
-def _cut_the_start(axes: Axes, runs: Sequence[Run], last: float) -> None:
-    """Leave out the steep start, which would flatten what is compared: fit the axis from a tenth of the tokens on."""
+def _fit(axes: Axes, runs: Sequence[Run], last: float) -> None:
+    """Leave out the steep start, which would flatten what is compared: fit the axes from a tenth of the tokens on."""
     lines = [line for run in runs for line in (smooth(curve(run, "train_curve")), curve(run, "validation_curve"))]
     shown = [loss for line in lines for tokens, loss in line if tokens >= 0.1 * last]
     margin = 0.04 * (max(shown) - min(shown)) or 0.05
@@ -127,11 +122,19 @@ def _cut_the_start(axes: Axes, runs: Sequence[Run], last: float) -> None:
     axes.set_xlim(0, 1.02 * last)
 
 
-def _loss_legend(figure: Figure, arms: Sequence[str], styles: Mapping[int, Any]) -> None:
+def _cross_ends(axes: Axes, runs: Sequence[Run]) -> None:
+    """A cross where the line of each of these runs ends, or under the upper edge where that is above it."""
+    top = axes.get_ylim()[1]
+    for run in runs:
+        ends = [(tokens, min(loss, top)) for tokens, loss in curve(run, "train_curve")[-1:]]
+        _plot(axes, ends, marker="x", markersize=7, markeredgewidth=1.8, clip_on=False, **_look(run["arm"]))
+
+
+def _loss_legend(figure: Figure, arms: Sequence[str], styles: Mapping[int, Any], crosses: bool) -> None:
     from matplotlib.lines import Line2D
 
     entries = [
-        Line2D([], [], color=colour_of(arm), marker=MARKERS.get(arm, "o"), markersize=5, linewidth=1.6, label=arm)
+        Line2D([], [], color=ARM_COLOURS[arm], marker=MARKERS[arm], markersize=5, linewidth=1.6, label=arm)
         for arm in arms
     ]
     if len(styles) > 1:
@@ -139,6 +142,8 @@ def _loss_legend(figure: Figure, arms: Sequence[str], styles: Mapping[int, Any])
             Line2D([], [], color=FAINT, linestyle=style, linewidth=1.3, label=f"seed {seed}")
             for seed, style in styles.items()
         ]
+    if crosses:
+        entries.append(Line2D([], [], color=FAINT, linestyle="none", marker="x", markersize=7, label="diverged"))
     figure.legend(
         handles=entries,
         loc="outside lower center",
@@ -178,7 +183,7 @@ def difference_figure(comparison: Comparison) -> Figure | None:
 def _draw_difference(axes: Axes, y: float, arm: str, difference: Any) -> None:
     if difference is None:
         return
-    colour = colour_of(arm)
+    colour = ARM_COLOURS[arm]
     if difference.low is not None:
         axes.plot([difference.low, difference.high], [y, y], color=colour, linewidth=1.8, alpha=0.55)
     axes.plot([difference.mean], [y], marker="|", markersize=13, markeredgewidth=2.2, color=colour)
@@ -205,9 +210,9 @@ def prefill_figure(comparison: Comparison) -> Figure | None:
         if arm in {row.arm for row in rows}:
             limits.setdefault(round(limit, 3), []).append(arm)
     for limit, arms in limits.items():
-        colour = colour_of(arms[0]) if len(arms) == 1 else FAINT
+        colour = ARM_COLOURS[arms[0]] if len(arms) == 1 else FAINT
         axes.axhline(limit, color=colour, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
-        axes.annotate(f"limit {text.times(limit)} ({', '.join(arms)})", (0.01, limit), (0, 3), fontsize=8.5,
+        axes.annotate(f"limit {text.times(limit)} ({', '.join(arms)})", (0.11, limit), (0, 3), fontsize=8.5,
                       xycoords=("axes fraction", "data"), textcoords="offset points", color=colour)  # fmt: skip
     axes.set_xticks(lengths, [text.length_name(length) for length in lengths])
     axes.minorticks_off()
@@ -222,16 +227,14 @@ def _draw_speedups(axes: Axes, arm: str, speedups: Mapping[float, Speedup]) -> N
     medians = [speed.median for speed in speedups.values()]
     below = [speed.median - speed.low for speed in speedups.values()]
     above = [speed.high - speed.median for speed in speedups.values()]
-    axes.errorbar(list(speedups), medians, yerr=[below, above], color=colour_of(arm), marker=MARKERS.get(arm, "o"),
+    axes.errorbar(list(speedups), medians, yerr=[below, above], color=ARM_COLOURS[arm], marker=MARKERS[arm],
                   markersize=5, capsize=2.5, linewidth=1.6, elinewidth=1, label=arm,
                   zorder=4 if arm == "gqe" else 3)  # fmt: skip
 
 
-def load_figure(routing: Mapping[str, Any]) -> Figure | None:
+def load_figure(routing: Mapping[str, Any]) -> Figure:
     """Bars of the tokens that woke each expert: a row a layer, a cell a group, beside the line of even load."""
-    load = routing.get("load") or []
-    if not load or not load[0] or not load[0][0]:
-        return None
+    load = routing["load"]
     layers, groups, experts = len(load), len(load[0]), len(load[0][0])
     active = max(1, round(sum(load[0][0])))
     tallest = max(active / experts, *(value for layer in load for group in layer for value in group))
@@ -275,12 +278,12 @@ def _draw_bars(axes: Axes, bars: Sequence[tuple[float, float, float]], colour: s
 
 def _annotate_cell(axes: Axes, routing: Mapping[str, Any], layer: int, group: int, corner: tuple[float, float]) -> None:
     """Crosses for dead experts and, where there is room, the router's entropy under the cell."""
-    load, entropy, (x, floor) = routing["load"], routing.get("entropy"), corner
+    load, entropy, (x, floor) = routing["load"], routing["entropy"], corner
     values = load[layer][group]
     for expert, value in enumerate(values):
-        if value < routing.get("dead_below", 0.01):
+        if value < routing["dead_below"]:
             axes.plot([x + expert], [floor + 0.16], marker="x", markersize=4.5, markeredgewidth=1.4, color=DEAD)
-    if entropy and len(load[layer]) <= 8:
+    if len(load[layer]) <= 8:
         middle = x + (len(values) - 1) / 2
         axes.text(middle, floor - 0.08, text.fixed(entropy[layer][group], 2), ha="center", va="top", fontsize=7,
                   color=FAINT)  # fmt: skip

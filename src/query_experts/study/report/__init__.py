@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from query_experts.errors import SettingError
-from query_experts.study import report_text as text
-from query_experts.study.report_charts import (
+from query_experts.files import write_text
+from query_experts.study.report import text
+from query_experts.study.report.charts import (
     EXPERT_COLOURS,
     WIDE_LOAD,
     difference_figure,
@@ -23,21 +24,22 @@ from query_experts.study.report_charts import (
     loss_figure,
     prefill_figure,
 )
-from query_experts.study.report_rows import (
+from query_experts.study.report.machines import trained_on
+from query_experts.study.report.rows import (
     Comparison,
     PairedDifference,
     Row,
     Run,
     Speedup,
+    completed_runs,
     missing_parts,
     runs_by_arm,
     seeds_of,
     summary_rows,
 )
-from query_experts.study.report_svg import colour_variable, inline_svg, save
-from query_experts.study.report_tables import tables
-from query_experts.study.report_verdict import verdict, verdict_by_topic
-from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL
+from query_experts.study.report.svg import colour_variable, inline_svg, save
+from query_experts.study.report.tables import tables
+from query_experts.study.report.verdict import verdict, verdict_by_topic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +51,7 @@ __all__ = [
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
-    """Print the tables and what is missing; fits 120 columns, and wraps differences below one another at 80."""
+    """Print the tables and what is missing; fits 80 columns, where seeds wrap below one another."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -88,41 +90,38 @@ def write_report(comparison: Comparison, path: Path) -> Path:
     )
     page = environment.from_string(source).render(_page(comparison))
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
 def _page(comparison: Comparison) -> dict[str, Any]:
     """Everything that the template shows."""
-    by_arm = runs_by_arm(comparison)
-    arms = list(by_arm)
+    by_arm, rows = runs_by_arm(comparison), summary_rows(comparison)
     return {
         "intro": _intro(comparison),
         "verdict": verdict_by_topic(comparison),
         "missing": missing_parts(comparison),
         "tables": tables(comparison),
-        "arms": [{"name": arm, "what": text.ARMS.get(arm, ""), "colour": colour_variable(arm)} for arm in arms],
-        "colours": {row.arm: colour_variable(row.arm) for row in summary_rows(comparison)},
+        "arms": [{"name": arm, "what": text.ARMS[arm], "colour": colour_variable(arm)} for arm in by_arm],
+        "colours": {arm: colour_variable(arm) for arm in by_arm},
         "charts": _charts(comparison),
         "loads": [entry for arm, runs in by_arm.items() if (entry := _load(arm, runs))],
         "passages": _passages(by_arm),
         "expert_colours": EXPERT_COLOURS,
-        "has_interval": len(seeds_of(comparison)) >= MIN_SEEDS_FOR_INTERVAL,
-        "unknown": text.MISSING,
+        "has_interval": any(pair.low is not None for row in rows for pair in row.versus.values() if pair),
         "settings": _flat(comparison.get("settings")),
         "data": _flat(comparison.get("data")),
         "environment": _flat(comparison.get("environment")),
+        "trained_on": trained_on(comparison),
     }
 
 
 def _intro(comparison: Comparison) -> str:
     """What was compared, in numbers."""
-    runs = [run for group in runs_by_arm(comparison).values() for run in group]
     settings = comparison.get("settings") or {}
     arms, seeds = len(runs_by_arm(comparison)), len(seeds_of(comparison))
     line = f"This page sets {text.plural(arms, 'arm')} side by side over {text.plural(seeds, 'seed')}"
-    tokens = max((run["train_tokens"] for run in runs if run.get("train_tokens")), default=None)
+    tokens = max((run["train_tokens"] for run in completed_runs(comparison)), default=None)
     if tokens:
         line += f", trained on the same {text.short(tokens)} tokens in the same order"
     heads, groups = settings.get("num_attention_heads"), settings.get("num_key_value_heads")
@@ -162,13 +161,10 @@ def _charts(comparison: Comparison) -> dict[str, str | None]:
 
 def _load(arm: str, runs: list[Run]) -> dict[str, Any] | None:
     """The load chart of an arm's first routed run, and a line about each of its seeds."""
-    routed = [run for run in runs if run.get("routing")]
+    routed = [run for run in runs if run["routing"]]
     if not routed:
         return None
     routing = routed[0]["routing"]
-    figure = load_figure(routing)
-    if figure is None:
-        return None
     experts = len(routing["load"][0][0])
     title = f"Load of each expert in {arm}, seed {routed[0]['seed']}"
     about = f"A row for each layer, a cell for each group, {experts} bars a cell. The numbers follow below the chart."
@@ -176,13 +172,13 @@ def _load(arm: str, runs: list[Run]) -> dict[str, Any] | None:
         "arm": arm,
         "colour": colour_variable(arm),
         "seed": routed[0]["seed"],
-        "svg": inline_svg(figure, f"load-{text.slug(arm)}", title, about),
+        "svg": inline_svg(load_figure(routing), f"load-{arm}", title, about),
         "experts": experts,
         "tallest": max(value for layer in routing["load"] for group in layer for value in group),
         "wide": len(routing["load"][0]) * experts > WIDE_LOAD,
         "seeds": [_routing_line(run) for run in routed],
         "load": routing["load"],
-        "entropy": routing.get("entropy"),
+        "entropy": routing["entropy"],
     }
 
 
@@ -190,35 +186,20 @@ def _routing_line(run: Run) -> str:
     """Seed, share of experts that are dead, and mean entropy, as a sentence."""
     routing = run["routing"]
     total = sum(len(group) for layer in routing["load"] for group in layer)
-    values = [value for layer in routing.get("entropy") or () for value in layer if value is not None]
-    line = f"seed {run['seed']}: {routing.get('dead', text.MISSING)} of {total} experts dead"
-    return line + (f", mean router entropy {sum(values) / len(values):.2f}" if values else "")
+    values = [value for layer in routing["entropy"] for value in layer]
+    entropy = sum(values) / len(values)
+    return f"seed {run['seed']}: {routing['dead']} of {total} experts dead, mean router entropy {entropy:.2f}"
 
 
 def _passages(by_arm: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
     """One passage for each routed arm that has one, gqe first."""
     found = []
     for arm in sorted(by_arm, key=lambda name: name != "gqe"):
-        run = next((run for run in by_arm[arm] if _readable(run.get("passage"))), None)
-        if run is None:
-            continue
-        experts = run["passage"]["experts"]
-        load = (run.get("routing") or {}).get("load")
-        highest = max(expert for layer in experts for token in layer for expert in token)
-        found.append(
-            {
-                "arm": arm,
-                "seed": run["seed"],
-                "tokens": [str(token) for token in run["passage"]["tokens"]],
-                "experts": experts,
-                "count": max(highest + 1, len(load[0][0]) if load else 0),
-            }
-        )
+        run = next((run for run in by_arm[arm] if run["passage"]), None)
+        if run is not None:
+            count = len(run["routing"]["load"][0][0])
+            found.append({"arm": arm, "seed": run["seed"], "count": count, **run["passage"]})
     return found
-
-
-def _readable(passage: Mapping[str, Any] | None) -> bool:
-    return bool(passage and passage.get("tokens") and passage.get("experts") and passage["experts"][0])
 
 
 def _flat(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:
@@ -234,7 +215,7 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value)
+        return ", ".join(_value(item) for item in value) or text.MISSING
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_value(item)}" for name, item in value.items())
     return str(value)

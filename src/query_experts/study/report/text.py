@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 MINUS, TIMES, DASH = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 MISSING = DASH
+DIVERGED = "diverged"
 
 ARMS = {
     "dense": "stock Llama: every query head attends, for every token",
@@ -22,9 +23,8 @@ ARMS = {
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
-    """The arms, each once: known ones in the study's order, then the others as they came."""
-    known = {arm: position for position, arm in enumerate(ARMS)}
-    return sorted(dict.fromkeys(arms), key=lambda arm: known.get(arm, len(known)))
+    """The arms, each once, in the study's order."""
+    return sorted(set(arms), key=list(ARMS).index)
 
 
 def signed(value: float | None, digits: int = 4) -> str:
@@ -53,9 +53,19 @@ def short(value: float | None) -> str:
         return MISSING
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * scale:
-            scaled = value / scale
-            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
+            return _three_digits(value / scale) + unit
     return f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in three digits and a unit: 1.24 s, 29.9 ms."""
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    return f"{_three_digits(seconds)} s" if seconds >= 0.9995 else f"{_three_digits(1e3 * seconds)} ms"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def whole(value: float | None) -> str:
@@ -83,6 +93,6 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
 
 
-def slug(arm: str) -> str:
-    """An arm's name as letters, digits and hyphens, for ids in the page."""
-    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in arm)
+def seeds(numbers: Sequence[int]) -> str:
+    """Seeds as a sentence names them: seed 1, seeds 0 and 2."""
+    return f"seed{'s' if len(numbers) > 1 else ''} {listed([str(number) for number in numbers])}"

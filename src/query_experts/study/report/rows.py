@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from query_experts.study.report_text import MISSING, in_order, length_name, listed
+from query_experts.study.report.text import DIVERGED, MISSING, in_order, length_name, listed, seeds
 from query_experts.study.statistics import PairedDifference, paired_difference
 
 Comparison = Mapping[str, Any]
@@ -39,15 +39,17 @@ class Row:
     """One arm of the comparison. None, or an empty mapping, stands for what was not measured."""
 
     arm: str
-    total_parameters: int | None
-    active_parameters: int | None
+    total_parameters: int
+    active_parameters: int
     active_heads: str
-    flops_per_token: float | None
-    kv_bytes_per_token: float | None
+    flops_per_token: float
+    kv_bytes_per_token: float
     tokens_per_s: float | None
     losses: dict[int, float]
+    diverged: list[int]
     versus: dict[str, PairedDifference | None]
     prefill: dict[int, Speedup | None]
+    prefill_seconds: dict[int, float | None]
 
     @property
     def loss_mean(self) -> float | None:
@@ -61,44 +63,47 @@ class Row:
 
 
 def runs_by_arm(comparison: Comparison) -> dict[str, list[Run]]:
-    """The runs of every arm that has any, in the study's order, sorted by seed; a repeated run replaces the earlier."""
-    found: dict[str, dict[int, Run]] = {}
-    for run in comparison.get("runs") or ():
-        found.setdefault(run["arm"], {})[run["seed"]] = run
-    return {arm: [found[arm][seed] for seed in sorted(found[arm])] for arm in in_order(found)}
+    """The runs of every arm that has any, in the study's order, sorted by seed."""
+    runs = sorted(comparison.get("runs") or (), key=lambda run: run["seed"])
+    arms = in_order(run["arm"] for run in runs)
+    return {arm: [run for run in runs if run["arm"] == arm] for arm in arms}
 
 
-def finite_losses(runs: list[Run]) -> dict[int, float]:
-    """Validation loss by seed, without runs that have none or that diverged."""
-    losses = {run["seed"]: run.get("validation_loss") for run in runs}
-    return {seed: float(loss) for seed, loss in losses.items() if loss is not None and math.isfinite(loss)}
+def diverged(run: Run) -> bool:
+    """Whether the run ended because its loss was no longer a finite number."""
+    return run.get("diverged_at_tokens") is not None
+
+
+def completed_runs(comparison: Comparison) -> list[Run]:
+    """All runs but those that diverged."""
+    return [run for runs in runs_by_arm(comparison).values() for run in runs if not diverged(run)]
 
 
 def summary_rows(comparison: Comparison) -> list[Row]:
-    """One row for each arm that has a run or a prefill timing, in the study's order."""
+    """One row for each arm that has a run, in the study's order."""
     by_arm = runs_by_arm(comparison)
-    losses = {arm: finite_losses(runs) for arm, runs in by_arm.items()}
-    timed = (comparison.get("prefill") or {}).get("seconds") or {}
-    return [_row(comparison, arm, by_arm.get(arm, []), losses) for arm in in_order([*by_arm, *timed])]
+    losses = {
+        arm: {run["seed"]: run["validation_loss"] for run in runs if not diverged(run)} for arm, runs in by_arm.items()
+    }
+    return [_row(comparison, arm, runs, losses) for arm, runs in by_arm.items()]
 
 
 def _row(comparison: Comparison, arm: str, runs: list[Run], losses: Mapping[str, dict[int, float]]) -> Row:
-    first: Run = runs[0] if runs else {}
-    parameters = first.get("parameters") or {}
-    active, dense = first.get("active_attention_heads"), first.get("dense_attention_heads")
-    speeds = [run["tokens_per_s"] for run in runs if run.get("tokens_per_s")]
-    own = losses.get(arm, {})
+    first, own, lengths = runs[0], losses[arm], prefill_lengths(comparison)
+    speeds = [run["tokens_per_s"] for run in runs if not diverged(run)]
     return Row(
         arm=arm,
-        total_parameters=parameters.get("total"),
-        active_parameters=parameters.get("active"),
-        active_heads=MISSING if active is None or dense is None else f"{active:g}/{dense:g}",
-        flops_per_token=first.get("flops_per_token"),
-        kv_bytes_per_token=first.get("kv_bytes_per_token"),
+        total_parameters=first["parameters"]["total"],
+        active_parameters=first["parameters"]["active"],
+        active_heads=f"{first['active_attention_heads']:g}/{first['dense_attention_heads']:g}",
+        flops_per_token=first["flops_per_token"],
+        kv_bytes_per_token=first["kv_bytes_per_token"],
         tokens_per_s=statistics.median(speeds) if speeds else None,
         losses=own,
+        diverged=[run["seed"] for run in runs if diverged(run)],
         versus={base: None if base == arm else paired_difference(own, losses.get(base, {})) for base in BASELINES},
-        prefill={length: prefill_speedup(comparison, arm, length) for length in prefill_lengths(comparison)},
+        prefill={length: prefill_speedup(comparison, arm, length) for length in lengths},
+        prefill_seconds={length: prefill_median(comparison, arm, length) for length in lengths},
     )
 
 
@@ -109,20 +114,36 @@ def prefill_lengths(comparison: Comparison) -> list[int]:
 
 def prefill_speedup(comparison: Comparison, arm: str, length: int, base: str = "dense") -> Speedup | None:
     """Speed of `arm` over `base` at one length: ratios of repeats that ran side by side, or None without both."""
-    seconds = (comparison.get("prefill") or {}).get("seconds") or {}
-    position = prefill_lengths(comparison).index(length)
-    ours, theirs = (seconds.get(name) or [] for name in (arm, base))
-    if position >= min(len(ours), len(theirs)):
-        return None
-    pairs = zip(theirs[position] or (), ours[position] or (), strict=False)
-    ratios = [other / own for other, own in pairs if other and own and math.isfinite(other / own)]
+    repeats = zip(*(_prefill_repeats(comparison, name, length) for name in (base, arm)), strict=False)
+    ratios = [theirs / ours for theirs, ours in repeats]
     return Speedup(statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+
+
+def prefill_median(comparison: Comparison, arm: str, length: int) -> float | None:
+    """Median seconds of an arm at one length, or None where it was not timed."""
+    repeats = _prefill_repeats(comparison, arm, length)
+    return statistics.median(repeats) if repeats else None
+
+
+def _prefill_repeats(comparison: Comparison, arm: str, length: int) -> list[float]:
+    """Seconds of every repeat; none where the arm, or yet the length, was not timed."""
+    seconds = comparison["prefill"]["seconds"].get(arm) or []
+    position = prefill_lengths(comparison).index(length)
+    return seconds[position] if position < len(seconds) else []
 
 
 def seeds_of(comparison: Comparison) -> list[int]:
     """Every seed that was asked for or run."""
     asked = (comparison.get("settings") or {}).get("seeds") or ()
     return sorted({*asked, *(run["seed"] for run in comparison.get("runs") or ())})
+
+
+def by_seed(
+    values: Mapping[int, float], gone: Collection[int], asked: list[int], write: Callable[[float], str]
+) -> list[str]:
+    """A value for each seed that was asked for, or what stands for it: those in `gone` diverged, others are missing."""
+    absent = {seed: DIVERGED if seed in gone else MISSING for seed in asked}
+    return [write(values[seed]) if seed in values else absent[seed] for seed in asked]
 
 
 def missing_parts(comparison: Comparison) -> list[str]:
@@ -133,15 +154,13 @@ def missing_parts(comparison: Comparison) -> list[str]:
     for arm in arms:
         runs = by_arm.get(arm, [])
         absent = sorted(set(seeds_of(comparison)) - {run["seed"] for run in runs})
-        diverged = sorted({run["seed"] for run in runs} - finite_losses(runs).keys())
         if not runs:
             lines.append(f"No run of {arm}.")
         elif absent:
-            lines.append(f"No run of {arm} with {_seeds(absent)}.")
-        if diverged:
-            lines.append(f"{arm} diverged with {_seeds(diverged)}: the loss was no longer a finite number.")
+            lines.append(f"No run of {arm} with {seeds(absent)}.")
     lines += [f"No run of {base}, so no difference from it." for base in BASELINES if base not in arms]
-    return lines + _missing_prefill(comparison, [arm for arm in arms if arm in by_arm])
+    finished = {run["arm"] for run in completed_runs(comparison)}
+    return lines + _missing_prefill(comparison, [arm for arm in arms if arm in finished])
 
 
 def _missing_prefill(comparison: Comparison, arms: list[str]) -> list[str]:
@@ -160,7 +179,3 @@ def _missing_prefill(comparison: Comparison, arms: list[str]) -> list[str]:
         + (f" at {listed(gone)} tokens." if len(gone) < len(lengths) else ".")
         for gone, names in untimed.items()
     ]
-
-
-def _seeds(seeds: list[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {listed([str(seed) for seed in seeds])}"
