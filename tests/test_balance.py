@@ -1,10 +1,12 @@
 """The router losses of the global batch: the same whatever way a step is cut into micro-batches."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from model_helpers import (
@@ -211,14 +213,24 @@ def test_a_step_after_an_aborted_one_of_another_size_starts_anew(count):
 
 
 @COUNTS
-def test_an_announced_step_starts_anew_whatever_the_one_before_it_held(count):
-    """After one that was cut short; and with totals of one rank, which the ranks' counts together overrun."""
+def test_an_optimizers_step_begins_a_new_one_whatever_the_last_one_held(count):
+    """After one that was cut short, and with totals of one rank, which the ranks' counts together overrun."""
     steps = Steps()
-    for total in (4, 2, 2, 1):
-        steps.model.balance_window.begin_step()
+    optimizer = torch.optim.SGD(steps.model.parameters(), lr=0.0)
+    for size in (2, 4, 4, 3):  # of the 4 that each step's total speaks of
         window = []
-        for _ in range(2):
-            window = steps.micro_batch(window, **step_total(count, total))
+        for _ in range(size):
+            window = steps.micro_batch(window, **step_total(count, 4))
+        optimizer.step()
+
+
+def test_a_copy_of_a_model_begins_with_an_empty_window_that_optimizers_empty_too():
+    steps = Steps()
+    steps.micro_batch([], num_items_in_batch=33)
+    steps.model = copy.deepcopy(steps.model)
+    steps.micro_batch([], num_items_in_batch=33)
+    torch.optim.SGD(steps.model.parameters(), lr=0.0).step()
+    assert steps.model.balance_window.so_far is None
 
 
 def test_without_a_count_each_pass_stands_alone():
@@ -302,9 +314,10 @@ def test_the_trainer_gives_the_same_parameters_with_and_without_accumulation(tra
     assert_same_tensors(train_one_step(trainer, tmp_path, rows, data, steps), whole)
 
 
-def test_the_gqe_trainer_begins_each_step_anew_even_after_one_that_broke_off(tmp_path, monkeypatch):
-    spans, begun = [], []
-    add, begin = BalanceWindow.add, BalanceWindow.begin_step
+@pytest.mark.parametrize("trainer", [Trainer, GQETrainer])
+def test_in_training_f_spans_each_step_even_where_a_first_micro_batch_has_no_labels(trainer, tmp_path, monkeypatch):
+    spans = []
+    add = BalanceWindow.add
 
     def spy(self, *counts):
         selected, tokens = add(self, *counts)
@@ -312,23 +325,12 @@ def test_the_gqe_trainer_begins_each_step_anew_even_after_one_that_broke_off(tmp
         return selected, tokens
 
     monkeypatch.setattr(BalanceWindow, "add", spy)
-    monkeypatch.setattr(BalanceWindow, "begin_step", lambda self: begun.append(len(spans)) or begin(self))
+    monkeypatch.setattr(trainer, "_get_train_sampler", lambda self, *_: SequentialSampler(self.train_dataset))
     ids = random_tokens(16, 12)
-    train_one_step(GQETrainer, tmp_path, 2, Rows(input_ids=ids, labels=ids), steps=2)
+    labels = ids.clone()
+    labels[[0, 1, 8, 9]] = -100  # the first micro-batch of each of the two steps
+    train_one_step(trainer, tmp_path, 2, Rows(input_ids=ids, labels=labels), steps=2)
     assert spans == [2, 4, 6, 8] * 2  # rows of 12 tokens
-    assert begun == [0, 4]
-
-
-def test_after_training_a_step_is_recognised_by_its_counts_again(tmp_path):
-    ids = random_tokens(8, 12)
-    model = tiny_model()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[],
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    GQETrainer(model=model, args=arguments, train_dataset=Rows(input_ids=ids, labels=ids)).train()
-    assert not model.balance_window.announced
-    assert model.balance_window.so_far is None
 
 
 def test_the_balance_gradient_does_not_grow_with_accumulation(tmp_path):

@@ -168,10 +168,12 @@ def test_zclip_starts_again_where_its_state_was_stored_as_json():
         assert second.state() == whole.state()
 
 
-def test_zclip_refuses_fp16_naming_the_field_and_what_to_use():
+def test_zclip_refuses_fp16_and_another_clipping_naming_the_field_and_what_to_use():
     with pytest.raises(ValueError, match=r"fp16 is True; .*must be False.*bf16"):
-        ZClipCallback().on_train_begin(SimpleNamespace(fp16=True), None, None)
-    ZClipCallback().on_train_begin(SimpleNamespace(fp16=False), None, None)
+        ZClipCallback().on_train_begin(SimpleNamespace(fp16=True, max_grad_norm=0.0), None, None)
+    with pytest.raises(ValueError, match=r"max_grad_norm is 1\.0; .*must be 0"):
+        ZClipCallback().on_train_begin(SimpleNamespace(fp16=False, max_grad_norm=1.0), None, None)
+    ZClipCallback().on_train_begin(SimpleNamespace(fp16=False, max_grad_norm=0.0), None, None)
 
 
 def test_the_progress_bar_counts_tokens_and_shows_the_language_model_loss(tmp_path, capsys):

@@ -68,16 +68,40 @@ REFUSED = [
     ({"output_projection": "rank"}, ["output_projection", "'rank'", "slot, expert"]),
     ({"routing": "random"}, ["routing", "'random'", "learned, frozen, none"]),
     ({"shared_head_kv": "last"}, ["shared_head_kv", "'last'", "mean, first"]),
+    ({"active_query_experts": 1.5}, ["active_query_experts", "1.5"]),
+    ({"active_query_experts": "2"}, ["active_query_experts", "'2'"]),
     ({"routing": "none", "active_query_experts": 3}, ["routing", "'none'", "active_query_experts", "3", "4"]),
 ]
 
 
 @pytest.mark.parametrize(("setting", "said"), REFUSED, ids=[str(s) for s, _ in REFUSED])
 def test_a_bad_setting_is_refused_with_its_name_what_it_held_and_what_is_allowed(setting, said):
-    with pytest.raises(StrictDataclassError) as refused:
+    with pytest.raises((StrictDataclassError, ValueError)) as refused:
         tiny_config(**setting)
     for part in said:
         assert part in str(refused.value)
+
+
+def test_a_hidden_size_that_the_heads_dont_divide_needs_a_head_dim():
+    for make in (
+        lambda **more: GQEConfig(hidden_size=34, num_attention_heads=8, num_key_value_heads=4, **more),
+        lambda **more: GQEAttention(34, 8, 4, **more),
+    ):
+        with pytest.raises(ValueError, match=r"hidden_size is 34; without head_dim it must be a multiple of num_.*, 8"):
+            make()
+        assert make(head_dim=4).head_dim == 4
+
+
+@pytest.mark.parametrize("name", ["router_aux_loss_coef", "router_z_loss_coef"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_loss_coefficient_must_be_a_number_from_zero_on(name, value):
+    with pytest.raises(StrictDataclassError, match=f"{name} is {value}; it must be a number, 0 or more"):
+        tiny_config(**{name: value})
+
+
+def test_dropout_must_be_a_share():
+    with pytest.raises(ValueError, match=r"dropout is 1\.5; it must be 0 or more and below 1"):
+        GQEAttention(24, 8, 2, head_dim=4, dropout=1.5)
 
 
 @pytest.mark.parametrize(("setting", "said"), REFUSED, ids=[str(s) for s, _ in REFUSED])

@@ -26,6 +26,7 @@ from model_helpers import (
     tiny_llama_config,
     tiny_model,
 )
+from query_experts import GQEForCausalLM
 from query_experts.training import GQETrainer
 
 WORLD = 2
@@ -90,27 +91,32 @@ def train_as_rank(case: str, rank: int) -> dict[str, Tensor]:
     return {name: whole(p.grad) for name, p in model.named_parameters()}
 
 
+def tiny_static(seed: int) -> GQEForCausalLM:
+    return tiny_model(seed=seed, routing="none", active_query_experts=4)
+
+
 def tiny_llama(seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(tiny_llama_config()).double()
 
 
-TRAINED = {"gqe_trainer_on_gqe": tiny_model, "gqe_trainer_on_dense": tiny_llama}
+TRAINED = {"gqe_trainer_on_gqe": tiny_model, "gqe_trainer_on_static": tiny_static, "gqe_trainer_on_dense": tiny_llama}
 
 
 def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
-    """Parameters after a step of GQETrainer over 8 unevenly padded rows, `rows` on each rank, and its logged losses."""
+    """Parameters after two steps of GQETrainer over 8 unevenly padded rows, `rows` on each rank, and its losses."""
     ids, mask, labels = (t.flatten(0, 2) for t in batch("ddp_with_uneven_padding"))
     data = [{"input_ids": i, "attention_mask": m, "labels": n} for i, m, n in zip(ids, mask, labels, strict=True)]
     model = TRAINED[case](seed=3)
     arguments = TrainingArguments(
-        output_dir=str(folder / case), max_steps=1, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
-        optim="sgd", learning_rate=0.1, max_grad_norm=0.0, use_cpu=True, logging_steps=1, save_strategy="no",
+        output_dir=str(folder / case), max_steps=2, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
+        optim="sgd", learning_rate=0.1,
+        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = GQETrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.train()
-    (trained,) = (log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log)
+    *_, trained = (log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log)
     losses = {"lm_loss": trained, "eval_loss": trainer.evaluate()["eval_loss"]}
     return {name: p.detach() for name, p in model.named_parameters()} | {k: torch.tensor(v) for k, v in losses.items()}
 

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from query_experts import GQEAttention
+from query_experts.masks import AttentionBackend, causal_mask
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -63,3 +64,38 @@ def test_a_document_that_begins_above_position_zero_after_padding_is_separate_to
     y = layer(x, **given)
     x[:, :2] += 1
     torch.testing.assert_close(layer(x, **given)[:, 3:], y[:, 3:], rtol=0, atol=1e-12)
+
+
+def test_a_fresh_layers_router_is_small_and_random_and_never_ties():
+    layer = GQEAttention(24, 8, 2, head_dim=4)
+    probs = layer(torch.randn(1, 50, 24), output_routing=True)[1].probs
+    assert 0 < layer.router.weight.std() < 0.05
+    assert (probs.sort(-1).values.diff(dim=-1) > 0).all()
+
+
+def flash(position_ids, **changes):
+    settings = {"x": torch.zeros(1, position_ids.shape[1], 8, dtype=torch.bfloat16), "attention_mask": None}
+    return causal_mask(
+        AttentionBackend("flash_attention_2"), **settings | changes, past_key_values=None, position_ids=position_ids
+    )
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 0, 1], [1, 2, 1, 2, 3], [4, 5, 6, 7, 8]])
+def test_flash_attention_takes_documents_that_begin_where_it_cuts(rows):
+    assert flash(torch.tensor([rows])) is None
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 1, 2], [37, 38, 0, 1, 0], [0, 1, 2, 2, 3]])
+def test_flash_attention_is_refused_where_it_would_cut_elsewhere(rows):
+    with pytest.raises(ValueError, match=r"position_ids: documents begin at .* same position"):
+        flash(torch.tensor([rows]))
+
+
+def test_flash_attention_is_refused_where_it_separates_nothing_and_for_float32():
+    packed = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(ValueError, match="only in a batch of one row"):
+        flash(packed, attention_mask=torch.tensor([[1, 1, 1, 1, 0]]))
+    with pytest.raises(ValueError, match="only in a batch of one row"):
+        flash(packed, x=torch.zeros(2, 5, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"dtype is torch\.float32; flash_attention_2 takes float16 or bfloat16"):
+        flash(packed, x=torch.zeros(1, 5, 8))

@@ -123,6 +123,17 @@ def test_low_precision_is_at_most_twice_as_far_off_as_eager_attention_is(shape, 
         assert (actual.double() - reference).abs().max() <= 2 * (usual.double() - reference).abs().max()
 
 
+def test_scores_beyond_float16_before_scaling_do_not_overflow():
+    shape, scaling = (1, 2, 1, 1, 9, 64), 64**-0.5
+    routed, shared, key, value = draw(shape)
+    routed, shared, key = routed * 120, shared * 120, key * 120
+    assert (routed[:, :, 0] @ key.mT).abs().max() > torch.finfo(torch.float16).max
+    exact = shared_decode(routed, shared, key, value, None, scaling)[:2]
+    half = shared_decode(*(t.half() for t in (routed, shared, key, value)), None, scaling)[:2]
+    for actual, reference in zip(half, exact, strict=True):
+        torch.testing.assert_close(actual.double(), reference, rtol=0, atol=0.05)
+
+
 class NewTensors(TorchDispatchMode):
     """Records how many elements each operation's newly allocated outputs hold."""
 

@@ -13,7 +13,7 @@ from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
 from query_experts.study.arms import arm_config, build
 from query_experts.study.run import training_arguments
 from query_experts.study.settings import TrainSettings
-from query_experts.training import GQETrainer, initialise_by_name
+from query_experts.training import GQETrainer, count_tokens, initialise_by_name
 from study_helpers import SIZE, TINY, Rows
 
 LENGTHS = [12, 5, 9, 12, 3, 7, 12, 11, 2, 8, 10, 6]
@@ -303,3 +303,10 @@ def test_a_run_stopped_when_its_time_was_up_logs_the_same_means_as_one_without_a
     resumed = run(tmp_path / "cut", logging_steps=3, resume=tmp_path / "cut" / f"checkpoint-{step}")
     assert logged(resumed, "lm_loss") == logged(whole, "lm_loss")
     assert len(logged(whole, "lm_loss")) == 3
+
+
+def test_tokens_of_a_batch_are_those_that_a_two_dimensional_mask_keeps_or_all():
+    labels, mask = torch.zeros(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert count_tokens({"labels": labels, "attention_mask": mask}) == 8
+    assert count_tokens({"labels": labels, "attention_mask": mask[:, None, None].expand(2, 1, 5, 5)}) == 10
+    assert count_tokens({"labels": labels, "inputs_embeds": torch.zeros(2, 5, 3)}) == 10

@@ -68,6 +68,14 @@ def check_layout(
     ):
         if held not in allowed:
             raise ValueError(f"{name} is {held!r}; it must be one of {', '.join(allowed)}")
+    for name, count in (
+        ("num_query_experts (num_attention_heads)", num_query_experts),
+        ("num_kv_heads (num_key_value_heads)", num_kv_heads),
+        ("top_k (active_query_experts)", top_k),
+        ("head_dim", head_dim),
+    ):
+        if not isinstance(count, int):
+            raise ValueError(f"{name} is {count!r}; it must be a whole number")
     if num_kv_heads < 1 or num_query_experts < 1 or num_query_experts % num_kv_heads:
         raise ValueError(
             f"num_query_experts (num_attention_heads) is {num_query_experts}; it must be a positive multiple of "
@@ -162,7 +170,14 @@ class GQEAttention(nn.Module):
     ):
         super().__init__()
         if head_dim is None:
+            if num_query_experts < 1 or hidden_size % num_query_experts:
+                raise ValueError(
+                    f"hidden_size is {hidden_size}; without head_dim it must be a multiple of num_query_experts, "
+                    f"{num_query_experts}"
+                )
             head_dim = hidden_size // num_query_experts
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must be 0 or more and below 1")
         check_layout(
             num_query_experts, num_kv_heads, top_k, head_dim, rope_theta is not None,
             variant, output_projection, routing, shared_head_kv,
@@ -288,6 +303,9 @@ class GQEAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Outputs of the woken experts [B, T, G, k, d] and of the shared head [B, T, d] (None without one)."""
+        if (paged := kwargs.pop("cache", None)) is not None:
+            # continuous batching's kernels would put the K/V of every call into the cache, the shared head's too
+            key, value = paged.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs)
         G, k = self.num_kv_heads, self.top_k
         routed_query, shared_query = query[:, : G * k], query[:, G * k :]
         visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1

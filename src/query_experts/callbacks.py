@@ -22,7 +22,7 @@ class ZClipCallback(TrainerCallback, ExportableState):
     and forgotten. Set `max_grad_norm=0` in the Trainer's arguments, so that only one of them clips. Works on DDP and
     FSDP2 gradients; not with fp16, whose gradients are still scaled here.
 
-    Raises ValueError for fp16.
+    Raises ValueError for fp16, and where the Trainer clips too.
     """
 
     def __init__(self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25):
@@ -66,6 +66,8 @@ class ZClipCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if args.fp16:
             raise ValueError("fp16 is True; ZClip needs unscaled gradients, so it must be False (use bf16)")
+        if args.max_grad_norm:
+            raise ValueError(f"max_grad_norm is {args.max_grad_norm}; ZClip clips in its place, so it must be 0")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

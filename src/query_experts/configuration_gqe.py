@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -42,9 +43,20 @@ class GQEConfig(LlamaConfig):
     router_z_loss_coef: float = 0.0
     output_router_logits: bool = False
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; without head_dim it must be a multiple of num_attention_heads, "
+                f"{self.num_attention_heads}"
+            )
+        super().__post_init__(**kwargs)
+
     def validate_architecture(self) -> None:
         """Part of strict validation. `hidden_size` need not be a multiple of N where `head_dim` is given."""
         check_layout(
             self.num_attention_heads, self.num_key_value_heads, self.active_query_experts, self.head_dim, True,
             self.variant, self.output_projection, self.routing, self.shared_head_kv,
         )  # fmt: skip
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")

@@ -79,14 +79,17 @@ def causal_mask(
     [B, 1, T, S] whatever the backend, for decoding (None where a single new token sees every key). layer_idx: the
     cache's layer that hasn't taken in the new tokens yet.
     """
+    flash = is_flash_attention_requested(config)
+    if flash and x.dtype not in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"dtype is {x.dtype}; {config._attn_implementation} takes float16 or bfloat16")
     cache = CacheLengths.of(past_key_values, x.shape[1], layer_idx)
     documents = None
     if position_ids is not None and (attention_mask is None or len(attention_mask.shape) == 2):
         documents = document_rule(x, attention_mask, cache, position_ids)
     if materialise:
         config = SDPA
-    elif documents is not None and is_flash_attention_requested(config):
-        return _flash_documents(x.shape[0], attention_mask, cache)
+    elif flash and documents is not None and position_ids is not None:
+        return _flash_documents(position_ids, x.shape[0], attention_mask, cache)
     mask = create_causal_mask(
         config=config,
         inputs_embeds=x,
@@ -138,11 +141,23 @@ def document_rule(
     return same_document
 
 
-def _flash_documents(batch_size: int, attention_mask: Tensor | None, cache: CacheLengths | None) -> None:
-    """FlashAttention separates documents by itself, from position_ids, in one row without padding or cached keys."""
+def _flash_documents(
+    position_ids: Tensor, batch_size: int, attention_mask: Tensor | None, cache: CacheLengths | None
+) -> None:
+    """FlashAttention separates documents by itself, in one row without padding or cached keys.
+
+    It cuts the row wherever position_ids has its lowest value.
+    """
     padded = attention_mask is not None and not bool(attention_mask.all())
     if batch_size > 1 or padded or (cache is not None and cache.past > 0):
         raise ValueError(
             "attn_implementation: flash attention separates packed documents only in a batch of one row, without "
             "padding and before anything is cached; use sdpa, eager or flex_attention here"
+        )
+    positions = position_ids[0]
+    starts = torch.cat([positions[:1], positions[1:][positions[1:] <= positions[:-1]]])
+    if bool((starts != positions.min()).any()):
+        raise ValueError(
+            f"position_ids: documents begin at {sorted(set(starts.tolist()))}; flash attention separates them only "
+            "where all begin at the same position; use sdpa, eager or flex_attention here"
         )

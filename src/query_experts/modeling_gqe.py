@@ -29,15 +29,15 @@ from query_experts.masks import causal_mask
 from query_experts.router import BalanceWindow, Router, balance_loss, routing_statistics
 
 
-class RouterLogits:
-    """What the layers of one forward pass leave for the router's losses: [B*T, N] each.
+class KeptLogits:
+    """Where a layer's attention leaves its router's logits [B*T, N], for the layer to return.
 
-    Passed down as an argument, not captured by hooks, which `torch.compile(fullgraph=True)` can't install; not a
-    list, which tools that move arguments between devices would copy.
+    Llama's decoder layer drops all but the first output of its attention. Filled and emptied within one layer, so that
+    activation checkpointing, which runs a layer by itself, sees the logits as an output like any other.
     """
 
     def __init__(self) -> None:
-        self.layers: list[Tensor] = []
+        self.logits: Tensor | None = None
 
 
 class GQESelfAttention(GQEAttention):
@@ -66,15 +66,15 @@ class GQESelfAttention(GQEAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
-        router_logits: RouterLogits | None = None,
+        kept: KeptLogits | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [B, T, D] and a mask from `causal_mask` -> y [B, T, D], attention weights or None."""
         y, weights, routing = self.route_and_attend(
             hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs
         )
-        if router_logits is not None and routing.logits is not None:
-            router_logits.layers.append(routing.logits.flatten(2).flatten(0, 1))
+        if kept is not None and routing.logits is not None:
+            kept.logits = routing.logits.flatten(2).flatten(0, 1)
         return y, weights
 
 
@@ -86,6 +86,14 @@ class GQEDecoderLayer(LlamaDecoderLayer):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, output_router_logits: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D] -> the same, and the router's logits [B*T, N] where they are asked for."""
+        kept = KeptLogits() if output_router_logits else None
+        hidden_states = super().forward(hidden_states, kept=kept, **kwargs)
+        return hidden_states, kept.logits if kept is not None else None
 
 
 class GQEPreTrainedModel(LlamaPreTrainedModel):
@@ -152,24 +160,26 @@ class GQEModel(GQEPreTrainedModel):
 
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        router_logits = RouterLogits() if output_router_logits else None
+        output_router_logits = output_router_logits and self.config.routing != "none"
+        router_logits = []
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(
+            hidden_states, logits = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                router_logits=router_logits,
+                output_router_logits=output_router_logits,
                 **kwargs,
             )
+            router_logits.append(logits)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            router_logits=tuple(router_logits.layers) if router_logits is not None else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
         )
 
 
@@ -220,7 +230,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         """As Llama's forward. labels: [B, T], -100 where a token isn't predicted; num_tokens_in_batch: real tokens in
         the global batch of this optimizer step, over all its micro-batches and ranks.
 
-        Raises ValueError under reentrant activation checkpointing, which would cut the router off the balance loss.
+        Raises ValueError for an attention_mask that leaves out cached keys, where the router's losses need it.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -246,7 +256,6 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             loss = lm_loss.clone()  # the Trainer scales `loss` in place
         if routed:
-            self._check_checkpointing(outputs)
             aux_loss, z_loss, share = self._router_losses(
                 outputs.router_logits, tokens, labels, num_tokens_in_batch, **kwargs
             )
@@ -300,21 +309,6 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
         return balance, statistics.z_sum.sum() / here, share
 
-    def _check_checkpointing(self, outputs: MoeModelOutputWithPast) -> None:
-        if not (torch.is_grad_enabled() and outputs.last_hidden_state.requires_grad):
-            return
-        layers: Any = self.model.layers
-        for layer, logits in zip(layers, outputs.router_logits, strict=True):
-            if (
-                layer.gradient_checkpointing
-                and layer.self_attn.router.weight.requires_grad
-                and not logits.requires_grad
-            ):
-                raise ValueError(
-                    "gradient_checkpointing_kwargs: use_reentrant=True runs the layers without gradients, so the "
-                    "balance loss would not reach the router; it must be False"
-                )
-
     @staticmethod
     def create_masks_for_generate(
         config: GQEConfig,
@@ -336,6 +330,11 @@ def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Cache | None)
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if isinstance(past, int) and attention_mask.shape[1] < past + tokens.shape[1]:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns; it must have one for each of the {past} cached and "
+            f"{tokens.shape[1]} new tokens"
+        )
     return attention_mask[:, torch.arange(tokens.shape[1], device=attention_mask.device) + past]
 
 

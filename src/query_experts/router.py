@@ -6,11 +6,15 @@ N = G*M query experts. Experts are numbered group-major: expert m of group g is 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils.generic import maybe_autocast
 
 
@@ -67,7 +71,7 @@ def routing_statistics(
     router_logits: L tensors [B*T, N]; token_mask: [B, T], nonzero where a token counts, or None for all.
     """
     device, dtype = router_logits[0].device, router_logits[0].dtype
-    count = token_mask.reshape(-1).to(device, dtype) if token_mask is not None else None
+    count = token_mask.reshape(-1).to(device).ne(0).to(dtype) if token_mask is not None else None
     selected, prob_sum, z_sum = [], [], []
     for logits in router_logits:
         grouped = logits.to(device).unflatten(-1, (num_groups, -1))  # [B*T, G, M]
@@ -75,14 +79,11 @@ def routing_statistics(
         chosen = F.one_hot(select_top_k(probs.detach(), top_k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
         z = grouped.logsumexp(-1).square().mean(-1)  # [B*T]
         if count is not None:
-            # where, not a product: what stands at a padded position, even a NaN, must not reach the sums
-            counted = count.bool()
-            chosen, probs = (torch.where(counted[:, None, None], t, 0.0) for t in (chosen, probs))
-            z = torch.where(counted, z, 0.0)
+            chosen, probs, z = chosen * count[:, None, None], probs * count[:, None, None], z * count
         selected.append(chosen.sum(0))
         prob_sum.append(probs.sum(0))
         z_sum.append(z.sum())
-    tokens = count.ne(0).sum().to(dtype) if count is not None else prob_sum[0].new_tensor(router_logits[0].shape[0])
+    tokens = count.sum() if count is not None else prob_sum[0].new_tensor(router_logits[0].shape[0])
     return RoutingStatistics(torch.stack(selected), torch.stack(prob_sum), torch.stack(z_sum), tokens)
 
 
@@ -98,21 +99,24 @@ def balance_loss(selected_fraction: Tensor, mean_probs: Tensor) -> Tensor:
 class BalanceWindow:
     """Selections counted so far in the current optimizer step, so that f spans its micro-batches.
 
-    `GQETrainer` announces each step by `begin_step`. Where nobody does, a step is recognised by its counts: all
-    micro-batches of a step carry the same total (`num_items_in_batch`), and theirs add up to it; a new step begins
-    when the total changes or would be overrun. That misses a step whose predecessor of the same total was cut short,
-    or had a micro-batch without labels. Nothing is read back to the host, so the window works under `torch.compile`
-    and costs no synchronisation.
+    An optimizer's step empties every window. Where torch sees none (a step that a gradient scaler skips, an optimizer
+    that isn't torch's), a step is recognised by its counts: all micro-batches of a step carry the same total
+    (`num_items_in_batch`), and theirs add up to it; a new step begins when the total changes or would be overrun.
+    Nothing is read back to the host, so the window works under `torch.compile` and costs no synchronisation.
     """
+
+    live: ClassVar[weakref.WeakSet[BalanceWindow]] = weakref.WeakSet()
 
     def __init__(self) -> None:
         self.so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # selected, tokens, items, total
-        self.announced = False
+        self.live.add(self)
+        _empty_windows_after_optimizer_steps()
 
-    def begin_step(self) -> None:
-        """Forget the step before; from now on, only this begins a step."""
-        self.so_far = None
-        self.announced = True
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, _: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc] # copies begin empty
 
     def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it.
@@ -122,11 +126,18 @@ class BalanceWindow:
         before = self.so_far
         if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):
             selected_before, tokens_before, items_before, total_before = before
-            if not self.announced:
-                continues = (total_before == total) & (items_before + items <= total)
-                selected_before = torch.where(continues, selected_before, 0.0)
-                tokens_before = torch.where(continues, tokens_before, 0.0)
-                items_before = torch.where(continues, items_before, 0.0)
-            selected, tokens, items = selected + selected_before, tokens + tokens_before, items + items_before
+            continues = (total_before == total) & (items_before + items <= total)
+            selected = selected + torch.where(continues, selected_before, 0.0)
+            tokens = tokens + torch.where(continues, tokens_before, 0.0)
+            items = items + torch.where(continues, items_before, 0.0)
         self.so_far = selected, tokens, items, total
         return selected, tokens
+
+
+@cache
+def _empty_windows_after_optimizer_steps() -> None:
+    def empty(*_: Any) -> None:
+        for window in BalanceWindow.live:
+            window.so_far = None
+
+    register_optimizer_step_post_hook(empty)

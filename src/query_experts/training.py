@@ -10,17 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from query_experts.router import BalanceWindow
-
 
 class GQETrainer(Trainer):
     """Transformers' Trainer; nothing of its loop is changed. It serves dense models as well.
 
     To each micro-batch of a GQE model it adds `num_tokens_in_batch`, the step's real tokens over all micro-batches
-    and ranks, so that the balance loss is weighted exactly, and it tells the model where a step begins. It logs the
-    language-model loss alone as `lm_loss`, and `eval_loss` is that loss too, so that arms with and without a router
-    compare. (Stock Trainer works as well: it weights the balance loss by labels, and its losses hold the balance
-    term.)
+    and ranks, so that the balance loss is weighted exactly. It logs the language-model loss alone as `lm_loss`, and
+    `eval_loss` is that loss too, so that arms with and without a router compare. (Stock Trainer works as well: it
+    weights the balance loss by labels, and its losses hold the balance term.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -38,26 +35,13 @@ class GQETrainer(Trainer):
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self.model.config.model_type == "gqe":
-                self.model.balance_window = BalanceWindow()  # nobody announces steps any more
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.model.config.model_type == "gqe":
-            self.model.balance_window.begin_step()
-            real = (b.get("attention_mask") for b in batches)
-            count = sum(
-                b["input_ids"].numel() if mask is None else int(mask.ne(0).sum())
-                for b, mask in zip(batches, real, strict=True)
-            )
-            tokens = torch.tensor(float(count), device=device)
+            tokens = torch.tensor(sum(count_tokens(batch) for batch in batches), device=device)
             if self.args.average_tokens_across_devices:
                 tokens = self.accelerator.reduce(tokens, "sum")
-            tokens = tokens / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+            tokens = tokens // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
             for batch in batches:
                 batch["num_tokens_in_batch"] = tokens
         return batches, num_items
@@ -84,9 +68,18 @@ class GQETrainer(Trainer):
         if "loss" in logs and self._lm_loss_sum is not None:
             steps = max(1, self.state.global_step - self._lm_loss_step)
             # each micro-batch's loss is its share of the step's mean, so the sum over ranks and steps is over steps
-            logs["lm_loss"] = self.accelerator.reduce(self._lm_loss_sum, "sum").item() / steps
+            total = self.accelerator.reduce(self._lm_loss_sum, "sum").item()
+            if not self.args.average_tokens_across_devices:  # each rank's losses add up to a mean of its own
+                total /= self.accelerator.num_processes // self.get_tp_size()
+            logs["lm_loss"] = total / steps
             self._lm_loss_sum = None
         super().log(logs, *args, **kwargs)
+
+
+def count_tokens(batch: dict[str, Any]) -> int:
+    """Real tokens of a batch: those that its 2D attention mask keeps, or all."""
+    mask = batch.get("attention_mask")
+    return int(mask.ne(0).sum()) if mask is not None and mask.ndim == 2 else batch["labels"].numel()
 
 
 @torch.no_grad()

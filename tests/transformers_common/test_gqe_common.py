@@ -18,7 +18,6 @@ import unittest.mock
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from tests import test_fsdp_mixin, test_tensor_parallel_mixin
 from tests.generation.test_utils import GenerationTesterMixin
@@ -193,19 +192,6 @@ class GQEModelTest(
             dated.flush()
             with unittest.mock.patch("tests.test_modeling_common.inspect.getfile", return_value=dated.name):
                 super().test_can_init_all_missing_weights()
-
-    def test_training_gradient_checkpointing_use_reentrant_true(self) -> None:
-        """Reentrant checkpointing would cut the router off its balance loss: refused, unless there is no router."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        model = GQEForCausalLM(config).to(torch_device).train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        model.enable_input_require_grads()
-        with pytest.raises(ValueError, match="use_reentrant=True"):
-            model(**inputs, labels=inputs["input_ids"])
-
-        self.model_tester.routing = "none"
-        self.model_tester.active_query_experts = 2  # all of a group's
-        super().test_training_gradient_checkpointing_use_reentrant_true()
 
     def _get_tiny_config(self) -> tuple[type, dict[str, Any]]:
         """Theirs gives each of 4 heads its own KV head, which leaves the router nothing to choose."""

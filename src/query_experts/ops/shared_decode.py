@@ -30,9 +30,9 @@ def shared_decode(
     dropout: of the weights, 0 outside of training.
     """
     B, G, k, T, d = routed_BGkTd.shape
-    queries = torch.cat([routed_BGkTd, shared_BTd[:, None, None].expand(B, G, 1, T, d)], 2)
+    queries = torch.cat([routed_BGkTd, shared_BTd[:, None, None].expand(B, G, 1, T, d)], 2) * scaling
     scores = (queries.flatten(2, 3) @ key_BGSd.mT).unflatten(2, (k + 1, T))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores = torch.cat([scores[:, :, :k].flatten(1, 2), scores[:, :, k].mean(1, keepdim=True)], 1)  # [B, G*k+1, T, S]
 
     if mask is not None and mask.dtype == torch.bool:
