@@ -24,7 +24,7 @@ K2 = replace(SIZE, num_attention_heads=8, active_query_experts=2)
 def after_steps(arm, steps=3):
     """The model before and after a few steps of AdamW."""
     model = build(arm_config(arm, SIZE))
-    initialise_by_name(model, 0)
+    initialise_by_name(model, 0, model.config.initializer_range)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     ids = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -52,7 +52,7 @@ def arguments(tmp_path, **changes):
 
 def tiny_model(arm="gqe"):
     model = build(arm_config(arm, SIZE))
-    initialise_by_name(model, 0)
+    initialise_by_name(model, 0, model.config.initializer_range)
     return model
 
 

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from query_experts.callbacks import TokenProgress
-from query_experts.cli import main, presets
+from query_experts.cli import main
+from query_experts.options import presets
 from query_experts.study import compare as study
 from query_experts.training import GQETrainer
 from study_helpers import TINY, write_text
@@ -179,7 +180,7 @@ def test_a_recipe_that_cannot_be_used_is_named(tmp_path, text, refused):
 
 def test_an_unknown_preset_or_command_is_refused_with_what_there_is(tmp_path, refused):
     refused(["train", "--preset", "huge"], "preset is 'huge'", "demo", "gpu", "small")
-    refused(["trian"], "command is 'trian'", "compare, train, generate, report")
+    refused(["trian"], "command is 'trian'", "compare, train, generate, bench, report")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_the_recipe_is_over_the_preset_and_the_command_line_over_both(tmp_path, 
     assert (train.steps, train.arm) == (7, "gqe")
 
 
-@pytest.mark.parametrize("preset", sorted(presets()))
+@pytest.mark.parametrize("preset", sorted(presets("recipes")))
 def test_every_preset_can_be_used(settings_of, preset):
     settings_of("compare", "--preset", preset).check()
     settings_of("train", "--preset", preset).check()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from query_experts.bench import run as bench
 from query_experts.cli import COMMANDS, main
 from query_experts.study import compare as study
 
@@ -44,13 +45,13 @@ def test_the_snippets_of_the_readme_run():
 
 def test_the_commands_of_the_readme_are_understood(monkeypatch):
     asked = []
-    for name in ("train", "compare"):
-        monkeypatch.setattr(study, name, lambda settings, console: asked.append(settings) or True)
+    for module, name in ((study, "train"), (study, "compare"), (bench, "bench")):
+        monkeypatch.setattr(module, name, lambda settings, console: asked.append(settings) or True)
     (block,) = re.findall(r"```\n(query-experts .*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     commands = [shlex.split(line)[1:] for line in block.splitlines()]
     assert {argv[0] for argv in commands} == set(COMMANDS)
     for argv in commands:
-        if argv[0] in ("train", "compare"):
+        if argv[0] in ("train", "compare", "bench"):
             assert main(argv) == 0
             asked[-1].check()
         else:

@@ -24,7 +24,7 @@ def model_of(arm="gqe", seed=0, **changes):
     for name, value in changes.items():
         setattr(config, name, value)
     model = build(config)
-    initialise_by_name(model, seed)
+    initialise_by_name(model, seed, model.config.initializer_range)
     return model
 
 

@@ -263,11 +263,13 @@ class GQEAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Routing]:
         """The layer, given a mask from `causal_mask`: y [B, T, D], weights [B, heads, T, S] or None, and routing."""
         routing = self.route(x)
-        query, key, value = self.project(x, routing, cos_sin)
+        query, shared_query, key, value = self.project(x)
+        query = self.select(query, shared_query, routing)
+        query, key = self.rotate(query, key, cos_sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         routed, shared, weights = self.attend(query, key, value, mask, past_key_values, **kwargs)
-        return self.combine(routed, shared, routing), weights, routing
+        return self.o_proj(self.combine(routed, shared, routing)), weights, routing
 
     def route(self, x: Tensor) -> Routing:
         """x [B, T, D] -> probabilities [B, T, G, M] and woken experts [B, T, G, k]: softmax, then top-k."""
@@ -280,24 +282,29 @@ class GQEAttention(nn.Module):
         probs = logits.softmax(-1)
         return Routing(logits, probs, select_top_k(probs.detach(), self.top_k))
 
-    def project(
-        self, x: Tensor, routing: Routing, cos_sin: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the woken experts, then of the shared head, [B, G*k (+1), T, d]; keys and values [B, G, T, d]."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """x [B, T, D] -> queries [B, T, G, M, d], the shared head's [B, T, d] or None, keys and values [B, G, T, d]."""
         B, T, _ = x.shape
         G, M, d = self.num_kv_heads, self.experts_per_group, self.head_dim
         query = self.q_proj(x).view(B, T, G, M, d)
-        if self.router is not None:
-            query = query.gather(3, routing.indices[..., None].expand(-1, -1, -1, -1, d))  # [B, T, G, k, d]
-        query = query.flatten(2, 3)
-        if self.q_shared is not None:
-            query = torch.cat([query, self.q_shared(x).unsqueeze(2)], 2)
-        query = query.transpose(1, 2)
+        shared_query = self.q_shared(x) if self.q_shared is not None else None
         key = self.k_proj(x).view(B, T, G, d).transpose(1, 2)
         value = self.v_proj(x).view(B, T, G, d).transpose(1, 2)
-        if cos_sin is not None:
-            query, key = apply_rotary_pos_emb(query, key, *cos_sin)
-        return query, key, value
+        return query, shared_query, key, value
+
+    def select(self, query: Tensor, shared_query: Tensor | None, routing: Routing) -> Tensor:
+        """Queries [B, T, G, M, d] -> those of the woken experts, then of the shared head, [B, G*k (+1), T, d]."""
+        if self.router is not None:
+            index = routing.indices[..., None].expand(-1, -1, -1, -1, self.head_dim)
+            query = query.gather(3, index)  # [B, T, G, k, d]
+        query = query.flatten(2, 3)
+        if shared_query is not None:
+            query = torch.cat([query, shared_query.unsqueeze(2)], 2)
+        return query.transpose(1, 2)
+
+    def rotate(self, query: Tensor, key: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Rotary embedding of queries and keys [B, heads, T, d], in Llama's half-rotation form."""
+        return apply_rotary_pos_emb(query, key, *cos_sin) if cos_sin is not None else (query, key)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
@@ -339,7 +346,7 @@ class GQEAttention(nn.Module):
         return routed.unflatten(2, (G, k)), shared.squeeze(2), None
 
     def combine(self, routed: Tensor, shared: Tensor | None, routing: Routing) -> Tensor:
-        """Slots [B, T, (G*k or N) + 2, d] -> y [B, T, D]: hard slots, the weighted slot, the shared head (eq. W_O)."""
+        """The rows that W_O takes, [B, T, (G*k or N, + 2) * d]: hard slots, the weighted slot, the shared head."""
         extra = []
         if self.variant == "gqe":
             scores = routing.scores
@@ -352,7 +359,7 @@ class GQEAttention(nn.Module):
             index = routing.indices[..., None].expand_as(routed)
             empty = routed.new_zeros(*routed.shape[:3], self.experts_per_group, self.head_dim)
             routed = empty.scatter(3, index, routed)  # [B, T, G, M, d]
-        return self.o_proj(torch.cat([routed.flatten(2), *extra], -1))
+        return torch.cat([routed.flatten(2), *extra], -1)
 
     def _balance_loss(self, routing: Routing, token_mask: Tensor | None) -> Tensor:
         if routing.logits is None:

@@ -82,3 +82,73 @@ def kv_bytes_per_token(config: LlamaConfig, bytes_per_value: int = 2) -> int:
 def attention_limit(config: LlamaConfig, dense: LlamaConfig) -> float:
     """N / (kG + 1): the speedup of attention alone over `dense`, which whole layers approach at long context."""
     return heads(dense).active / heads(config).active
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs and bytes of one pass as it is run: queries of sleeping experts, which are computed too, count here."""
+
+    projection_flops: float
+    attention_flops: float
+    bytes: float
+
+    @property
+    def flops(self) -> float:
+        return self.projection_flops + self.attention_flops
+
+
+def layer_work(
+    config: LlamaConfig,
+    batch: int,
+    new: int,
+    cached: int = 0,
+    *,
+    causal: bool = True,
+    backward: bool = False,
+    bytes_per_value: int = 2,
+) -> Work:
+    """What an attention layer does for `new` tokens after `cached` ones in each of `batch` sequences.
+
+    A weight costs 2 FLOPs a token (multiply and add); every query that the layer holds is computed. A head's score and
+    its share of the output cost 2d each for every pair of a query and a key: causally, token i of the new ones sees
+    cached + i keys; otherwise (the full square, as a counter of executed products sees it) all cached + new. The
+    weighted slot adds 2d for each woken head.
+
+    backward: and back again. Of each product there are two gradients, so projections cost 3 times the forward pass
+    (the weighted slot twice where no router learns: its weights need none). A flash kernel makes the scores again and
+    then four products (the gradients of V, weights, Q and K) where the forward pass had two, so attention costs
+    1 + 5/2 times.
+
+    Bytes: every weight once; keys and values, cached and new, once; new tokens' hidden states in and out.
+    """  # fmt: skip
+    D, d, G = config.hidden_size, config.head_dim, config.num_key_value_heads
+    h = heads(config)
+    weights = D * d * (h.held + 2 * G + h.slots_held) + D * h.router
+    shared = isinstance(config, GQEConfig) and config.variant == "gqe"
+    combine = 2 * d * (h.active - 1) if shared else 0
+    pairs = new * cached + (new * (new + 1) / 2 if causal else new * new)
+    projection = batch * new * (2 * weights + combine)
+    attention = batch * 4 * d * h.active * pairs
+    if backward:
+        projection, attention = 3 * projection, 3.5 * attention
+        if shared and config.routing != "learned":
+            projection -= batch * new * combine
+    moved = weights + batch * (2 * G * d * (cached + new) + 2 * new * D)
+    return Work(projection, attention, moved * bytes_per_value)
+
+
+def model_work(config: LlamaConfig, batch: int, new: int, *, backward: bool = False, bytes_per_value: int = 2) -> Work:
+    """What a model does for a prompt of `new` tokens; logits of the last token alone, in training of all.
+
+    Beside its attention layers: three matrices of an MLP, D x F, for each layer, and the output embedding, D x V.
+    """
+    layer = layer_work(config, batch, new, backward=backward, bytes_per_value=bytes_per_value)
+    L, D = config.num_hidden_layers, config.hidden_size
+    mlp, table = 3 * D * config.intermediate_size, D * config.vocab_size
+    times = 3 if backward else 1
+    rest = 2 * batch * times * (new * L * mlp + (new if backward else 1) * table)
+    return Work(
+        L * layer.projection_flops + rest,
+        L * layer.attention_flops,
+        L * layer.bytes + (L * mlp + table) * bytes_per_value,
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 
 class GQETrainer(Trainer):
@@ -83,8 +83,8 @@ def count_tokens(batch: dict[str, Any]) -> int:
 
 
 @torch.no_grad()
-def initialise_by_name(model: PreTrainedModel, seed: int) -> None:
-    """Draw every matrix from N(0, initializer_range) by a generator seeded with (seed, its name).
+def initialise_by_name(model: nn.Module, seed: int, std: float) -> None:
+    """Draw every matrix from N(0, std) by a generator seeded with (seed, its name).
 
     So models of different arms start with equal values in all tensors of equal name and shape. Vectors (norms,
     biases) keep the constants that they were made with.
@@ -93,5 +93,5 @@ def initialise_by_name(model: PreTrainedModel, seed: int) -> None:
         if parameter.dim() >= 2:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
+            values = torch.randn(parameter.shape, generator=generator) * std
             parameter.copy_(values.to(parameter.device, parameter.dtype))

@@ -49,7 +49,7 @@ def train_arm(
         return read_json(result_file)
     step = settings.batch_size * settings.gradient_accumulation_steps
     model = build(arm_config(arm, settings.model_size()))
-    initialise_by_name(model, seed)
+    initialise_by_name(model, seed, model.config.initializer_range)
     require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
 
     validation = held_out(settings, corpus)

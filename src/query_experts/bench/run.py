@@ -1,0 +1,155 @@
+"""`query-experts bench`: the gate, then each suite's points, one after the other, kept as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from tqdm.auto import tqdm
+
+from query_experts import costs
+from query_experts.bench.gate import Check, check_layer
+from query_experts.bench.parts import time_parts
+from query_experts.bench.report import print_tables, write_plot
+from query_experts.bench.settings import BenchSettings
+from query_experts.bench.subjects import Layer, Model
+from query_experts.bench.timing import peak_bytes, time_in_turn
+from query_experts.errors import SettingError
+from query_experts.files import write_json
+from query_experts.study.environment import environment
+from query_experts.study.settings import resolve_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One place at which all arms are timed."""
+
+    suite: str
+    length: int  # of the prompt or the training sequence, or cached tokens
+    batch: int = 1
+    cache: str | None = None
+
+    @property
+    def new(self) -> int:
+        return 1 if self.suite == "decode" else self.length
+
+    def describe(self) -> str:
+        return f"{self.suite} {self.length}" + (f", batch {self.batch}, {self.cache} cache" if self.cache else "")
+
+
+def bench(settings: BenchSettings, console: Console) -> bool:
+    """Measure everything that the settings ask for; the result is written after every point.
+
+    Raises SettingError where an arm gives wrong numbers: no speed is measured then.
+    """
+    settings.check()
+    device = resolve_device(settings.device)
+    out = Path(settings.out) / "bench.json"
+    checks = gate(settings, device)
+    result: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings),
+        "environment": environment(device, settings.dtype),
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "points": [],
+    }
+    points = list(points_of(settings))
+    with tqdm(total=len(points), desc="bench", unit="point", dynamic_ncols=True) as bar:
+        for point in points:
+            bar.set_postfix_str(point.describe())
+            result["points"].append(measure(point, settings, device))
+            write_json(out, result)
+            bar.update()
+    print_tables(result, console)
+    plot = write_plot(result, Path(settings.out))
+    console.print(Text(f"Numbers: {out}" + (f"   Plot: {plot}" if plot else "")))
+    print(json.dumps(result, separators=(",", ":")))
+    return True
+
+
+def gate(settings: BenchSettings, device: str) -> list[Check]:
+    checks = [
+        check for arm in settings.arms for check in check_layer(Layer(settings, arm, device, 1024), arm, settings)
+    ]
+    for check in checks:
+        if not check.passed:
+            raise SettingError(
+                f"arms holds {check.arm}, which is wrong in {check.what}: it errs by "
+                f"{check.error:.3g} against float64, where at most twice a plain "
+                f"run's {check.plain:.3g} is allowed; nothing is timed"
+            )
+    return checks
+
+
+def points_of(settings: BenchSettings) -> Iterator[Point]:
+    for suite in settings.suites:
+        match suite:
+            case "decode":
+                for cache in settings.caches:
+                    for batch in settings.batch_sizes:
+                        yield from (Point(suite, length, batch, cache) for length in settings.cached_lengths)
+            case "chunk":
+                yield from (Point(suite, length, 1, "dynamic") for length in settings.cached_lengths)
+            case "train" | "model-train":
+                yield from (Point(suite, length) for length in settings.train_lengths)
+            case _:
+                yield from (Point(suite, length) for length in settings.lengths)
+
+
+def measure(point: Point, settings: BenchSettings, device: str) -> dict[str, Any]:
+    """Seconds of every repeat for each arm, peak bytes, and the speedup over dense that costs.py predicts."""
+    held = dataclasses.asdict(point)
+    if point.suite == "parts":
+        layer = Layer(settings, "gqe", device, point.length)
+        return held | {"seconds": time_parts(layer, point.length, settings.repeats, device)}
+    kind = Model if point.suite.startswith("model") else Layer
+    calls = {
+        arm: call_of(point, kind(settings, arm, device, point.length + settings.chunk_size), settings)
+        for arm in settings.arms
+    }
+    seconds = time_in_turn(calls, settings.repeats, device)
+    peaks = {arm: peak_bytes(call, device) for arm, call in calls.items()}
+    return held | {
+        "seconds": {arm: [round(s, 7) for s in times] for arm, times in seconds.items()},
+        "peak_bytes": peaks,
+        "predicted": {arm: round(predicted(point, arm, settings), 4) for arm in settings.arms},
+    }
+
+
+def call_of(point: Point, subject: Any, settings: BenchSettings) -> Callable[[], Any]:
+    match point.suite:
+        case "prefill" | "model":
+            return subject.prefill(point.batch, point.length)
+        case "train" | "model-train":
+            return subject.train(point.batch, point.length)
+        case "chunk":
+            return subject.cached(point.cache, point.batch, point.length - settings.chunk_size, settings.chunk_size)
+        case "decode":
+            return subject.cached(point.cache, point.batch, point.length, 1)
+    raise ValueError(point.suite)
+
+
+def predicted(point: Point, arm: str, settings: BenchSettings) -> float:
+    """Dense's work over the arm's: bytes in decoding, which waits for memory, and FLOPs elsewhere."""
+    size = settings.torch_dtype.itemsize
+
+    def work(name: str) -> costs.Work:
+        config, batch = settings.config(name, point.length), point.batch
+        match point.suite:
+            case "prefill":
+                return costs.layer_work(config, batch, point.length)
+            case "train":
+                return costs.layer_work(config, batch, point.length, backward=True)
+            case "chunk":
+                cached = point.length - settings.chunk_size
+                return costs.layer_work(config, batch, settings.chunk_size, cached)
+            case "decode":
+                return costs.layer_work(config, batch, 1, point.length, bytes_per_value=size)
+        return costs.model_work(config, batch, point.length, backward=point.suite == "model-train")
+
+    dense, ours = work("dense"), work(arm)
+    return dense.bytes / ours.bytes if point.suite == "decode" else dense.flops / ours.flops

@@ -1,0 +1,102 @@
+"""The settings of `query-experts bench`, which the command line and presets in YAML fill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from query_experts.configuration_gqe import GQEConfig
+from query_experts.errors import SettingError
+from query_experts.study.arms import ModelSize, arm_config
+from query_experts.study.settings import check_arms, field, resolve_device
+
+SUITES = {
+    "prefill": "a layer over a prompt, into an empty dynamic cache",
+    "chunk": "a layer over the last chunk of a prompt, the rest of it cached",
+    "decode": "a layer over one new token for each cached sequence",
+    "train": "a layer forwards and backwards",
+    "parts": "where the time of the gqe layer goes, by stage",
+    "model": "the whole model over a prompt, into an empty dynamic cache, logits of the last token",
+    "model-train": "the whole model forwards and backwards",
+}
+ARMS = ("dense", "static", "gqe", "gqe-expert", "gqe-m4", "half")
+
+
+@dataclass
+class BenchSettings:
+    """One benchmark. The defaults are the `cpu` preset."""
+
+    out: str = field("runs/bench", "folder for the numbers and the plot")
+    suites: list[str] = field(["prefill", "chunk", "decode", "train", "parts"], f"any of {', '.join(SUITES)}")
+    arms: list[str] = field(["dense", "static", "gqe"], f"dense and any of {', '.join(ARMS[1:])}")
+    device: str = field("auto", "auto, cpu or cuda")
+    dtype: str = field("bfloat16", "bfloat16, float16 or float32")
+    attn_implementation: str = field("sdpa", "attention backend of all arms")
+    compile: bool = field(False, "compile every call with torch.compile")
+    repeats: int = field(7, "timings of each arm at each point, arms taking turns")
+
+    hidden_size: int = field(1024, "hidden size D")
+    num_attention_heads: int = field(16, "query heads N of the dense arm, query experts of the others")
+    num_key_value_heads: int = field(8, "KV heads G")
+    active_query_experts: int = field(1, "experts that a token wakes in a group, k")
+    head_dim: int = field(64, "head dim")
+    intermediate_size: int = field(2816, "MLP width of the models")
+    num_hidden_layers: int = field(16, "layers of the models")
+    vocab_size: int = field(32_000, "vocabulary of the models")
+
+    lengths: list[int] = field([2048, 8192, 16384], "prompt lengths of prefill and of the models")
+    chunk_size: int = field(2048, "tokens of a chunk")
+    train_lengths: list[int] = field([2048, 8192], "sequence lengths of training")
+    cached_lengths: list[int] = field([4096, 32768], "cached tokens in decoding, and the prompt that a chunk ends")
+    batch_sizes: list[int] = field([1, 8], "sequences in decoding")
+    caches: list[str] = field(["static", "dynamic"], "caches in decoding: static, dynamic")
+
+    def size(self, max_length: int) -> ModelSize:
+        return ModelSize(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            active_query_experts=self.active_query_experts,
+            max_position_embeddings=max_length,
+            tie_word_embeddings=False,
+            router_aux_loss_coef=0.01,
+            router_z_loss_coef=0.0,
+        )
+
+    def config(self, arm: str, max_length: int) -> GQEConfig:
+        config = arm_config(arm, self.size(max_length))
+        config._attn_implementation = self.attn_implementation
+        return config
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def check(self) -> None:
+        """Raises SettingError, naming the field, what it held and what is allowed."""
+        for name, allowed in (("suites", SUITES), ("arms", ARMS), ("caches", ("static", "dynamic"))):
+            for held in getattr(self, name):
+                if held not in allowed:
+                    raise SettingError(f"{name} holds {held!r}; allowed are {', '.join(allowed)}")
+        if "dense" not in self.arms:
+            raise SettingError(f"arms holds {self.arms}; it must hold dense, which the others are measured against")
+        for name in ("lengths", "train_lengths", "cached_lengths", "batch_sizes"):
+            if min(getattr(self, name), default=0) < 1:
+                raise SettingError(f"{name} holds {getattr(self, name)}; it must hold numbers of 1 or more")
+        for name in ("repeats", "chunk_size", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16, float16 or float32")
+        if "chunk" in self.suites and self.chunk_size >= min(self.cached_lengths):
+            raise SettingError(
+                f"chunk_size is {self.chunk_size}; it must be below the shortest of cached_lengths, "
+                f"{min(self.cached_lengths)}"
+            )
+        check_arms(self.arms, self.size(max(self.lengths)))
+        resolve_device(self.device)

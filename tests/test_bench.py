@@ -1,0 +1,225 @@
+"""The benchmark of speed: its predictions against counted work, its gate, its calls, and a whole tiny run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from query_experts import costs
+from query_experts.attention import CausalKernel
+from query_experts.bench import run as bench_module
+from query_experts.bench import timing
+from query_experts.bench.gate import check_layer
+from query_experts.bench.parts import uniform_routing
+from query_experts.bench.run import Point, bench, gate, points_of, predicted
+from query_experts.bench.settings import SUITES, BenchSettings
+from query_experts.bench.subjects import Layer, Model
+from query_experts.cli import main
+from query_experts.errors import SettingError
+from study_helpers import quiet, said
+
+SMALL = BenchSettings(
+    device="cpu", dtype="float32", hidden_size=64, num_attention_heads=8, num_key_value_heads=2, head_dim=8,
+    intermediate_size=96, num_hidden_layers=2, vocab_size=128, lengths=[64, 128], chunk_size=32, train_lengths=[64],
+    cached_lengths=[64, 128], batch_sizes=[1, 2], repeats=2,
+)  # fmt: skip
+ARMS = ["dense", "static", "gqe", "gqe-expert", "gqe-m4"]
+
+
+def on_meta(arm, backward):
+    """What torch counts of one layer in eager attention: every product, over the full square."""
+    layer = Layer(replace(SMALL, attn_implementation="eager"), arm, "cpu", 128)
+    layer.module.to("meta")
+    x = torch.empty(2, 24, 64, device="meta", requires_grad=backward)
+    angles = torch.empty(1, 24, 8, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        y = layer.module(x, position_embeddings=(angles, angles), attention_mask=None)[0]
+        if backward:
+            y.backward(torch.empty_like(y))
+    return counter.get_total_flops(), sum(p.numel() for p in layer.module.parameters())
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_flops_and_weights_of_a_layer_are_those_that_torch_counts(arm):
+    config = SMALL.config(arm, 128)
+    counted, weights = on_meta(arm, backward=False)
+    assert costs.layer_work(config, 2, 24, causal=False).flops == counted
+    assert costs.layer_work(config, 1, 0).bytes == 2 * weights
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_flops_forwards_and_backwards_are_those_that_torch_counts_but_for_the_flash_kernels_second_scores(arm):
+    config = SMALL.config(arm, 128)
+    both, forward = (costs.layer_work(config, 2, 24, causal=False, backward=b) for b in (True, False))
+    assert both.projection_flops + 3 * forward.attention_flops == on_meta(arm, backward=True)[0]
+    assert both.attention_flops == 3.5 * forward.attention_flops
+
+
+def test_causal_work_leaves_out_the_pairs_that_a_token_cannot_see():
+    config = SMALL.config("dense", 128)
+    square, causal = (costs.layer_work(config, 3, 24, 10, causal=c).attention_flops for c in (False, True))
+    assert square - causal == 3 * 4 * 8 * 8 * 24 * 23 / 2
+    one = costs.layer_work(config, 1, 1, 99).attention_flops
+    assert one == 4 * 8 * 8 * 100
+
+
+def test_a_models_flops_are_those_that_torch_counts_but_for_the_masked_half_and_the_other_tokens_logits():
+    for arm in ARMS:
+        model = Model(SMALL, arm, "cpu", 128)
+        model.module.set_attn_implementation("eager")
+        tokens = model.tokens(1, 24)
+        with FlopCounterMode(display=False, depth=3) as counter, torch.no_grad():
+            model.module(tokens, use_cache=False, logits_to_keep=1)
+        rotary = counter.get_flop_counts().get(f"{type(model.module).__name__}.model.rotary_emb", {})
+        masked = 2 * 4 * 8 * costs.heads(model.config).active * 24 * 23 / 2
+        assert costs.model_work(model.config, 1, 24).flops == counter.get_total_flops() - masked - sum(rotary.values())
+
+
+def test_predictions_are_ratios_of_work():
+    settings = BenchSettings(lengths=[10**6], cached_lengths=[10**6])
+    assert predicted(Point("prefill", 10**6), "gqe", settings) == pytest.approx(16 / 9, abs=0.01)
+    assert predicted(Point("train", 10**6), "gqe", settings) == pytest.approx(16 / 9, abs=0.01)
+    assert predicted(Point("decode", 10**6, 1, "static"), "gqe", settings) == pytest.approx(1, abs=0.01)
+    assert predicted(Point("prefill", 1), "dense", settings) == 1
+    for suite in ("prefill", "chunk", "decode", "train", "model", "model-train"):
+        assert 0.9 < predicted(Point(suite, 4096, 1, "static"), "gqe", settings) < 16 / 9
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_gate_passes_what_is_right(arm):
+    for dtype in ("float32", "bfloat16"):
+        settings = replace(SMALL, dtype=dtype)
+        checks = check_layer(Layer(settings, arm, "cpu", 1024), arm, settings)
+        assert [check.what for check in checks] == ["prefill", "decode, dynamic cache", "decode, static cache"]
+        assert all(check.passed for check in checks), checks
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gate_stops_an_arm_that_is_a_little_wrong_before_anything_is_timed(monkeypatch, dtype):
+    attend = CausalKernel.forward
+
+    def wrong(self, *args, **kwargs):
+        out, weights = attend(self, *args, **kwargs)
+        return out * (1.1 if self.config._attn_implementation == "sdpa" else 1), weights
+
+    monkeypatch.setattr(CausalKernel, "forward", wrong)
+    with pytest.raises(SettingError, match=r"arms holds gqe, which is wrong in prefill: .* nothing is timed"):
+        gate(replace(SMALL, arms=["dense", "gqe"], dtype=dtype), "cpu")
+    monkeypatch.setattr(bench_module, "measure", lambda *args: pytest.fail("timed"))
+    with pytest.raises(SettingError, match="nothing is timed"):
+        bench(replace(SMALL, arms=["dense", "gqe"], dtype=dtype), quiet())
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("arm", ["dense", "gqe"])
+@pytest.mark.parametrize("new", [1, 12])
+def test_a_timed_call_leaves_its_cache_as_it_was(arm, kind, new):
+    call = Layer(SMALL, arm, "cpu", 128).cached(kind, 2, 40, new)
+    first = call()
+    for _ in range(3):
+        torch.testing.assert_close(call(), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arm", ["dense", "static", "gqe"])
+def test_both_caches_give_a_timed_call_the_same(arm):
+    layer = Layer(SMALL, arm, "cpu", 128)
+    static, dynamic = (layer.cached(kind, 2, 40, 3)() for kind in ("static", "dynamic"))
+    torch.testing.assert_close(static, dynamic, rtol=0, atol=1e-5)
+
+
+def test_training_calls_leave_gradients_of_one_pass():
+    layer = Layer(SMALL, "gqe", "cpu", 128)
+    call = layer.train(1, 24)
+    call()
+    once = {name: p.grad.clone() for name, p in layer.module.named_parameters()}
+    call()
+    assert all(torch.equal(p.grad, once[name]) for name, p in layer.module.named_parameters())
+    assert once["router.weight"].any()
+
+
+def test_arms_take_turns_in_going_first():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b", "c")}
+    timing.LEAST_SECONDS, kept = 0.0, timing.LEAST_SECONDS
+    try:
+        seconds = timing.time_in_turn(calls, 3, "cpu")
+    finally:
+        timing.LEAST_SECONDS = kept
+    assert order == list("abc" * 2 + "abc" + "bca" + "cab")
+    assert [len(times) for times in seconds.values()] == [3, 3, 3]
+
+
+def test_peak_memory_is_what_a_call_takes_beyond_what_was_held():
+    held = torch.ones(20_000_000)  # 80 MB
+    peak = timing.peak_bytes(lambda: (held[:10_000_000] + 1).sum(), "cpu")
+    if peak is None:
+        pytest.skip("this system doesn't tell a process its peak memory")
+    assert 35e6 < peak < 60e6
+
+
+def test_uniform_routing_wakes_every_expert_as_often():
+    routing = Layer(SMALL, "gqe", "cpu", 128).module.route(torch.randn(1, 64, 64))
+    uniform = uniform_routing(routing)
+    assert uniform.indices.shape == routing.indices.shape
+    counts = torch.nn.functional.one_hot(uniform.indices, 4).sum((0, 1, 3))
+    assert (counts == 16).all()
+
+
+def test_every_suite_has_its_points():
+    points = list(points_of(replace(SMALL, suites=list(SUITES))))
+    assert [(p.suite, p.length) for p in points if p.suite != "decode"] == [
+        ("prefill", 64), ("prefill", 128), ("chunk", 64), ("chunk", 128), ("train", 64), ("parts", 64), ("parts", 128),
+        ("model", 64), ("model", 128), ("model-train", 64),
+    ]  # fmt: skip
+    assert len([p for p in points if p.suite == "decode"]) == 2 * 2 * 2
+
+
+def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_json_line(tmp_path, capsys):
+    assert main(["bench", "--preset", "tiny", "--out", str(tmp_path), "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.strip().splitlines()[-1])
+    assert result == json.loads((tmp_path / "bench.json").read_text())
+    assert {point["suite"] for point in result["points"]} == set(SUITES)
+    assert result["environment"]["hardware"]
+    assert all(check["passed"] for check in result["checks"])
+    for point in result["points"]:
+        assert all(len(times) == 1 and times[0] > 0 for times in point["seconds"].values())
+        if point["suite"] != "parts":
+            assert point["seconds"].keys() == point["peak_bytes"].keys() == point["predicted"].keys()
+            assert point["predicted"]["dense"] == 1
+    for suite in SUITES:
+        assert f"{suite}: " in printed
+    assert (tmp_path / "bench.svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"suites": ["prefil"]}, "suites holds 'prefil'; allowed are prefill"),
+        ({"arms": ["gqe"]}, "must hold dense"),
+        ({"arms": ["dense", "moe"]}, "arms holds 'moe'"),
+        ({"caches": ["paged"]}, "caches holds 'paged'; allowed are static, dynamic"),
+        ({"lengths": []}, "lengths holds"),
+        ({"batch_sizes": [0]}, "batch_sizes holds"),
+        ({"repeats": 0}, "repeats is 0"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"chunk_size": 64}, "chunk_size is 64; it must be below"),
+        ({"active_query_experts": 9}, "active_query_experts"),
+        ({"num_key_value_heads": 3}, "multiple of num_kv_heads"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_refused(changes, told):
+    with pytest.raises(SettingError, match=told):
+        bench(replace(SMALL, **changes), quiet())
+
+
+def test_tables_fit_eighty_columns(tmp_path):
+    console = quiet()
+    console.width = 80
+    bench(replace(SMALL, out=str(tmp_path), suites=["prefill", "decode", "parts"], repeats=1), console)
+    lines = said(console).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
