@@ -18,7 +18,7 @@ from model_helpers import (
     random_tokens,
     tiny_model,
 )
-from query_experts.router import BalanceWindow, balance_loss, routing_statistics, select_top_k
+from query_experts.router import CPU_ROWS, BalanceWindow, Router, balance_loss, routing_statistics, select_top_k
 from query_experts.training import GQETrainer
 
 COEFFICIENT = 0.5  # large, so that a fault in the balance term shows beside the language-model term
@@ -381,3 +381,17 @@ def test_predictions_are_the_logits_alone(tmp_path):
     )
     trainer.evaluate()
     assert getattr(seen[0], "shape", None) == (4, 6, VOCABULARY)
+
+
+def test_router_logits_of_many_bf16_tokens_are_those_of_a_float32_product():
+    """On a CPU they are made piece by piece."""
+    torch.manual_seed(0)
+    router, x = Router(24, 8).bfloat16(), torch.randn(3, CPU_ROWS + 7, 24, dtype=torch.bfloat16, requires_grad=True)
+    logits = router(x)
+    plain = (x.float() @ router.weight.float().T).flatten(0, 1)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, plain, rtol=0, atol=1e-6)
+    cotangent = torch.randn_like(logits)
+    ours, expected = (torch.autograd.grad(y, [x, router.weight], cotangent) for y in (logits, plain))
+    torch.testing.assert_close(ours[0], expected[0], rtol=0, atol=2**-8)  # bf16 gradients of order 0.1
+    torch.testing.assert_close(ours[1], expected[1], rtol=2**-6, atol=0.1)  # and of order 40

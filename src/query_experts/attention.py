@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
 
 from query_experts.masks import AttentionBackend, causal_mask
+from query_experts.ops.select import scatter_experts, select_experts
 from query_experts.ops.shared_decode import shared_decode
 from query_experts.router import Router, balance_loss, routing_statistics, select_top_k
 
@@ -295,8 +296,7 @@ class GQEAttention(nn.Module):
     def select(self, query: Tensor, shared_query: Tensor | None, routing: Routing) -> Tensor:
         """Queries [B, T, G, M, d] -> those of the woken experts, then of the shared head, [B, G*k (+1), T, d]."""
         if self.router is not None:
-            index = routing.indices[..., None].expand(-1, -1, -1, -1, self.head_dim)
-            query = query.gather(3, index)  # [B, T, G, k, d]
+            query = select_experts(query, routing.indices)  # [B, T, G, k, d]
         query = query.flatten(2, 3)
         if shared_query is not None:
             query = torch.cat([query, shared_query.unsqueeze(2)], 2)
@@ -356,9 +356,7 @@ class GQEAttention(nn.Module):
         elif self.variant == "weighted_concat":
             routed = routed * routing.scores.to(routed.dtype)[..., None]
         if self.output_projection == "expert" and self.router is not None:
-            index = routing.indices[..., None].expand_as(routed)
-            empty = routed.new_zeros(*routed.shape[:3], self.experts_per_group, self.head_dim)
-            routed = empty.scatter(3, index, routed)  # [B, T, G, M, d]
+            routed = scatter_experts(routed, routing.indices, self.experts_per_group)  # [B, T, G, M, d]
         return torch.cat([routed.flatten(2), *extra], -1)
 
     def _balance_loss(self, routing: Routing, token_mask: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils.generic import maybe_autocast
 
+CPU_ROWS = 512  # tokens whose float32 copy stays in a core's cache
+
 
 class Router(nn.Module):
     """One linear map D -> M for each group, without bias (arXiv 2606.20945, section 3; router weights r_g).
@@ -39,8 +41,12 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(dtype)
+        # on a CPU piece by piece: a float32 copy of all of x goes through memory and back, for a product of no size
+        pieces = x.flatten(0, 1).split(CPU_ROWS) if x.is_cpu and x.dtype != dtype else (x.flatten(0, 1),)
         with maybe_autocast(x.device.type, enabled=False):  # torch's own knows no meta device
-            return F.linear(x.to(dtype), self.weight.to(dtype)).flatten(0, 1)
+            logits = [F.linear(piece.to(dtype), weight) for piece in pieces]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
 def select_top_k(probs: Tensor, top_k: int) -> Tensor:
