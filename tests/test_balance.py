@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
@@ -214,7 +215,7 @@ def test_a_step_after_an_aborted_one_of_another_size_starts_anew(count):
 
 @COUNTS
 def test_an_optimizers_step_begins_a_new_one_whatever_the_last_one_held(count):
-    """After one that was cut short, and with totals of one rank, which the ranks' counts together overrun."""
+    """After one that was cut short, and after one that wasn't."""
     steps = Steps()
     optimizer = torch.optim.SGD(steps.model.parameters(), lr=0.0)
     for size in (2, 4, 4, 3):  # of the 4 that each step's total speaks of
@@ -227,6 +228,7 @@ def test_an_optimizers_step_begins_a_new_one_whatever_the_last_one_held(count):
 def test_a_copy_of_a_model_begins_with_an_empty_window_that_optimizers_empty_too():
     steps = Steps()
     steps.micro_batch([], num_items_in_batch=33)
+    assert pickle.loads(pickle.dumps(steps.model.balance_window, protocol=0)).so_far is None
     steps.model = copy.deepcopy(steps.model)
     steps.micro_batch([], num_items_in_batch=33)
     torch.optim.SGD(steps.model.parameters(), lr=0.0).step()

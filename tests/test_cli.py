@@ -208,6 +208,8 @@ def test_options_that_cannot_be_parsed_are_refused_in_one_sentence(refused, argv
         ("steps: many\n", ["--steps", "many"]),
         ("seeds: [0, one]\n", ["--seeds", "one"]),
         ("steps: null\n", ["steps to null"]),
+        ("steps: []\n", ["steps to []", "one value"]),
+        ("out: []\n", ["out to []", "one value"]),
     ],
 )
 def test_a_value_in_a_recipe_that_cannot_be_used_is_refused_naming_the_recipe(tmp_path, refused, lines, words):
@@ -220,6 +222,9 @@ def test_none_on_the_command_line_lifts_a_limit_of_the_preset(settings_of):
     assert settings_of("compare").max_bytes == 12_000_000
     assert settings_of("compare", "--max_bytes", "none").max_bytes is None
     assert settings_of("train", "--preset", "gpu", "--max-bytes", "none").max_bytes is None
+    assert settings_of("train", "--max_bytes=none").max_bytes is None
+    assert settings_of("train", "--max_bytes", "5", "--max_bytes", "none").max_bytes is None  # the last word
+    assert settings_of("train", "--max_bytes", "none", "--max_bytes", "5").max_bytes == 5
     assert settings_of("train", "--data", "none").data == ["none"]  # a file may have that name
 
 
@@ -248,7 +253,14 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, text, refused, monkey
     refused(options("train", out, text), f"out is {out}", "must be a folder that can be written to")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "3", '{"runs": []}', '{"runs": [{}]}', '{"runs": [3]}', "{"])
+def test_report_says_where_no_run_has_finished_yet(tmp_path, refused):
+    (tmp_path / "comparison.json").write_text('{"runs": []}')
+    refused(["report", tmp_path], f"folder is {tmp_path}", "no run has finished yet")
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "3", '{"runs": [{"arm": "dense", "seed": 0}]}', '{"runs": [{}]}', '{"runs": [3]}', "{"]
+)
 def test_report_refuses_what_is_no_comparison(tmp_path, refused, content):
     (tmp_path / "comparison.json").write_text(content)
     refused(["report", tmp_path], f"folder is {tmp_path}", "comparison.json")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerState, TrainingArguments
 
 from query_experts import GQEForCausalLM, costs
 from query_experts.callbacks import TokenProgress
@@ -20,7 +20,7 @@ from query_experts.study import prefill as prefill_module
 from query_experts.study import run as run_module
 from query_experts.study.compare import compare, train
 from query_experts.study.settings import FREE_TO_CHANGE, CompareSettings, TrainSettings
-from study_helpers import quiet, said, tiny_compare, tiny_train
+from study_helpers import SIZE, quiet, said, tiny_compare, tiny_train
 
 RUN_KEYS = {
     "arm", "seed", "parameters", "active_attention_heads", "dense_attention_heads", "intermediate_size",
@@ -245,8 +245,9 @@ def test_stopping_when_the_time_is_up_and_going_on_ends_as_without_a_stop(finish
         if compare(tiny_compare(tmp_path, arms=["gqe"], stop_after_minutes=0), console):
             break
         assert "Stopped after 0 minutes; the same command goes on." in said(console)
-        if (tmp_path / "out" / "comparison.json").exists():
-            assert comparison_of(tmp_path)["prefill"] is None  # a report of what there is so far
+        assert comparison_of(tmp_path)["prefill"] is None  # a report of what there is so far
+        assert len(comparison_of(tmp_path)["runs"]) == (calls > 5)
+        assert (tmp_path / "out" / "report.html").exists()
         calls += 1
         assert calls < 20
     assert calls == 7  # a step a call, then a length of prefill
@@ -431,10 +432,33 @@ def test_a_launch_on_several_processes_is_refused(tmp_path, monkeypatch, process
     assert not (tmp_path / "out").exists()
 
 
-def test_of_several_visible_gpus_one_is_used(tmp_path):
+def test_of_several_visible_gpus_one_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 4)))
+    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
     arguments = run_module.training_arguments(tiny_train(tmp_path), 0, tmp_path)
-    assert arguments.n_gpu <= 1
-    assert arguments.train_batch_size == 2  # times n_gpu, were it nn.DataParallel
+    assert arguments.__dict__["_n_gpu"] <= 1
+
+
+def test_gqe_trainer_refuses_several_gpus_in_one_process(tmp_path):
+    arguments = run_module.training_arguments(tiny_train(tmp_path), 0, tmp_path)
+    arguments._n_gpu = 4
+    with pytest.raises(ValueError, match=r"4 GPUs are visible to one process; .* launch one process a GPU"):
+        run_module.GQETrainer(
+            model=run_module.build(run_module.arm_config("gqe", SIZE)), args=arguments, eval_dataset=[0]
+        )
+
+
+def test_a_stopped_call_keeps_the_prefill_of_the_report(folder, finished):
+    before = comparison_of(folder)["prefill"]
+    assert not compare(tiny_compare(folder, seeds=[0, 1], stop_after_minutes=0), quiet())
+    assert comparison_of(folder)["prefill"] == before
+
+
+def test_prefill_of_other_models_is_measured_anew_though_their_folders_have_the_same_names(folder, monkeypatch):
+    before = comparison_of(folder)["prefill"]["seconds"]
+    shutil.rmtree(folder / "out" / "runs")
+    assert compare(tiny_compare(folder, num_hidden_layers=1), quiet())
+    assert comparison_of(folder)["prefill"]["seconds"] != before
 
 
 def test_the_report_holds_all_that_the_folder_holds(folder, trained):
@@ -462,8 +486,12 @@ def test_a_changed_setting_is_refused_before_any_data_is_read(folder, monkeypatc
 @pytest.mark.parametrize("content", ["", '{"arm": "gq', "[]"], ids=["empty", "half", "other"])
 def test_a_damaged_file_of_a_run_is_named(folder, name, content):
     (folder / "out" / name).write_text(content)
-    with pytest.raises(SettingError, match=f"out holds .*{name.rpartition('/')[2]}, which is damaged .* delete it"):
+    remedy = "use another" if name == "settings.json" else "delete it"
+    with pytest.raises(SettingError, match=f"out holds .*{name.rpartition('/')[2]}, which is damaged .* {remedy}"):
         compare(tiny_compare(folder), quiet())
+    if name != "settings.json":  # the remedy helps
+        (folder / "out" / name).unlink()
+        assert compare(tiny_compare(folder), quiet())
 
 
 def test_a_trained_model_that_is_missing_is_named(folder):
@@ -504,11 +532,16 @@ def test_a_character_of_several_tokens_is_shown_once_and_whole():
         def decode(self, ids):
             return bytes(ids).decode(errors="replace")
 
+    class Words:
+        def decode(self, ids):
+            return " ".join("abc"[i] for i in ids)
+
     text = "a\u00e9\u4e2d\U0001f600b"
     shown = run_module.readable_tokens(Bytes(), list(text.encode()))
     assert shown == ["a", "", "\u00e9", "", "", "\u4e2d", "", "", "", "\U0001f600", "b"]
     assert run_module.readable_tokens(Bytes(), [0xE4, 0xB8]) == ["", ""]  # cut off
-    assert run_module.readable_tokens(Bytes(), [0xFF, *b"abcd"])[-1] == "d"  # no character at all
+    assert run_module.readable_tokens(Bytes(), [0xFF] * 9)[3::4] == ["\ufffd" * 4] * 2  # no character at all
+    assert run_module.readable_tokens(Words(), [0, 1, 2]) == ["a", " b", " c"]  # spaces between tokens stay
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -97,6 +98,15 @@ def test_a_hidden_size_that_the_heads_dont_divide_needs_a_head_dim():
 def test_a_loss_coefficient_must_be_a_number_from_zero_on(name, value):
     with pytest.raises(StrictDataclassError, match=f"{name} is {value}; it must be a number, 0 or more"):
         tiny_config(**{name: value})
+
+
+def test_counts_may_be_any_whole_numbers_and_nothing_else():
+    assert GQEAttention(64, np.int64(8), np.int64(4)).top_k == 1
+    for bad in ("8", 8.0, None):
+        with pytest.raises(ValueError, match=f"num_query_experts .* is {bad!r}; it must be a whole number"):
+            GQEAttention(64, bad, 4)
+    with pytest.raises((StrictDataclassError, ValueError), match="num_attention_heads"):
+        GQEConfig(num_attention_heads=0)
 
 
 def test_dropout_must_be_a_share():

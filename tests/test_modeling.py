@@ -652,3 +652,13 @@ def test_generation_with_prepared_masks_keeps_packed_documents_apart():
     )
     alone = model(inputs_embeds=embeds[:, 6:])
     torch.testing.assert_close(packed.logits[:, 6:], alone.logits, **EXACT)
+
+
+def test_a_decoder_layer_takes_llamas_arguments_in_llamas_order():
+    model = tiny_model()
+    layer, x = model.model.layers[0], torch.randn(1, 5, 24, dtype=torch.float64)
+    angles = model.model.rotary_emb(x, position_ids=torch.arange(5)[None])
+    hidden = torch.zeros(1, 1, 5, 5, dtype=torch.float64).masked_fill(torch.ones(5, 5).triu(1).bool(), -1e300)
+    torch.testing.assert_close(
+        layer(x, hidden, position_embeddings=angles), layer(x, position_embeddings=angles), **EXACT
+    )

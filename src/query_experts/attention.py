@@ -14,6 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def check_layout(
         ("top_k (active_query_experts)", top_k),
         ("head_dim", head_dim),
     ):
-        if not isinstance(count, int):
+        if not isinstance(count, Integral):
             raise ValueError(f"{name} is {count!r}; it must be a whole number")
     if num_kv_heads < 1 or num_query_experts < 1 or num_query_experts % num_kv_heads:
         raise ValueError(
@@ -171,12 +172,13 @@ class GQEAttention(nn.Module):
     ):
         super().__init__()
         if head_dim is None:
-            if num_query_experts < 1 or hidden_size % num_query_experts:
+            countable = isinstance(num_query_experts, Integral) and num_query_experts > 0
+            if countable and hidden_size % num_query_experts:
                 raise ValueError(
                     f"hidden_size is {hidden_size}; without head_dim it must be a multiple of num_query_experts, "
                     f"{num_query_experts}"
                 )
-            head_dim = hidden_size // num_query_experts
+            head_dim = hidden_size // num_query_experts if countable else 1  # check_layout refuses the count
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be 0 or more and below 1")
         check_layout(
@@ -310,9 +312,13 @@ class GQEAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Outputs of the woken experts [B, T, G, k, d] and of the shared head [B, T, d] (None without one)."""
-        if (paged := kwargs.pop("cache", None)) is not None:
+        if self.shared_head is not None and kwargs.get("cache") is not None:
             # continuous batching's kernels would put the K/V of every call into the cache, the shared head's too
-            key, value = paged.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs)
+            key, value = kwargs.pop("cache").update(
+                key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs
+            )
+            if kwargs.get("block_table") is not None:
+                raise ValueError("continuous batching decodes from a block table, which can't serve the shared head")
         G, k = self.num_kv_heads, self.top_k
         routed_query, shared_query = query[:, : G * k], query[:, G * k :]
         visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1

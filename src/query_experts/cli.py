@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run_report(argv[1:])
         raise SettingError(f"command is {argv[0]!r}; it must be one of {', '.join(COMMANDS)}")
     except KeyboardInterrupt:
-        return refuse("stopped; what was finished is kept, and the same command goes on", 130)
+        kept = "; what was finished is kept, and the same command goes on" if argv[0] in ("compare", "train") else ""
+        return refuse(f"stopped{kept}", 130)
     except SettingError as error:
         return refuse(str(error))
     except ModuleNotFoundError as error:
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return refuse(f"out has no room left on its disk ({error.filename or 'device full'})")
-        return refuse(f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}")
+        return refuse(f"{error.filename} can't be read or written: {error.strerror}" if error.filename else str(error))
 
 
 def refuse(sentence: str, status: int = 2) -> int:
@@ -126,14 +127,18 @@ def run_report(argv: list[str]) -> int:
     from query_experts.study.report import print_summary, write_report
 
     source = folder / "comparison.json"
+    wanted = f"folder is {folder}; it must hold the comparison.json that compare wrote"
     try:
         comparison = json.loads(source.read_text(encoding="utf-8"))
-        runs = comparison["runs"]
-        if not runs or not all({"arm", "seed", "validation_loss"} <= run.keys() for run in runs):
-            raise ValueError("no runs")
+        finished = len(comparison["runs"])
+        if finished:
+            page = write_report(comparison, folder / "report.html")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SettingError(f"folder is {folder}; it must hold the comparison.json of a compare") from error
-    page = write_report(comparison, folder / "report.html")
+        if isinstance(error, OSError) and source.exists():
+            raise
+        raise SettingError(wanted) from error
+    if not finished:
+        raise SettingError(f"folder is {folder}, in which no run has finished yet; it must hold one")
     print_summary(comparison, Console())
     print(f"Page: {page}")
     return 0

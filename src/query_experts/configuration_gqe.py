@@ -44,7 +44,9 @@ class GQEConfig(LlamaConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads is {self.num_attention_heads}; it must be 1 or more")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}; without head_dim it must be a multiple of num_attention_heads, "
                 f"{self.num_attention_heads}"
@@ -58,5 +60,5 @@ class GQEConfig(LlamaConfig):
             self.variant, self.output_projection, self.routing, self.shared_head_kv,
         )  # fmt: skip
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")

@@ -29,14 +29,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object that `write_json` wrote. Raises SettingError where the file is damaged."""
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """An object that `write_json` wrote. Raises SettingError, ending in the remedy, where the file is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingError(f"out holds {path}, which is damaged ({error}); delete it, and it is made again") from error
+        raise SettingError(f"out holds {path}, which is damaged ({error}); {remedy}") from error
     if not isinstance(value, dict):
-        raise SettingError(f"out holds {path}, which is damaged (no JSON object); delete it, and it is made again")
+        raise SettingError(f"out holds {path}, which is damaged (no JSON object); {remedy}")
     return value
 
 

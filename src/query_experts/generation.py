@@ -15,7 +15,7 @@ from query_experts.errors import SettingError
 from query_experts.modeling_gqe import GQEForCausalLM
 from query_experts.study.settings import check_seeds, resolve_device
 
-LOWEST_TEMPERATURE = 1e-3  # below it, logits overflow
+LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
 
 
 def generate(

@@ -154,6 +154,8 @@ def _flash_documents(
             "attn_implementation: flash attention separates packed documents only in a batch of one row, without "
             "padding and before anything is cached; use sdpa, eager or flex_attention here"
         )
+    if is_torchdynamo_compiling():
+        return  # what a row holds can't be looked at
     positions = position_ids[0]
     starts = torch.cat([positions[:1], positions[1:][positions[1:] <= positions[:-1]]])
     if bool((starts != positions.min()).any()):

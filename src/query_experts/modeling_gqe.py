@@ -87,13 +87,12 @@ class GQEDecoderLayer(LlamaDecoderLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, output_router_logits: bool = False, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [B, T, D] -> the same, and the router's logits [B*T, N] where they are asked for."""
-        kept = KeptLogits() if output_router_logits else None
-        hidden_states = super().forward(hidden_states, kept=kept, **kwargs)
-        return hidden_states, kept.logits if kept is not None else None
+    def forward(self, hidden_states: Tensor, *args: Any, output_router_logits: bool = False, **kwargs: Any) -> Any:
+        """hidden_states [B, T, D] -> the same; with the router's logits [B*T, N] beside it where they are asked for."""
+        if not output_router_logits:
+            return super().forward(hidden_states, *args, **kwargs)
+        kept = KeptLogits()
+        return super().forward(hidden_states, *args, kept=kept, **kwargs), kept.logits
 
 
 class GQEPreTrainedModel(LlamaPreTrainedModel):
@@ -165,7 +164,7 @@ class GQEModel(GQEPreTrainedModel):
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states, logits = layer(
+            hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
@@ -175,7 +174,9 @@ class GQEModel(GQEPreTrainedModel):
                 output_router_logits=output_router_logits,
                 **kwargs,
             )
-            router_logits.append(logits)
+            if output_router_logits:
+                hidden_states, logits = hidden_states
+                router_logits.append(logits)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -304,7 +305,8 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             selected, tokens, window_items = sum_over_ranks(selected, tokens, window_items)
             if total is not None:
                 total = torch.as_tensor(total, device=here.device, dtype=here.dtype)
-                selected, tokens = self.balance_window.add(selected, tokens, window_items, total)
+                ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+                selected, tokens = self.balance_window.add(selected, tokens, window_items, total * ranks)
         share = items / total if items is not None and total is not None else 1.0
         balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
         return balance, statistics.z_sum.sum() / here, share

@@ -74,15 +74,21 @@ def optional_fields(kind: type) -> set[str]:
 
 
 def without_none(argv: list[str], optional: set[str]) -> tuple[list[str], list[str]]:
-    """The options without those that say `--name none`, and the names of these."""
-    kept, lifted, rest = [], [], list(argv)
-    while rest:
-        name = rest[0].removeprefix("--").replace("-", "_")
-        if rest[0].startswith("--") and name in optional and rest[1:2] == ["none"]:
-            lifted.append(name)
-            del rest[:2]
+    """The options without those that end up as `--name none` (or `--name=none`), and the names of these."""
+    options: list[list[str]] = [[]]  # each with the words that follow it
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            options.append([name, value] if equals else [name])
         else:
-            kept.append(rest.pop(0))
+            options[-1].append(word)
+    named = [(option[0].removeprefix("--").replace("-", "_") if option else "", option) for option in options]
+    last = dict(named)
+    lifted = [name for name, option in last.items() if name in optional and option[1:] == ["none"]]
+    kept: list[str] = []
+    for name, option in named:
+        if name not in optional or (option is last[name] and name not in lifted):
+            kept += option
     return kept, lifted
 
 
@@ -93,12 +99,19 @@ def check_recipe(source: Any, held: dict[str, Any], parser: Any, names: set[str]
             continue
         if value is None and name not in optional:
             raise SettingError(f"recipe {source} sets {name} to null; it must have a value")
+        if value == [] and kind_of(parser, name) is None:
+            raise SettingError(f"recipe {source} sets {name} to []; it must be one value")
         try:
             _, left = parser.parse_known_args(as_options({name: value}))
         except SettingError as error:
             raise SettingError(f"recipe {source}: {error}") from error
         if left:
             raise SettingError(f"recipe {source} sets {name} to {value!r}; it must be one value")
+
+
+def kind_of(parser: Any, name: str) -> Any:
+    """How many values an option takes: `*` or `+` for a list, None for one."""
+    return next(action.nargs for action in parser._actions if action.dest == name)
 
 
 def presets(folder: str) -> dict[str, Any]:

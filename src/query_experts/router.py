@@ -119,7 +119,7 @@ class BalanceWindow:
         _empty_windows_after_optimizer_steps()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}
+        return {"so_far": None}
 
     def __setstate__(self, _: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc] # copies begin empty
@@ -127,7 +127,8 @@ class BalanceWindow:
     def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it.
 
-        items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts.
+        items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts. Where replicas or
+        ranks with totals of their own add up their items, total is what they can add up to at most.
         """
         before = self.so_far
         if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):

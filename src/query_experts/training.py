@@ -69,6 +69,7 @@ class GQETrainer(Trainer):
             steps = max(1, self.state.global_step - self._lm_loss_step)
             # each micro-batch's loss is its share of the step's mean, so the sum over ranks and steps is over steps
             total = self.accelerator.reduce(self._lm_loss_sum, "sum").item()
+            total /= self.get_tp_size()  # replicas
             if not self.args.average_tokens_across_devices:  # each rank's losses add up to a mean of its own
                 total /= self.accelerator.num_processes // self.get_tp_size()
             logs["lm_loss"] = total / steps

@@ -16,10 +16,10 @@ from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
 from query_experts.study.environment import environment
-from query_experts.study.prefill import measure_prefill
+from query_experts.study.prefill import kept_prefill, measure_prefill
 from query_experts.study.report import print_summary, verdict, write_report
 from query_experts.study.report.text import ARMS
-from query_experts.study.run import deadline_after, held_out, train_arm
+from query_experts.study.run import deadline_after, held_out, read_result, train_arm
 from query_experts.study.settings import (
     CompareSettings,
     RunSettings,
@@ -47,17 +47,17 @@ def compare(settings: CompareSettings, console: Console) -> bool:
             console.print(f"Run {number} of {len(asked)}: {arm}, seed {seed}")
         run = train_arm(settings, arm, seed, corpus, folder, deadline)
         if run is None:
-            write_comparison(settings, corpus, out, None)
+            write_comparison(settings, corpus, out)
             console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
             return False
         if run.get("diverged_at_tokens") is not None:
             console.print(Text(diverged(settings, run), style="yellow"))
-    write_comparison(settings, corpus, out, None)
+    write_comparison(settings, corpus, out)
     prefill = measure_prefill(settings, trained_models(out), out / "prefill.json", deadline)
-    if prefill is None:
+    if not prefill:
         console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
         return False
-    comparison = write_comparison(settings, corpus, out, prefill)
+    comparison = write_comparison(settings, corpus, out)
     print_summary(comparison, console)
     for sentence in verdict(comparison):
         console.print(Text(f"- {sentence}"))
@@ -70,9 +70,7 @@ def run_folder(out: Path, arm: str, seed: int) -> Path:
     return out / "runs" / f"{arm}-seed{seed}"
 
 
-def write_comparison(
-    settings: CompareSettings, corpus: Corpus, out: Path, prefill: dict[str, Any] | None
-) -> dict[str, Any]:
+def write_comparison(settings: CompareSettings, corpus: Corpus, out: Path) -> dict[str, Any]:
     """Everything that the folder holds so far, as comparison.json and as a page."""
     runs = finished_runs(out)
     held = {"arms": [run["arm"] for run in runs], "seeds": [run["seed"] for run in runs]}
@@ -82,7 +80,7 @@ def write_comparison(
         "data": data_facts(settings, corpus),
         "environment": environment(resolve_device(settings.device), settings.dtype),
         "runs": runs,
-        "prefill": prefill,
+        "prefill": kept_prefill(settings, trained_models(out), out / "prefill.json"),
     }
     write_json(out / "comparison.json", comparison)
     write_report(comparison, out / "report.html")
@@ -91,7 +89,7 @@ def write_comparison(
 
 def finished_runs(out: Path) -> list[dict[str, Any]]:
     """The results in a folder, seed by seed, arms in the study's order."""
-    runs = [read_json(path) for path in out.glob("runs/*/result.json")]
+    runs = [read_result(path) for path in out.glob("runs/*/result.json")]
     return sorted(runs, key=lambda run: (run["seed"], [*ARMS].index(run["arm"])))
 
 
@@ -147,7 +145,8 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     transformers_logging.disable_progress_bar()
     require_own_folder(out)
     marker = out / "settings.json"
-    kept = read_json(marker) if marker.exists() and holds_results(out) else None
+    remedy = "nothing else tells with which settings this folder was made; use another"
+    kept = read_json(marker, remedy) if marker.exists() and holds_results(out) else None
     now = fingerprint(settings)
     if kept is not None:  # before anything is read for data that may be refused
         refuse_change({name: value for name, value in kept.items() if name != "data_hash"}, now, out)
@@ -175,7 +174,7 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     else:
         write_json(marker, now)
     info = corpus.info
-    limit = f" (max_bytes: {settings.max_bytes / 1e6:g} MB)" if settings.max_bytes else ""
+    limit = f" (max_bytes: {info['max_bytes'] / 1e6:g} MB)" if info["max_bytes"] else ""
     console.print(
         Text(
             f"Data: {', '.join(info['source'])}{limit}: {info['train_documents']:,} documents, "

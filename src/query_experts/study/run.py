@@ -46,7 +46,7 @@ def train_arm(
     """
     result_file = folder / "result.json"
     if result_file.exists():
-        return read_json(result_file)
+        return read_result(result_file)
     step = settings.batch_size * settings.gradient_accumulation_steps
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed, model.config.initializer_range)
@@ -80,6 +80,10 @@ def train_arm(
     write_json(result_file, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    return read_json(file, "delete it, and that run is trained again")
 
 
 @contextmanager
@@ -254,12 +258,15 @@ def passage(model: PreTrainedModel, corpus: Corpus) -> dict[str, Any]:
 
 def readable_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
     """What each token adds to the text. Of tokens that share a character, the last has it and the others are empty."""
-    texts, begun = [], 0
+    texts, shown, waiting = [], "", 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[begun:end])
-        whole = not text.endswith("\ufffd") or end - begun >= MAX_CHARACTER_TOKENS
-        texts.append(text if whole else "")
-        begun = end if whole else begun
+        text = tokenizer.decode(ids[:end])
+        waiting += 1
+        if text.endswith("\ufffd") and waiting < MAX_CHARACTER_TOKENS:
+            texts.append("")
+            continue
+        texts.append(text[len(shown) :])
+        shown, waiting = text, 0
     return texts
 
 

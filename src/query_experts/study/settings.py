@@ -34,7 +34,7 @@ class RunSettings:
     cache_dir: str | None = field(None, "folder for tokenised data; default: cache/ in out")
     text_field: str = field("text", "field of a jsonl line or parquet column that holds the text")
     tokenizer: str | None = field(None, "tokenizer by name or folder; default: a byte-level BPE trained on the data")
-    max_bytes: int | None = field(12_000_000, "read at most so many bytes of text")
+    max_bytes: int | None = field(12_000_000, "read at most so many bytes of text; none: all of it")
     validation_sequences: int = field(128, "sequences for the validation loss, spread over the held-out text")
     device: str = field("auto", "auto, cpu, cuda or mps")
     dtype: str = field("bfloat16", "autocast dtype: bfloat16, or float32 for none")

@@ -28,7 +28,8 @@ def trained_on(comparison: Comparison) -> list[str]:
 
 def hardware(comparison: Comparison) -> list[str]:
     """The hardware that runs were trained on, each once; of runs that diverged nothing is compared."""
-    pieces = [piece for run in completed_runs(comparison) for piece in run.get("pieces") or ()]
+    unknown = [{"hardware": UNKNOWN}]
+    pieces = [piece for run in completed_runs(comparison) for piece in run.get("pieces") or unknown]
     return list(dict.fromkeys(piece["hardware"] for piece in pieces))
 
 
