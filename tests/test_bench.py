@@ -219,7 +219,10 @@ def test_a_setting_that_cannot_be_used_is_refused(changes, told):
 def test_tables_fit_eighty_columns(tmp_path):
     console = quiet()
     console.width = 80
-    bench(replace(SMALL, out=str(tmp_path), suites=["prefill", "decode", "parts"], repeats=1), console)
+    bench(
+        replace(SMALL, out=str(tmp_path), suites=["prefill", "decode", "parts"], lengths=[64, 128, 192], repeats=1),
+        console,
+    )
     lines = said(console).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import signal
 import time
 from types import SimpleNamespace
 
@@ -234,3 +236,23 @@ def test_stop_at_saves_and_stops_when_its_time_has_come_and_not_after_the_last_s
     assert ask(now - 1, 2) == (True, True)
     assert ask(now + 60, 2) == (False, False)
     assert ask(now - 1, 6) == (False, False)
+    assert ask(None, 2) == (False, False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_asked_to_end_saves_and_stops_and_signals_act_as_before(tmp_path, number):
+    before = signal.getsignal(number)
+
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 1:
+                os.kill(os.getpid(), number)
+
+    trainer = GQETrainer(
+        tiny_model(), arguments(tmp_path, max_steps=5, logging_steps=1), train_dataset=Rows(),
+        callbacks=[StopAt(None), Ask()],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert (tmp_path / "checkpoint-2").exists()
+    assert signal.getsignal(number) == before

@@ -235,6 +235,18 @@ def test_comparisons_and_single_runs_go_to_folders_of_their_own(settings_of):
     assert settings_of("compare", "--out", "elsewhere").out == "elsewhere"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no"), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: 9")],
+)
+def test_memory_that_does_not_suffice_ends_in_a_sentence(monkeypatch, refused, error):
+    def exhausted(settings, console):
+        raise error
+
+    monkeypatch.setattr(study, "compare", exhausted)
+    refused(["compare"], "memory doesn't suffice", "hidden_size", "batch_size", "must be lower")
+
+
 def test_ctrl_c_ends_in_a_sentence(monkeypatch, capsys):
     def interrupted(settings, console):
         raise KeyboardInterrupt
@@ -242,7 +254,7 @@ def test_ctrl_c_ends_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(study, "compare", interrupted)
     assert main(["compare"]) == 130
     assert capsys.readouterr().err.strip() == (
-        "query-experts: stopped; what was finished is kept, and the same command goes on"
+        "query-experts: stopped; the same command goes on from the last checkpoint"
     )
 
 

@@ -554,3 +554,11 @@ def test_settings_default_to_the_demo_preset():
     assert CompareSettings().out == "runs/demo"
     assert TrainSettings().arm == "gqe"
     CompareSettings().check()
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_refused(finished):
+    with (
+        compare_module.own_folder(finished / "out"),
+        pytest.raises(SettingError, match="another process is at work; wait for it, or use another folder"),
+    ):
+        compare(tiny_compare(finished), quiet())

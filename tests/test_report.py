@@ -472,3 +472,17 @@ def test_a_missing_library_names_the_extra_to_install(monkeypatch, tmp_path, mod
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SettingError, match=r"pip install query-experts\[study\]"):
         write_report(comparison(), tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(("held_out", "told"), [(1_536, True), (32_768, False)])
+def test_the_verdict_says_where_little_text_is_held_out(held_out, told):
+    of = comparison()
+    of["data"]["validation_tokens_used"] = held_out
+    assert any("taken over 1,536 tokens of held-out text" in line for line in verdict(of)) == told
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(38.8, True), (0.9, False)])
+def test_the_verdict_says_where_the_text_was_seen_many_times(epochs, told):
+    of = comparison()
+    of["data"]["epochs"] = epochs
+    assert any("seen 39 times over" in line for line in verdict(of)) == told

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -171,20 +173,45 @@ class TokenProgress(TrainerCallback, ExportableState):
 
 
 class StopAt(TrainerCallback):
-    """Saves a checkpoint and stops at a moment on `time.monotonic`'s clock, so that a long run fits into pieces."""
+    """Saves a checkpoint and stops at the next log, once asked to: by Ctrl-C, by SIGTERM, or by the clock.
 
-    def __init__(self, deadline: float):
-        self.deadline = deadline
+    deadline: on `time.monotonic`'s clock, so that a long run fits into pieces; None for none. A second Ctrl-C or
+    SIGTERM ends the process at once.
+    """
+
+    def __init__(self, deadline: float | None):
+        self.deadline = math.inf if deadline is None else deadline
+        self.asked = False
+        self.handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        self.restore()
+        print("\nSaving at the next log, then stopping; once more stops at once.", file=sys.stderr)
+
+    def restore(self) -> None:
+        """Signals act again as they did before training."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         # between two logs, a part of lm_loss's mean would be lost
         logged = state.global_step % state.logging_steps == 0
-        if time.monotonic() >= self.deadline and state.global_step < state.max_steps and logged:
+        wanted = self.asked or time.monotonic() >= self.deadline
+        if wanted and state.global_step < state.max_steps and logged:
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.restore()
 
 
 class StopAtDivergence(TrainerCallback):

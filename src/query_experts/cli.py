@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "time GQE against stock Llama: prefill, decoding, training",
     "report": "make the page and the table again from a compared folder",
 }
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and on a CPU
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run_report(argv[1:])
         raise SettingError(f"command is {argv[0]!r}; it must be one of {', '.join(COMMANDS)}")
     except KeyboardInterrupt:
-        kept = "; what was finished is kept, and the same command goes on" if argv[0] in ("compare", "train") else ""
+        kept = "; the same command goes on from the last checkpoint" if argv[0] in ("compare", "train") else ""
         return refuse(f"stopped{kept}", 130)
     except SettingError as error:
         return refuse(str(error))
@@ -51,6 +52,14 @@ def main(argv: list[str] | None = None) -> int:
         if error.name is None or error.name.startswith("query_experts"):
             raise
         return refuse(f"{error.name} is not installed; pip install query-experts[study]")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return refuse(
+            "memory doesn't suffice for this model and batch: hidden_size, vocab_size, batch_size or a length must be "
+            f"lower ({reason})"
+        )
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return refuse(f"out has no room left on its disk ({error.filename or 'device full'})")

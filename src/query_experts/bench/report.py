@@ -82,7 +82,7 @@ def _parts_table(points: list[dict[str, Any]]) -> list[list[str]]:
         for point in points:
             median = statistics.median(point["seconds"][stage])
             whole = statistics.median(point["seconds"][LAYER])
-            cells.append(f"{text.duration(median)} ({median / whole:.1%})")
+            cells.append(f"{text.duration(median)}\n{median / whole:.1%}")
         rows.append([stage, *cells])
     return rows
 

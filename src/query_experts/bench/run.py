@@ -65,8 +65,8 @@ def bench(settings: BenchSettings, console: Console) -> bool:
             write_json(out, result)
             bar.update()
     print_tables(result, console)
-    plot = write_plot(result, Path(settings.out))
-    console.print(Text(f"Numbers: {out}" + (f"   Plot: {plot}" if plot else "")))
+    plots = write_plot(result, Path(settings.out))
+    console.print(Text("   ".join([f"Numbers: {out}", *(f"Plot: {plot}" for plot in plots[-1:])])))
     print(json.dumps(result, separators=(",", ":")))
     return True
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
@@ -29,6 +32,8 @@ from query_experts.study.settings import (
     resolve_device,
 )
 
+LOCK = ".lock"
+
 
 def compare(settings: CompareSettings, console: Console) -> bool:
     """Train what isn't trained yet, measure, report. False if `stop_after_minutes` cut it off.
@@ -36,9 +41,13 @@ def compare(settings: CompareSettings, console: Console) -> bool:
     The report holds every finished run of the folder, whatever arms and seeds this call asks for.
     """
     settings.check()
+    with own_folder(Path(settings.out)) as out:
+        return compare_in(out, settings, console)
+
+
+def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
     started = time.monotonic()
     deadline = deadline_after(settings.stop_after_minutes)
-    out = Path(settings.out)
     corpus = open_corpus(settings, out, console)
     asked = [(arm, seed) for seed in settings.seeds for arm in settings.arms]  # what is finished first is paired
     for number, (arm, seed) in enumerate(asked, 1):
@@ -48,14 +57,14 @@ def compare(settings: CompareSettings, console: Console) -> bool:
         run = train_arm(settings, arm, seed, corpus, folder, deadline)
         if run is None:
             write_comparison(settings, corpus, out)
-            console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
+            console.print(stopped(settings))
             return False
         if run.get("diverged_at_tokens") is not None:
             console.print(Text(diverged(settings, run), style="yellow"))
     write_comparison(settings, corpus, out)
     prefill = measure_prefill(settings, trained_models(out), out / "prefill.json", deadline)
     if not prefill:
-        console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
+        console.print(stopped(settings))
         return False
     comparison = write_comparison(settings, corpus, out)
     print_summary(comparison, console)
@@ -64,6 +73,11 @@ def compare(settings: CompareSettings, console: Console) -> bool:
     took = f"({time.monotonic() - started:.0f} s)"
     console.print(Text(f"Page: {out / 'report.html'}   Numbers: {out / 'comparison.json'}   {took}"))
     return True
+
+
+def stopped(settings: RunSettings) -> str:
+    after = f" after {settings.stop_after_minutes} minutes" if settings.stop_after_minutes is not None else ""
+    return f"Stopped{after}; the same command goes on."
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
@@ -114,12 +128,11 @@ def train(settings: TrainSettings, console: Console) -> bool:
     Raises SettingError where the loss diverged; that is kept as the run's result.
     """
     settings.check()
-    deadline = deadline_after(settings.stop_after_minutes)
-    out = Path(settings.out)
-    corpus = open_corpus(settings, out, console)
-    run = train_arm(settings, settings.arm, settings.seed, corpus, out, deadline)
+    with own_folder(Path(settings.out)) as out:
+        corpus = open_corpus(settings, out, console)
+        run = train_arm(settings, settings.arm, settings.seed, corpus, out, deadline_after(settings.stop_after_minutes))
     if run is None:
-        console.print(f"Stopped after {settings.stop_after_minutes} minutes; the same command goes on.")
+        console.print(stopped(settings))
         return False
     if run.get("diverged_at_tokens") is not None:
         raise SettingError(diverged(settings, run))
@@ -143,7 +156,6 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     """The tokenised data of a run folder, after making sure that the folder holds no other run."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    require_own_folder(out)
     marker = out / "settings.json"
     remedy = "nothing else tells with which settings this folder was made; use another"
     kept = read_json(marker, remedy) if marker.exists() and holds_results(out) else None
@@ -184,13 +196,30 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     return corpus
 
 
+@contextmanager
+def own_folder(out: Path) -> Iterator[Path]:
+    """Has `out` for this process alone. Raises SettingError where another is at work, or it is no run's folder."""
+    require_own_folder(out)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SettingError(
+            f"out is {out}, in which another process is at work; wait for it, or use another folder"
+        ) from error
+    try:
+        yield out
+    finally:
+        lock.release()
+
+
 def require_own_folder(out: Path) -> None:
     """Raises SettingError for an `out` that can't be a run's folder, or that holds other files."""
     if out.exists() and not out.is_dir():
         raise SettingError(f"out is {out}, which is a file; it must be a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in out.iterdir() if path.name != "cache"]
+        others = [path.name for path in out.iterdir() if path.name not in ("cache", LOCK)]
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise

@@ -65,11 +65,11 @@ def train_arm(
             progress,
             where,
             StopAtDivergence(),
-            *([StopAt(deadline)] if deadline is not None else []),
+            StopAt(deadline),
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    with full_disk_as_os_error(folder), close_bar(trainer):
+    with full_disk_as_os_error(folder), clean_up(trainer):
         train_on(trainer, last_checkpoint(folder / "checkpoints"))
         if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
@@ -87,14 +87,16 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def close_bar(trainer: GQETrainer) -> Iterator[None]:
-    """Ends the progress bar's line whatever happens, so that an error has its own."""
+def clean_up(trainer: GQETrainer) -> Iterator[None]:
+    """Ends the progress bar's line whatever happens, so that an error has its own; and signals act as before."""
     try:
         yield
     finally:
         for callback in trainer.callback_handler.callbacks:  # resuming makes new ones
             if isinstance(callback, TokenProgress):
                 callback.close()
+            if isinstance(callback, StopAt):
+                callback.restore()
 
 
 def held_out(settings: RunSettings, corpus: Corpus) -> Subset:

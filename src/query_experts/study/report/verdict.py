@@ -28,6 +28,8 @@ from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDiffere
 TINY_PARAMETERS = 50e6
 TOKENS_PER_PARAMETER = 20  # about compute-optimal training (arXiv 2203.15556)
 SAME_SPEED = 0.03
+FEW_HELD_OUT = 20_000  # tokens
+SEEN_AGAIN = 4  # epochs, up to which repeated text is about as good as new (arXiv 2305.16264)
 PAPER = "the paper's 250M parameters and 30B tokens"
 
 
@@ -50,7 +52,7 @@ def verdict_by_topic(comparison: Comparison) -> dict[str, list[str]]:
         "How sure": [*_certainty(comparison, rows)],
         "Speed": [*_speed(comparison, rows)],
         "Routing": [*_dead_experts(comparison)],
-        "What limits this": [*_sizes(rows), *_scale(comparison), *_incomplete(comparison)],
+        "What limits this": [*_sizes(rows), *_scale(comparison), *_text(comparison), *_incomplete(comparison)],
     }
     return {topic: lines for topic, lines in topics.items() if lines}
 
@@ -274,9 +276,22 @@ def _scale(comparison: Comparison) -> Iterator[str]:
         )
     if seen < TOKENS_PER_PARAMETER * size:
         yield (
-            f"Training stopped at {seen / size:.1f} tokens a parameter, where loss still falls fast "
+            f"Training stopped at {seen / size:.2g} tokens a parameter, where loss still falls fast "
             f"(about {TOKENS_PER_PARAMETER} is usual): arms may change places with more."
         )
+
+
+def _text(comparison: Comparison) -> Iterator[str]:
+    """How far the text carries: little of it held out, or much of it seen again."""
+    data = comparison.get("data") or {}
+    held_out, epochs = data.get("validation_tokens_used"), data.get("epochs")
+    if held_out and held_out < FEW_HELD_OUT:
+        yield (
+            f"The validation loss is taken over {held_out:,} tokens of held-out text: which text that is may move it "
+            "more than the arms do."
+        )
+    if epochs and epochs > SEEN_AGAIN:
+        yield f"The training text was seen {epochs:.2g} times over: past a few times, models learn it by heart."
 
 
 def _incomplete(comparison: Comparison) -> Iterator[str]:
