@@ -254,5 +254,5 @@ def test_a_run_asked_to_end_saves_and_stops_and_signals_act_as_before(tmp_path, 
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 2
-    assert (tmp_path / "checkpoint-2").exists()
+    assert (tmp_path / "run" / "checkpoint-2").exists()
     assert signal.getsignal(number) == before
