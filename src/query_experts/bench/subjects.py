@@ -80,7 +80,7 @@ class Layer:
             cache.update(key, value, 0)
         x = self.hidden(batch, new)
         arguments = self.prepare(x, cached, cache)
-        rewind = functools.partial(cache.crop, -new)
+        rewind = functools.partial(cache.layers[0].crop, -new)
         if kind == "static":
             rewind = functools.partial(cache.layers[0].cumulative_length.fill_, cached)
 
