@@ -80,9 +80,10 @@ class Layer:
             cache.update(key, value, 0)
         x = self.hidden(batch, new)
         arguments = self.prepare(x, cached, cache)
-        rewind = functools.partial(cache.layers[0].crop, -new)
         if kind == "static":
             rewind = functools.partial(cache.layers[0].cumulative_length.fill_, cached)
+        else:
+            rewind = functools.partial(cache.layers[0].crop, -new)
 
         @torch.no_grad()
         def call() -> Tensor:
