@@ -34,15 +34,11 @@ class Point:
     batch: int = 1
     cache: str | None = None
 
-    @property
-    def new(self) -> int:
-        return 1 if self.suite == "decode" else self.length
-
     def describe(self) -> str:
         return f"{self.suite} {self.length}" + (f", batch {self.batch}, {self.cache} cache" if self.cache else "")
 
 
-def bench(settings: BenchSettings, console: Console) -> bool:
+def bench(settings: BenchSettings, console: Console) -> None:
     """Measure everything that the settings ask for; the result is written after every point.
 
     Raises SettingError where an arm gives wrong numbers: no speed is measured then.
@@ -68,7 +64,6 @@ def bench(settings: BenchSettings, console: Console) -> bool:
     plots = write_plot(result, Path(settings.out))
     console.print(Text("   ".join([f"Numbers: {out}", *(f"Plot: {plot}" for plot in plots[-1:])])))
     print(json.dumps(result, separators=(",", ":")))
-    return True
 
 
 def gate(settings: BenchSettings, device: str) -> list[Check]:

@@ -1,7 +1,7 @@
 """Taking the woken experts' rows out of all experts' rows, and putting them back.
 
 Both work on whole rows of d numbers, which no two indices share: a copy for each row, forwards and backwards. The plain
-way, `torch.gather` and `scatter` with an index for every number, gives the same and takes a CPU some ten times as long.
+way, `torch.gather` and `scatter` with an index for every number, gives the same and takes a CPU longer.
 
 Shapes: B batch, T tokens, G groups, M experts in a group, k woken in a group, d head dim.
 """
