@@ -401,6 +401,7 @@ def test_prefill_is_measured_once_for_each_length_and_anew_for_other_models(fold
         return original(models, length, *rest)
 
     monkeypatch.setattr(prefill_module, "time_in_turn", spy)
+    monkeypatch.setattr(prefill_module, "disturbed", lambda repeats: False)
     assert compare(tiny_compare(folder), quiet())
     assert timed == []
     assert comparison_of(folder)["prefill"] == comparison_of(finished)["prefill"]
@@ -408,6 +409,9 @@ def test_prefill_is_measured_once_for_each_length_and_anew_for_other_models(fold
     assert timed == [(["dense", "gqe"], 4)]
     assert compare(tiny_compare(folder, arms=["dense", "gqe", "static"]), quiet())
     assert timed[1:] == [(["dense", "gqe", "static"], length) for length in (8, 16)]
+    monkeypatch.setattr(prefill_module, "disturbed", lambda repeats: True)
+    assert compare(tiny_compare(folder), quiet())
+    assert timed[3:] == timed[1:3]
 
 
 def test_a_run_notes_where_each_of_its_pieces_was_trained(finished, tmp_path, monkeypatch):

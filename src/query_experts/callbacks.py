@@ -94,7 +94,7 @@ class TokenProgress(TrainerCallback, ExportableState):
 
     tokens_per_step: over all micro-batches and ranks. `seconds` counts training steps alone, without validation and
     checkpoints, over all pieces of a resumed run. `tokens_per_s` leaves out the first steps of each piece, in which
-    the process warms up, unless there were no others.
+    the process warms up, unless there were no others. The bar's own rate has validation in it, as its time left must.
     """
 
     WARM_UP_STEPS = 2

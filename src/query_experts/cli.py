@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from query_experts import __version__
 from query_experts.errors import SettingError
 
 COMMANDS = {
@@ -28,9 +29,13 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 done, 1 stopped before the end (go on with the same command), 2 a setting is unusable."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--version"]:
+        print(f"query-experts {__version__}")
+        return 0
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: query-experts COMMAND [options]; COMMAND --help tells more\n")
         print("\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()))
+        print("  --version  print the version")
         return 0 if argv else 2
     try:
         match argv[0]:

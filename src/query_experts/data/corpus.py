@@ -42,7 +42,8 @@ class Corpus:
     the tokens, the same on every machine), tokenizer ("trained" or the name given), train_documents,
     validation_documents, duplicate_documents (dropped), train_tokens, validation_tokens, train_bytes and
     validation_bytes (UTF-8 of the text), vocab_size, seq_len, validation ("held-out documents" or "tails of the
-    documents"), and the settings max_bytes, validation_fraction and text_field that the tokens were made with.
+    documents"), skipped_files (how many of each other kind, by the ending of their names, lie in the folders), and the
+    settings max_bytes, validation_fraction and text_field that the tokens were made with.
     """
 
     train: TokenSequences
@@ -143,11 +144,11 @@ def prepare(
     if data and len(data) == 1:
         given = Path(data[0]).expanduser()
         if (tokens := _read_meta(given)) is not None:
-            return _corpus(given, tokens, seq_len)
+            return _corpus(given, tokens, seq_len, {})
     sources = find_sources(data)
     folder = Path(cache_dir) / f"corpus-{_fingerprint(settings, sources)}"
     meta = _read_meta(folder) or _build_into(folder, settings, sources, progress)
-    return _corpus(folder, meta, seq_len)
+    return _corpus(folder, meta, seq_len, sources.skipped)
 
 
 def _fingerprint(settings: _Settings, sources: Sources) -> str:
@@ -165,14 +166,15 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _corpus(folder: Path, meta: dict[str, Any], seq_len: int) -> Corpus:
-    info = {**meta["info"], "seq_len": seq_len}
+def _corpus(folder: Path, meta: dict[str, Any], seq_len: int, skipped: dict[str, int]) -> Corpus:
+    info = {**meta["info"], "seq_len": seq_len, "skipped_files": skipped}
     for split in SPLITS:
         tokens = info[f"{split}_tokens"]
         if tokens < seq_len:
+            documents = info[f"{split}_documents"]
             raise SettingError(
                 f"`seq_len` is {seq_len}, but the {split} split of `data` has only {tokens} tokens "
-                f"({info[f'{split}_documents']} documents); it has to be at most that, or give more text"
+                f"({documents} document{'s' * (documents != 1)}); it has to be at most that, or give more text"
             )
     train, validation = (
         TokenSequences([folder / name for name in meta["shards"][split]], meta["dtype"], seq_len) for split in SPLITS

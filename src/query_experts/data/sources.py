@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -42,6 +43,7 @@ class Sources:
     files: list[SourceFile] = field(default_factory=list)
     hub: list[tuple[str, str | None]] = field(default_factory=list)
     standard_library: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)  # ending of the name -> files of that kind in the folders
 
     def fingerprint(self) -> list[object]:
         """What tells an unchanged source: names, and each file's relative path, size and modification time (ns)."""
@@ -81,16 +83,18 @@ def find_sources(data: Sequence[str] | None) -> Sources:
         raise SettingError("`data` is an empty list; name at least one file, folder or hub data set, or leave it None")
     names = [os.fspath(entry) for entry in entries]
     files: list[tuple[bytes, SourceFile]] = []
+    skipped: Counter[str] = Counter()
     hub: list[tuple[str, str | None]] = []
     for name in names:
         path = Path(name).expanduser()
         if path.exists():
-            files += [(_shuffle_key(file.name), file) for file in _files_of(path, name)]
+            files += [(_shuffle_key(file.name), file) for file in _files_of(path, name, skipped)]
         elif (match := _HUB_NAME.fullmatch(name)) and readers.format_of(path) is None:
             hub.append((match["name"], match["config"]))
         else:
             raise SettingError(f"`data` holds {name!r}, which does not exist; {_ALLOWED}")
-    return Sources(names, [file for _, file in sorted(files, key=lambda pair: pair[0])], hub)
+    in_order = [file for _, file in sorted(files, key=lambda pair: pair[0])]
+    return Sources(names, in_order, hub, skipped=dict(skipped.most_common()))
 
 
 _ALLOWED = (
@@ -103,7 +107,8 @@ def _shuffle_key(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _files_of(path: Path, given: str) -> list[SourceFile]:
+def _files_of(path: Path, given: str, skipped: Counter[str]) -> list[SourceFile]:
+    """What can be read of a file or folder; files of other kinds are counted in `skipped`."""
     if path.is_file():
         if readers.format_of(path) is None:
             raise SettingError(f"`data` holds {given!r}, a kind of file that cannot be read; {_ALLOWED}")
@@ -111,7 +116,12 @@ def _files_of(path: Path, given: str) -> list[SourceFile]:
         if not file.size:
             raise SettingError(f"`data` holds {given!r}, which is an empty file; a file has to hold some text")
         return [file]
-    files = [_source_file(found, given, found.relative_to(path).as_posix()) for found in _walk(path)]
+    files = []
+    for found in _walk(path):
+        if readers.format_of(found):
+            files.append(_source_file(found, given, found.relative_to(path).as_posix()))
+        else:
+            skipped[found.suffix.lower() or found.name] += 1
     if not files:
         raise SettingError(f"`data` holds {given!r}, a folder without a file that can be read; {_ALLOWED}")
     return files
@@ -122,7 +132,7 @@ def _walk(folder: Path, skipped: Set[str] = frozenset()) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
         for name in sorted(names):
             path = Path(parent, name)
-            if not name.startswith(".") and readers.format_of(path) and path.is_file():
+            if not name.startswith(".") and path.is_file():
                 yield path
 
 

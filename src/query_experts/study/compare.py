@@ -21,7 +21,7 @@ from query_experts.files import read_json, write_json
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
 from query_experts.study.report import print_summary, verdict, write_report
-from query_experts.study.report.text import ARMS
+from query_experts.study.report.text import ARMS, plural
 from query_experts.study.run import deadline_after, held_out, read_result, train_arm
 from query_experts.study.settings import (
     CompareSettings,
@@ -189,10 +189,14 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     limit = f" (max_bytes: {info['max_bytes'] / 1e6:g} MB)" if info["max_bytes"] else ""
     console.print(
         Text(
-            f"Data: {', '.join(info['source'])}{limit}: {info['train_documents']:,} documents, "
+            f"Data: {', '.join(info['source'])}{limit}: {plural(info['train_documents'], 'document')}, "
             f"{info['train_tokens']:,} tokens to train on, {info['validation_tokens']:,} held out"
         )
     )
+    if info["skipped_files"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in [*info["skipped_files"].items()][:5])
+        skipped = plural(sum(info["skipped_files"].values()), "file")
+        console.print(Text(f"{skipped} of other kinds in the folders skipped ({kinds})", style="yellow"))
     return corpus
 
 

@@ -16,6 +16,7 @@ from query_experts import costs
 from query_experts.files import write_json
 from query_experts.study.environment import environment
 from query_experts.study.settings import CompareSettings, resolve_device
+from query_experts.study.statistics import disturbed
 
 
 @torch.no_grad()
@@ -24,11 +25,15 @@ def measure_prefill(settings: CompareSettings, folders: dict[str, Path], kept: P
 
     Batch 1, into an empty dynamic cache, logits of the last token alone. Every repeat times all arms one after
     another, so that a machine whose speed drifts slows them alike; ratios are taken within a repeat. A length that
-    was measured isn't measured again for the same models on the same machine.
+    was measured isn't measured again for the same models on the same machine, unless other work disturbed it.
     """
     made_with = conditions(settings, folders)
     seconds = _read_kept(kept, made_with)  # length -> arm -> seconds of each repeat
-    todo = [length for length in settings.prefill_lengths if str(length) not in seconds]
+    todo = [
+        length
+        for length in settings.prefill_lengths
+        if str(length) not in seconds or any(disturbed(repeats) for repeats in seconds[str(length)].values())
+    ]
     if not todo:
         return True
     models = {arm: load(folder, settings) for arm, folder in folders.items()}

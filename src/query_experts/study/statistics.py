@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MIN_SEEDS_FOR_INTERVAL = 3
+SLOWED = 1.3  # repeats on an idle machine lie within 1.05 of each other
 EQUAL_BELOW = 5e-5  # smaller differences round to zero at the four digits that are shown
 
 
@@ -38,6 +39,11 @@ class PairedDifference:
 def sign(difference: float) -> int:
     """-1, 0 or 1; 0 for a difference that rounds to zero at the digits that are shown."""
     return 0 if abs(difference) < EQUAL_BELOW else 1 if difference > 0 else -1
+
+
+def disturbed(seconds: Sequence[float]) -> bool:
+    """Whether something else took the machine's time: a repeat took over SLOWED times as long as the quickest."""
+    return max(seconds) > SLOWED * min(seconds)
 
 
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference | None:

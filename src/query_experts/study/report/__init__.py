@@ -57,14 +57,16 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     from rich.text import Text
 
     for table in tables(comparison):
-        drawn = RichTable(title=table.title, caption=table.note, box=box.SIMPLE_HEAD, title_justify="left",
-                          caption_justify="left", title_style="bold", pad_edge=False)  # fmt: skip
+        drawn = RichTable(
+            title=table.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+        )
         for position, heading in enumerate(table.head):
             drawn.add_column(heading, justify="left" if position == 0 else "right", no_wrap=position == 0)
         for cells in table.body:
             style = "bold" if cells[0] == "gqe" else None
             drawn.add_row(*(Text(cell) for cell in cells), style=style)
         console.print(drawn)
+        console.print(Text(table.note, style="italic dim"))
         console.print()
     for line in missing_parts(comparison):
         console.print(Text(f"Missing: {line}", style="yellow"))
@@ -217,5 +219,5 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value) or text.MISSING
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_value(item)}" for name, item in value.items())
+        return ", ".join(f"{name}: {_value(item)}" for name, item in value.items()) or text.MISSING
     return str(value)

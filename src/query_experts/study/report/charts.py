@@ -100,16 +100,19 @@ def _late(run: Run, last: float) -> list[tuple[float, float]]:
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Mean of a centred window of 3% of the points, narrower towards both ends; at most POINTS_A_LINE of them."""
+    """Means of windows of 3% of the points (7 at least, where there are many more), at the windows' middles.
+
+    At most POINTS_A_LINE of them. No window is narrower, so the line ends half a window early rather than in the noise of a single point.
+    """
     sums = [0.0]
     for _, loss in points:
         sums.append(sums[-1] + loss)
-    reach, count = round(0.015 * len(points)), len(points)
-    smoothed = []
-    for middle, (tokens, _) in enumerate(points):
-        side = min(reach, middle, count - 1 - middle)
-        smoothed.append((tokens, (sums[middle + side + 1] - sums[middle - side]) / (2 * side + 1)))
-    step = max(1, math.ceil(count / POINTS_A_LINE))
+    side = max(round(0.015 * len(points)), min(3, len(points) // 10))
+    smoothed = [
+        (points[middle][0], (sums[middle + side + 1] - sums[middle - side]) / (2 * side + 1))
+        for middle in range(side, len(points) - side)
+    ]
+    step = max(1, math.ceil(len(smoothed) / POINTS_A_LINE))
     return smoothed[::-step][::-1]
 
 

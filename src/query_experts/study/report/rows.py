@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from query_experts.study.report.text import DIVERGED, MISSING, in_order, length_name, listed, seeds
-from query_experts.study.statistics import PairedDifference, paired_difference
+from query_experts.study.statistics import PairedDifference, disturbed, paired_difference
 
 Comparison = Mapping[str, Any]
 Run = Mapping[str, Any]
@@ -27,6 +27,8 @@ class Speedup:
     median: float
     low: float
     high: float
+    repeats: int
+    disturbed: bool
 
     @property
     def clear_of_one(self) -> bool:
@@ -114,9 +116,13 @@ def prefill_lengths(comparison: Comparison) -> list[int]:
 
 def prefill_speedup(comparison: Comparison, arm: str, length: int, base: str = "dense") -> Speedup | None:
     """Speed of `arm` over `base` at one length: ratios of repeats that ran side by side, or None without both."""
-    repeats = zip(*(_prefill_repeats(comparison, name, length) for name in (base, arm)), strict=False)
-    ratios = [theirs / ours for theirs, ours in repeats]
-    return Speedup(statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
+    theirs, ours = (_prefill_repeats(comparison, name, length) for name in (base, arm))
+    ratios = [other / own for other, own in zip(theirs, ours, strict=False)]
+    if not ratios:
+        return None
+    return Speedup(
+        statistics.median(ratios), min(ratios), max(ratios), len(ratios), disturbed(theirs) or disturbed(ours)
+    )
 
 
 def prefill_median(comparison: Comparison, arm: str, length: int) -> float | None:
@@ -158,7 +164,11 @@ def missing_parts(comparison: Comparison) -> list[str]:
             lines.append(f"No run of {arm}.")
         elif absent:
             lines.append(f"No run of {arm} with {seeds(absent)}.")
-    lines += [f"No run of {base}, so no difference from it." for base in BASELINES if base not in arms]
+    unasked = [base for base in BASELINES if base not in arms]
+    if unasked:
+        lines.append(
+            f"No run of {' or '.join(unasked)}, so no difference from {'it' if len(unasked) == 1 else 'them'}."
+        )
     finished = {run["arm"] for run in completed_runs(comparison)}
     return lines + _missing_prefill(comparison, [arm for arm in arms if arm in finished])
 

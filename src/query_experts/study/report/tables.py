@@ -9,6 +9,7 @@ from typing import Any
 from query_experts.study.report import text
 from query_experts.study.report.machines import hardware
 from query_experts.study.report.rows import BASELINES, Comparison, Row, by_seed, prefill_lengths, seeds_of, summary_rows
+from query_experts.study.statistics import SLOWED
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ def _prefill(comparison: Comparison, rows: list[Row]) -> Table:
     prefill: Mapping[str, Any] = comparison.get("prefill") or {}
     lengths, limit = prefill_lengths(comparison), prefill.get("limit") or {}
     timed = [row for row in rows if any(row.prefill_seconds.values())]
-    repeats = prefill.get("repeats")
+    repeats = prefill.get("repeats") or 1
+    spread = f"median of {repeats} repeats, below it the slowest to the fastest, then" if repeats > 1 else "below it"
+    disturbed = any(speedup and speedup.disturbed for row in rows for speedup in row.prefill.values())
     return Table(
         title="Prefill speed against dense",
-        note="Times as fast as dense: median"
-        + (f" of {text.plural(repeats, 'repeat')}" if repeats else "")
-        + ", below it the slowest to the fastest, then the arm's own median time. Limit: the ratio of attention "
-        "heads, N/(kG+1) for gqe, which attention alone could reach.",
+        note=f"Times as fast as dense: {spread} the arm's own {'median ' * (repeats > 1)}time. "
+        + f"Disturbed: a repeat took over {SLOWED:g} times as long as another of the same arm. " * disturbed
+        + "Limit: the ratio of attention heads, N/(kG+1) for gqe, which attention alone could reach.",
         head=["arm", *(f"{text.length_name(length)} tokens" for length in lengths), "limit"],
         body=[[row.arm, *(_speed(row, length) for length in lengths), text.times(limit.get(row.arm))] for row in timed],
     )
@@ -112,7 +114,7 @@ def _speed(row: Row, length: int) -> str:
     """The speed against dense, its range, and the time: a line each."""
     speedup, lines = row.prefill[length], [text.duration(row.prefill_seconds[length])]
     if speedup is not None and speedup.low < speedup.high:
-        lines.insert(0, f"{speedup.low:.2f} to {speedup.high:.2f}")
+        lines.insert(0, f"{speedup.low:.2f} to {speedup.high:.2f}" + (" (disturbed)" if speedup.disturbed else ""))
     if speedup is not None:
         lines.insert(0, text.times(speedup.median))
     return "\n".join(lines)

@@ -85,7 +85,7 @@ def length_name(length: int) -> str:
 
 def plural(count: int, word: str) -> str:
     """A count and its word: 1 seed, 2 seeds."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 def listed(words: Sequence[str]) -> str:

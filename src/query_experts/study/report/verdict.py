@@ -23,13 +23,14 @@ from query_experts.study.report.rows import (
     seeds_of,
     summary_rows,
 )
-from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDifference, paired_difference, sign
+from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, SLOWED, PairedDifference, paired_difference, sign
 
 TINY_PARAMETERS = 50e6
 TOKENS_PER_PARAMETER = 20  # about compute-optimal training (arXiv 2203.15556)
 SAME_SPEED = 0.03
 FEW_HELD_OUT = 20_000  # tokens
 SEEN_AGAIN = 4  # epochs, up to which repeated text is about as good as new (arXiv 2305.16264)
+CONTROLS = (*BASELINES, "half", "frozen")
 PAPER = "the paper's 250M parameters and 30B tokens"
 
 
@@ -57,39 +58,46 @@ def verdict_by_topic(comparison: Comparison) -> dict[str, list[str]]:
     return {topic: lines for topic, lines in topics.items() if lines}
 
 
+def _studied(rows: dict[str, Row]) -> list[str]:
+    """The arms that stand for the method, rather than for what it is measured against."""
+    return [arm for arm in rows if arm not in CONTROLS]
+
+
 def _against_baselines(rows: dict[str, Row], asked: int) -> Iterator[str]:
-    if "gqe" not in rows:
-        yield "gqe has no validation loss here, so this comparison says nothing about the quality of the paper's layer."
-        return
-    for base in BASELINES:
-        yield _outcome(rows, base, asked)
+    if not _studied(rows):
+        yield "No arm of the method has a run here, so this comparison says nothing about its quality."
+    for arm in _studied(rows):
+        for base in BASELINES:
+            if base in rows:
+                yield _outcome(rows, arm, base, asked)
 
 
-def _outcome(rows: dict[str, Row], base: str, asked: int) -> str:
-    """One sentence on whether gqe has the lower loss, on how many seeds, by how much, and how sure that is."""
-    difference, gone = _between(rows, base), _diverged(rows, base, asked)
+def _outcome(rows: dict[str, Row], arm: str, base: str, asked: int) -> str:
+    """One sentence on whether the arm has the lower loss, on how many seeds, by how much, and how sure that is."""
+    difference, gone = _between(rows, arm, base), _diverged(rows, arm, base, asked)
     if difference is None:
-        return f"gqe can't be compared with {base}: {gone or 'no seed has a loss for both'}."
-    parts = [_who_won(base, difference, asked), _how_sure(difference), gone]
+        return f"{arm} can't be compared with {base}: {gone or 'no seed has a loss for both'}."
+    parts = [_who_won(arm, base, difference, asked), _how_sure(difference), gone]
     return "; ".join(part for part in parts if part) + "."
 
 
-def _between(rows: dict[str, Row], base: str) -> PairedDifference | None:
-    return paired_difference(rows["gqe"].losses, rows[base].losses) if "gqe" in rows and base in rows else None
+def _between(rows: dict[str, Row], arm: str, base: str) -> PairedDifference | None:
+    return paired_difference(rows[arm].losses, rows[base].losses) if arm in rows and base in rows else None
 
 
-def _who_won(base: str, difference: PairedDifference, asked: int) -> str:
+def _who_won(arm: str, base: str, difference: PairedDifference, asked: int) -> str:
     values = list(difference.differences.values())
     signs = [sign(value) for value in values]
     if len(values) == 1:
         end = f" by {abs(values[0]):.4f}" if signs[0] else ""
-        return f"On the one seed that both have, gqe {_verb(values[0])} {base}{end}"
+        where = "that both have" if asked > 1 else "of this comparison"
+        return f"On the one seed {where}, {arm} {_verb(values[0])} {base}{end}"
     shown = f"{text.listed([text.signed(value) for value in values])}, mean {text.signed(difference.mean)}"
     if len(set(signs)) == 1:
-        return f"gqe {_verb(values[0])} {base} on {_every(len(values), asked)}: {shown}"
+        return f"{arm} {_verb(values[0])} {base} on {_every(len(values), asked)}: {shown}"
     return (
-        f"gqe against {base} has no consistent winner: lower loss on {signs.count(-1)} of {len(values)} seeds, higher "
-        f"on {signs.count(1)} ({shown})"
+        f"{arm} against {base} has no consistent winner: lower loss on {signs.count(-1)} of {len(values)} seeds, "
+        f"higher on {signs.count(1)} ({shown})"
     )
 
 
@@ -112,13 +120,13 @@ def _how_sure(difference: PairedDifference) -> str:
     return f"{bracket} includes zero, so chance alone may explain it"
 
 
-def _diverged(rows: dict[str, Row], base: str, asked: int) -> str:
-    """Which seeds of gqe and of the other arm diverged, or nothing."""
-    gone = {arm: rows[arm].diverged for arm in ("gqe", base) if arm in rows and rows[arm].diverged}
+def _diverged(rows: dict[str, Row], arm: str, base: str, asked: int) -> str:
+    """Which seeds of the two arms diverged, or nothing."""
+    gone = {name: rows[name].diverged for name in (arm, base) if rows[name].diverged}
     if not gone:
         return ""
     count = len({seed for seeds in gone.values() for seed in seeds})
-    named = "; ".join(f"{arm}, {text.seeds(seeds)}" for arm, seeds in gone.items())
+    named = "; ".join(f"{name}, {text.seeds(seeds)}" for name, seeds in gone.items())
     return f"of {text.plural(asked, 'seed')}, {count} diverged ({named})"
 
 
@@ -132,18 +140,18 @@ def _divergences(comparison: Comparison) -> Iterator[str]:
 
 def _routing_itself(rows: dict[str, Row], asked: int) -> Iterator[str]:
     """Whether routing, rather than anything else that gqe changes, earned the difference."""
-    difference = _between(rows, "static")
+    difference = _between(rows, "gqe", "static")
     if difference is not None:
         as_many = rows["gqe"].active_heads == rows["static"].active_heads
         control = "static, with as many active heads and no router" if as_many else "static, which has no router"
         yield f"The control for routing is {control}: {_of_routing(difference, asked)}."
-    if _between(rows, "half") is not None:
-        yield _outcome(rows, "half", asked)
-    frozen = _between(rows, "frozen")
+    if _between(rows, "gqe", "half") is not None:
+        yield _outcome(rows, "gqe", "half", asked)
+    frozen = _between(rows, "gqe", "frozen")
     if frozen is not None:
         won = frozen.same_sign and frozen.mean < 0
         doubt = "" if won else " So a gain of gqe, where there is one, need not come from learned routing."
-        yield _outcome(rows, "frozen", asked) + doubt
+        yield _outcome(rows, "gqe", "frozen", asked) + doubt
 
 
 def _of_routing(difference: PairedDifference, asked: int) -> str:
@@ -157,7 +165,7 @@ def _of_routing(difference: PairedDifference, asked: int) -> str:
         return "gqe lost to it, so routing did not pay here"
     if difference.low is None and difference.same_sign:
         pairs = len(difference.differences)
-        on = "the one seed that both have" if pairs == 1 else _every(pairs, asked)
+        on = "one seed" if pairs == 1 else _every(pairs, asked)
         return f"gqe has the {'lower' if difference.mean < 0 else 'higher'} loss on {on}, too few for an interval"
     return "these runs don't establish that routing helps"
 
@@ -198,27 +206,29 @@ def _speed(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
     machines = hardware(comparison)
     if len(machines) > 1:
         yield f"Runs were trained on different hardware ({'; '.join(machines)}), so training speeds don't compare."
-    elif "gqe" in rows:
-        yield from _training_speed(comparison)
-    lengths = [length for length in prefill_lengths(comparison) if "gqe" in rows and rows["gqe"].prefill[length]]
-    for length in lengths[-1:]:
-        yield _prefill_sentence(comparison, rows["gqe"], length)
+    else:
+        yield from (line for arm in _studied(rows) if (line := _training_speed(comparison, arm)))
+    for arm in _studied(rows):
+        timed = [length for length in prefill_lengths(comparison) if rows[arm].prefill[length]]
+        if timed:
+            yield _prefill_sentence(comparison, rows[arm], timed[-1])
 
 
-def _training_speed(comparison: Comparison) -> Iterator[str]:
-    """Seed by seed: runs of one seed follow each other, and a machine's speed drifts."""
+def _training_speed(comparison: Comparison, arm: str) -> str:
+    """Seed by seed: runs of one seed follow each other, and a machine's speed drifts. Empty where dense has no run."""
     speeds = {(run["arm"], run["seed"]): run["tokens_per_s"] for run in completed_runs(comparison)}
-    ours, dense = ({seed: speed for (of, seed), speed in speeds.items() if of == arm} for arm in ("gqe", "dense"))
+    ours, dense = ({seed: speed for (of, seed), speed in speeds.items() if of == name} for name in (arm, "dense"))
     changes = [ours[seed] / dense[seed] - 1 for seed in sorted(ours.keys() & dense.keys())]
     if not changes:
-        return
-    listing = text.listed([f"{change:+.0%}".replace("-", text.MINUS) for change in changes])
+        return ""
+    each = "tokens/s, seed by seed: " if len(changes) > 1 else "tokens/s: "
+    listing = each + text.listed([f"{change:+.0%}".replace("-", text.MINUS) for change in changes])
     if max(abs(change) for change in changes) <= SAME_SPEED:
-        yield f"In training, gqe runs about as fast as dense (tokens/s, seed by seed: {listing})."
-    elif min(changes) > 0 or max(changes) < 0:
-        yield f"In training, gqe runs {_pace(changes[0])} than dense on every seed (tokens/s: {listing})."
-    else:
-        yield f"In training, gqe runs faster than dense on some seeds and slower on others (tokens/s: {listing})."
+        return f"In training, {arm} runs about as fast as dense ({listing})."
+    if min(changes) > 0 or max(changes) < 0:
+        on = " on every seed" if len(changes) > 1 else ""
+        return f"In training, {arm} runs {_pace(changes[0])} than dense{on} ({listing})."
+    return f"In training, {arm} runs faster than dense on some seeds and slower on others ({listing})."
 
 
 def _pace(change: float) -> str:
@@ -228,27 +238,33 @@ def _pace(change: float) -> str:
 def _prefill_sentence(comparison: Comparison, row: Row, length: int) -> str:
     speedup = row.prefill[length]
     assert speedup is not None
-    at = f"Prefill of {text.length_name(length)} tokens: gqe"
-    spread = f"repeats {speedup.low:.2f} to {speedup.high:.2f}"
-    limit = ((comparison.get("prefill") or {}).get("limit") or {}).get("gqe")
-    of_limit = f", limit by active heads {limit:.2f}" if limit else ""
+    at = f"Prefill of {text.length_name(length)} tokens: {row.arm}"
+    limit = ((comparison.get("prefill") or {}).get("limit") or {}).get(row.arm)
+    details = [f"repeats {speedup.low:.2f} to {speedup.high:.2f}"] if speedup.repeats > 1 else ["one repeat"]
+    details += [f"limit by active heads {limit:.2f}"] if limit else []
+    beside = ", ".join(details)
+    if speedup.disturbed:
+        return (
+            f"{at} ran at {text.times(speedup.median)} the speed of dense ({beside}), but a repeat took over {SLOWED:g} "
+            "times as long as another of the same arm: other work was running. The same command times it again."
+        )
     if speedup.clear_of_one:
         word = "faster" if speedup.low > 1 else "slower"
-        line = f"{at} is {word} than dense in every repeat, {text.times(speedup.median)} its speed ({spread}{of_limit})"
+        when = " in every repeat" if speedup.repeats > 1 else ""
+        line = f"{at} is {word} than dense{when}, {text.times(speedup.median)} its speed ({beside})"
     else:
-        line = f"{at} is not reliably faster or slower than dense ({text.times(speedup.median)}, {spread}{of_limit})"
-    control = prefill_speedup(comparison, "gqe", length, base="static")
+        line = f"{at} is not reliably faster or slower than dense ({text.times(speedup.median)}, {beside})"
+    control = prefill_speedup(comparison, row.arm, length, base="static")
     return line + (f"; against static it runs at {text.times(control.median)}." if control else ".")
 
 
 def _sizes(rows: dict[str, Row]) -> Iterator[str]:
-    for base in BASELINES:
-        if "gqe" not in rows or base not in rows:
-            continue
-        change = rows["gqe"].total_parameters / rows[base].total_parameters - 1
-        if abs(change) >= 0.005:
-            word = "more" if change > 0 else "fewer"
-            yield f"gqe has {abs(change):.1%} {word} parameters than {base}: losses are not at equal size."
+    for arm in _studied(rows):
+        for base in BASELINES:
+            change = rows[arm].total_parameters / rows[base].total_parameters - 1 if base in rows else 0.0
+            if abs(change) >= 0.005:
+                word = "more" if change > 0 else "fewer"
+                yield f"{arm} has {abs(change):.1%} {word} parameters than {base}: losses are not at equal size."
 
 
 def _dead_experts(comparison: Comparison) -> Iterator[str]:
