@@ -1,10 +1,12 @@
 """Behaviour of the Trainer callbacks: ZClip against the paper's equations, the progress bar, and the clean stop."""
 
+import io
 import json
 import math
 import os
 import random
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
+from query_experts.callbacks import StopRequest, StopWhenAsked, TokenProgress, ZClipCallback
 from query_experts.study.arms import arm_config, build
 from query_experts.training import GQETrainer, initialise_by_name
 from study_helpers import SIZE, Rows
@@ -225,11 +227,11 @@ def test_a_run_of_first_steps_alone_has_a_speed_too():
     assert progress.tokens_per_s == pytest.approx(30 / progress.seconds)
 
 
-def test_stop_at_saves_and_stops_when_its_time_has_come_and_not_after_the_last_step():
+def test_a_run_saves_and_stops_when_its_time_has_come_and_not_after_the_last_step():
     def ask(deadline, step):
         control = SimpleNamespace(should_save=False, should_training_stop=False)
-        args, state = SimpleNamespace(logging_steps=1), SimpleNamespace(global_step=step, max_steps=6, logging_steps=1)
-        StopAt(deadline).on_step_end(args, state, control)
+        state = SimpleNamespace(global_step=step, max_steps=6, logging_steps=1)
+        StopWhenAsked(StopRequest(deadline)).on_step_end(SimpleNamespace(device="cpu"), state, control)
         return control.should_save, control.should_training_stop
 
     now = time.monotonic()
@@ -239,20 +241,92 @@ def test_stop_at_saves_and_stops_when_its_time_has_come_and_not_after_the_last_s
     assert ask(None, 2) == (False, False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_asked_to_end_saves_and_stops_and_signals_act_as_before(tmp_path, number):
-    before = signal.getsignal(number)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
-    class Ask(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            if state.global_step == 1:
-                os.kill(os.getpid(), number)
 
+class At(TrainerCallback):
+    """Does something when a step begins."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            self.act()
+
+
+@pytest.fixture
+def handlers():
+    """Puts a handler of its own in place of pytest's, yields the signals that it got, and puts that back."""
+    before, got = {number: signal.getsignal(number) for number in SIGNALS}, []
+
+    def note(number, frame):
+        got.append(number)
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    yield got
+    assert {signal.getsignal(number) for number in SIGNALS} == {note}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def trained(tmp_path, request, act):
     trainer = GQETrainer(
         tiny_model(), arguments(tmp_path, max_steps=5, logging_steps=1), train_dataset=Rows(),
-        callbacks=[StopAt(None), Ask()],
+        callbacks=[StopWhenAsked(request), At(1, act)],
     )  # fmt: skip
-    trainer.train()
-    assert trainer.state.global_step == 2
+    with request.listening():
+        trainer.train()
+    return trainer.state.global_step
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_run_asked_to_end_saves_and_stops(tmp_path, handlers, number):
+    request = StopRequest()
+    assert trained(tmp_path, request, lambda: os.kill(os.getpid(), number)) == 2
     assert (tmp_path / "run" / "checkpoint-2").exists()
-    assert signal.getsignal(number) == before
+    assert request.signal == number
+    assert handlers == []
+
+
+def test_a_run_that_nobody_asked_to_end_or_that_fails_leaves_the_signals_as_they_were(tmp_path, handlers):
+    assert trained(tmp_path, StopRequest(), lambda: None) == 5
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path, StopRequest(), lambda: 1 / 0)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert handlers == [signal.SIGINT]
+
+
+def test_the_second_signal_acts_at_once_even_beside_the_first(tmp_path, handlers):
+    def both():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    assert trained(tmp_path, StopRequest(), both) == 2
+    assert len(handlers) == 1
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, handlers):
+    noting = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request = StopRequest()
+    assert trained(tmp_path, request, lambda: os.kill(os.getpid(), signal.SIGINT)) == 5
+    assert request.signal is None
+    assert signal.signal(signal.SIGINT, noting) == signal.SIG_IGN
+
+
+def test_a_closed_pipe_stops_neither_the_saving_nor_the_training(tmp_path, handlers, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    progress = TokenProgress("name", 10)
+    progress.bar = SimpleNamespace(update=lambda _: sys.stderr.write(""), close=lambda: sys.stderr.write(""))
+    progress.on_step_end(None, SimpleNamespace(global_step=1), None)
+    progress.close()
+    assert progress.bar is None
+    assert trained(tmp_path, StopRequest(), lambda: os.kill(os.getpid(), signal.SIGINT)) == 2
+    assert (tmp_path / "run" / "checkpoint-2").exists()

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 
 import pytest
 import torch
@@ -225,7 +225,26 @@ def test_none_on_the_command_line_lifts_a_limit_of_the_preset(settings_of):
     assert settings_of("train", "--max_bytes=none").max_bytes is None
     assert settings_of("train", "--max_bytes", "5", "--max_bytes", "none").max_bytes is None  # the last word
     assert settings_of("train", "--max_bytes", "none", "--max_bytes", "5").max_bytes == 5
+    assert settings_of("train", "--max_bytes=none", "--out=-folder").out == "-folder"
     assert settings_of("train", "--data", "none").data == ["none"]  # a file may have that name
+
+
+def test_a_stray_word_is_refused_wherever_it_stands(refused):
+    refused(["compare", "--max_bytes", "5", "stray", "--max_bytes", "6"], "stray")
+    refused(["compare", "--max_bytes", "none", "stray"], "stray")
+
+
+def test_an_error_of_the_system_without_words_is_named_by_its_kind(monkeypatch, refused):
+    def fail(settings, console):
+        raise TimeoutError
+
+    monkeypatch.setattr(study, "compare", fail)
+    refused(["compare"], "TimeoutError")
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"query-experts {version('query-experts')}\n"
 
 
 def test_comparisons_and_single_runs_go_to_folders_of_their_own(settings_of):
@@ -244,7 +263,7 @@ def test_memory_that_does_not_suffice_ends_in_a_sentence(monkeypatch, refused, e
         raise error
 
     monkeypatch.setattr(study, "compare", exhausted)
-    refused(["compare"], "memory doesn't suffice", "hidden_size", "batch_size", "must be lower")
+    refused(["compare"], "memory doesn't suffice", "model, batch and length", "must be smaller")
 
 
 def test_ctrl_c_ends_in_a_sentence(monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +21,9 @@ from query_experts.study import environment as environment_module
 from query_experts.study import prefill as prefill_module
 from query_experts.study import run as run_module
 from query_experts.study.compare import compare, train
+from query_experts.study.report import missing_parts
 from query_experts.study.settings import FREE_TO_CHANGE, CompareSettings, TrainSettings
-from study_helpers import SIZE, quiet, said, tiny_compare, tiny_train
+from study_helpers import SIZE, quiet, said, tiny_compare, tiny_train, write_text
 
 RUN_KEYS = {
     "arm", "seed", "parameters", "active_attention_heads", "dense_attention_heads", "intermediate_size",
@@ -100,7 +103,7 @@ def test_a_comparison_holds_settings_data_environment_runs_and_prefill(finished)
     assert settings["arms"] == ["dense", "gqe"]
     assert CompareSettings(**settings) == tiny_compare(finished)
     data = comparison["data"]
-    assert data["epochs"] == pytest.approx(6 * 2 * 16 / data["train_tokens"], abs=1e-3)
+    assert data["epochs"] == pytest.approx(6 * 2 / (data["train_tokens"] // 16 // 2 * 2), abs=1e-3)
     assert len(data["data_hash"]) == 64
     environment = comparison["environment"]
     assert environment.keys() >= {"python", "torch", "transformers", "device", "hardware", "dtype", "date"}
@@ -245,8 +248,11 @@ def test_stopping_when_the_time_is_up_and_going_on_ends_as_without_a_stop(finish
         if compare(tiny_compare(tmp_path, arms=["gqe"], stop_after_minutes=0), console):
             break
         assert "Stopped after 0 minutes; the same command goes on." in said(console)
-        assert comparison_of(tmp_path)["prefill"] is None  # a report of what there is so far
-        assert len(comparison_of(tmp_path)["runs"]) == (calls > 5)
+        held = comparison_of(tmp_path)  # a report of what there is so far
+        assert len(held["runs"]) == (calls > 5)
+        assert [len(repeats) for repeats in (held["prefill"] or {"seconds": {"gqe": []}})["seconds"]["gqe"]] == (
+            [2, 0] if calls > 5 else []
+        )
         assert (tmp_path / "out" / "report.html").exists()
         calls += 1
         assert calls < 20
@@ -437,10 +443,8 @@ def test_a_launch_on_several_processes_is_refused(tmp_path, monkeypatch, process
 
 
 def test_of_several_visible_gpus_one_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: self.__dict__.get("_n_gpu", 4)))
-    monkeypatch.setattr(TrainingArguments, "_n_gpu", 4, raising=False)
-    arguments = run_module.training_arguments(tiny_train(tmp_path), 0, tmp_path)
-    assert arguments.__dict__["_n_gpu"] <= 1
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    assert run_module.training_arguments(tiny_train(tmp_path), 0, tmp_path)._n_gpu == 1
 
 
 def test_gqe_trainer_refuses_several_gpus_in_one_process(tmp_path):
@@ -456,6 +460,74 @@ def test_a_stopped_call_keeps_the_prefill_of_the_report(folder, finished):
     before = comparison_of(folder)["prefill"]
     assert not compare(tiny_compare(folder, seeds=[0, 1], stop_after_minutes=0), quiet())
     assert comparison_of(folder)["prefill"] == before
+
+
+def test_a_stopped_call_reports_what_was_timed_and_names_what_was_not(folder, finished):
+    before = comparison_of(folder)["prefill"]["seconds"]
+    assert not compare(tiny_compare(folder, seeds=[0, 1], prefill_lengths=[8, 16, 24], stop_after_minutes=0), quiet())
+    held = comparison_of(folder)
+    assert held["prefill"]["seconds"] == {arm: [*seconds, []] for arm, seconds in before.items()}
+    assert "Prefill of dense and gqe was not timed at 24 tokens." in missing_parts(held)
+    assert compare(tiny_compare(folder, arms=["static"], prefill_lengths=[8]), quiet())
+    held = comparison_of(folder)["prefill"]
+    assert (held["lengths"], held["seconds"].keys()) == ([8], {"dense", "static", "gqe"})
+    assert not compare(tiny_compare(folder, seeds=[0, 1], stop_after_minutes=0), quiet())
+    held = comparison_of(folder)["prefill"]["seconds"]
+    assert held["gqe"][1] == before["gqe"][1]
+    assert held["static"][1] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_step_of_an_arm_ends_the_comparison_after_it(tmp_path, begun, monkeypatch, number):
+    original = TokenProgress.on_step_begin
+
+    def kill(self, args, state, control, **kwargs):
+        original(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(TokenProgress, "on_step_begin", kill)
+    console = quiet()
+    with pytest.raises(SystemExit) as ended:
+        compare(tiny_compare(tmp_path), console)
+    assert ended.value.code == 128 + number
+    assert "Stopped; the same command goes on." in said(console)
+    assert begun == [*range(6)]
+    assert [run["arm"] for run in comparison_of(tmp_path)["runs"]] == ["dense"]
+
+
+def test_the_clock_of_a_run_starts_before_its_data_is_read(tmp_path, monkeypatch):
+    order = []
+    for name in ("stop_after", "open_corpus"):
+        original = getattr(compare_module, name)
+        monkeypatch.setattr(compare_module, name, lambda *args, n=name, f=original: order.append(n) or f(*args))
+    console = quiet()
+    assert not compare_module.train(tiny_train(tmp_path, stop_after_minutes=0), console)
+    assert order == ["stop_after", "open_corpus"]
+    assert "Stopped after 0 minutes" in said(console)
+
+
+def test_damaged_files_of_a_run_are_named_with_what_to_do(folder):
+    weights = folder / "out" / "runs" / "gqe-seed0" / "model" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    with pytest.raises(SettingError, match=r"gqe-seed0/model, which can't be loaded .* delete the folder"):
+        compare(tiny_compare(folder, prefill_lengths=[4]), quiet())
+    weights.write_bytes(whole)
+    result = folder / "out" / "runs" / "gqe-seed0" / "result.json"
+    result.write_text("{}")
+    with pytest.raises(SettingError, match=r"gqe-seed0/result.json is no run's result; delete it"):
+        compare(tiny_compare(folder), quiet())
+
+
+def test_files_of_other_kinds_are_counted_and_said(tmp_path):
+    write_text(tmp_path / "texts" / "a.txt")
+    for name in ("b.rst", "c.rst", "LICENSE", ".hidden"):
+        (tmp_path / "texts" / name).write_text("x")
+    console = quiet()
+    compare_module.open_corpus(tiny_train(tmp_path, data=[str(tmp_path / "texts")]), tmp_path / "out", console)
+    assert "3 files of other kinds in the folders skipped (2 .rst, 1 LICENSE)" in said(console)
+    assert "1 document, " in said(console)
 
 
 def test_prefill_of_other_models_is_measured_anew_though_their_folders_have_the_same_names(folder, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from query_experts.callbacks import StopAt, TokenProgress, ZClipCallback
+from query_experts.callbacks import StopRequest, StopWhenAsked, TokenProgress, ZClipCallback
 from query_experts.study.arms import arm_config, build
 from query_experts.study.run import training_arguments
 from query_experts.study.settings import TrainSettings
@@ -297,7 +297,9 @@ def test_a_run_resumed_from_its_checkpoint_at_step_4_ends_bit_equal_to_one_witho
 def test_a_run_stopped_when_its_time_was_up_logs_the_same_means_as_one_without_a_break(tmp_path):
     """With a log every three steps, a stop between two logs must not lose a part of their mean."""
     whole = run(tmp_path / "whole", logging_steps=3)
-    stopped = run(tmp_path / "cut", extra=[StopAt(time.monotonic())], logging_steps=3, save_strategy="no")
+    stopped = run(
+        tmp_path / "cut", extra=[StopWhenAsked(StopRequest(time.monotonic()))], logging_steps=3, save_strategy="no"
+    )
     step = stopped.state.global_step
     assert step < 10
     resumed = run(tmp_path / "cut", logging_steps=3, resume=tmp_path / "cut" / f"checkpoint-{step}")

@@ -7,9 +7,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -153,8 +156,7 @@ class TokenProgress(TrainerCallback, ExportableState):
             self.warm_seconds += elapsed
         else:
             self.cold_steps += 1
-        if self.bar is not None:
-            self.bar.update(self.tokens_per_step)
+        self.draw(lambda bar: bar.update(self.tokens_per_step))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
@@ -167,51 +169,87 @@ class TokenProgress(TrainerCallback, ExportableState):
         self.close()
 
     def close(self) -> None:
+        self.draw(lambda bar: bar.close())
+        self.bar = None
+
+    def draw(self, change: Callable[[tqdm], Any]) -> None:
+        """Change the bar; where nobody reads it any more (a closed pipe), training goes on without."""
         if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+            try:
+                change(self.bar)
+            except OSError:
+                self.bar = None
 
 
-class StopAt(TrainerCallback):
-    """Saves a checkpoint and stops at the next log, once asked to: by Ctrl-C, by SIGTERM, or by the clock.
+class StopRequest:
+    """The wish to save and end: from `deadline` on, and once Ctrl-C or SIGTERM has come within `listening`.
 
-    deadline: on `time.monotonic`'s clock, so that a long run fits into pieces; None for none. A second Ctrl-C or
-    SIGTERM ends the process at once.
+    deadline: on `time.monotonic`'s clock, so that a long run fits into pieces; None for none. `signal`: the number of
+    the one that came, or None.
     """
 
-    def __init__(self, deadline: float | None):
+    def __init__(self, deadline: float | None = None):
         self.deadline = math.inf if deadline is None else deadline
-        self.asked = False
-        self.handlers: dict[signal.Signals, Any] = {}
+        self.signal: int | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    @property
+    def made(self) -> bool:
+        return self.signal is not None or time.monotonic() >= self.deadline
 
-    def ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        self.restore()
-        print("\nSaving at the next log, then stopping; once more stops at once.", file=sys.stderr)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM only ask, the first time; the second ends the process. One that is ignored stays so."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore(self) -> None:
-        """Signals act again as they did before training."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def ask(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                restore()
+                signal.raise_signal(number)
+                return
+            self.signal = number
+            with suppress(OSError):  # Ctrl-C ends the other programs of a pipe as well
+                print("\nSaving at the next log, then stopping; once more stops at once.", file=sys.stderr)
+
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def on_any_rank(true: bool, device: torch.device) -> bool:
+    """Whether it is true on one rank at least. Every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return true
+    found = torch.tensor(float(true), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Saves a checkpoint and stops at the first log after the request was made, on all ranks once one has it."""
+
+    def __init__(self, request: StopRequest):
+        self.request = request
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         # between two logs, a part of lm_loss's mean would be lost
         logged = state.global_step % state.logging_steps == 0
-        wanted = self.asked or time.monotonic() >= self.deadline
-        if wanted and state.global_step < state.max_steps and logged:
+        if logged and state.global_step < state.max_steps and on_any_rank(self.request.made, args.device):
             control.should_save = True
             control.should_training_stop = True
         return control
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.restore()
 
 
 class StopAtDivergence(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The console command `query-experts`: compare, train, generate, report.
+"""The console command `query-experts`: compare, train, generate, bench, report.
 
 Every setting of `compare` and `train` is an option; a preset or a recipe (YAML) sets them first, and the command
 line has the last word. A setting that can't be used ends in one sentence and exit status 2.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; 0 done, 1 stopped before the end (go on with the same command), 2 a setting is unusable."""
+    """Run one command and return its status.
+
+    0: done. 1: the time was up, and the same command goes on. 2: a setting is unusable. 130, 143: ended by Ctrl-C, by
+    SIGTERM.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
         print(f"query-experts {__version__}")
@@ -62,17 +67,21 @@ def main(argv: list[str] | None = None) -> int:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         return refuse(
-            "memory doesn't suffice for this model and batch: hidden_size, vocab_size, batch_size or a length must be "
-            f"lower ({reason})"
+            f"memory doesn't suffice for this model, batch and length; one of them must be smaller ({reason})"
         )
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return refuse(f"out has no room left on its disk ({error.filename or 'device full'})")
-        return refuse(f"{error.filename} can't be read or written: {error.strerror}" if error.filename else str(error))
+        return refuse(
+            f"{error.filename} can't be read or written: {error.strerror}"
+            if error.filename
+            else str(error) or type(error).__name__
+        )
 
 
 def refuse(sentence: str, status: int = 2) -> int:
-    print(f"query-experts: {' '.join(sentence.split())}", file=sys.stderr)
+    with suppress(OSError):  # nobody reads a pipe's end that is closed
+        print(f"query-experts: {' '.join(sentence.split())}", file=sys.stderr)
     return status
 
 

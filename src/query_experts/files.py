@@ -19,7 +19,7 @@ from query_experts.errors import SettingError
 def write_text(path: Path, text: str) -> None:
     """Write text beside the target and rename it into place. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

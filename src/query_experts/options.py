@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import fields
 from importlib.resources import files
@@ -62,9 +63,10 @@ def parse_settings(
         held = read_recipe(source, names | set(also_known))
         check_recipe(source, held, parser, names, optional)
         recipe |= held
-    recipe = {name: value for name, value in recipe.items() if name in names} | dict.fromkeys(lifted)
+    recipe = {name: value for name, value in recipe.items() if name in names}
     parser.set_defaults(**{name: value for name, value in recipe.items() if value is None or value == []})
-    return parser.parse_args_into_dataclasses(as_options(recipe) + argv)[0]
+    settings = parser.parse_args_into_dataclasses(as_options(recipe) + argv)[0]
+    return dataclasses.replace(settings, **dict.fromkeys(lifted))
 
 
 def optional_fields(kind: type) -> set[str]:
@@ -74,22 +76,22 @@ def optional_fields(kind: type) -> set[str]:
 
 
 def without_none(argv: list[str], optional: set[str]) -> tuple[list[str], list[str]]:
-    """The options without those that end up as `--name none` (or `--name=none`), and the names of these."""
-    options: list[list[str]] = [[]]  # each with the words that follow it
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            options.append([name, value] if equals else [name])
-        else:
-            options[-1].append(word)
-    named = [(option[0].removeprefix("--").replace("-", "_") if option else "", option) for option in options]
-    last = dict(named)
-    lifted = [name for name, option in last.items() if name in optional and option[1:] == ["none"]]
+    """The words without any `--name none` or `--name=none` of an optional setting, and those that are last set so."""
     kept: list[str] = []
-    for name, option in named:
-        if name not in optional or (option is last[name] and name not in lifted):
-            kept += option
-    return kept, lifted
+    last: dict[str, bool] = {}
+    words = iter(range(len(argv)))
+    for at in words:
+        option, equals, value = argv[at].partition("=")
+        name = option.removeprefix("--").replace("-", "_") if option.startswith("--") else None
+        if name not in optional:
+            kept.append(argv[at])
+            continue
+        last[name] = value == "none" if equals else argv[at + 1 : at + 2] == ["none"]
+        if not last[name]:
+            kept.append(argv[at])
+        elif not equals:
+            next(words)  # `none` itself
+    return kept, [name for name, lifted in last.items() if lifted]
 
 
 def check_recipe(source: Any, held: dict[str, Any], parser: Any, names: set[str], optional: set[str]) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from query_experts.callbacks import StopRequest
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
@@ -22,7 +23,7 @@ from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
 from query_experts.study.report import print_summary, verdict, write_report
 from query_experts.study.report.text import ARMS, plural
-from query_experts.study.run import deadline_after, held_out, read_result, train_arm
+from query_experts.study.run import held_out, read_result, stop_after, train_arm, trained_on
 from query_experts.study.settings import (
     CompareSettings,
     RunSettings,
@@ -47,26 +48,24 @@ def compare(settings: CompareSettings, console: Console) -> bool:
 
 def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
     started = time.monotonic()
-    deadline = deadline_after(settings.stop_after_minutes)
+    stop = stop_after(settings.stop_after_minutes)
     corpus = open_corpus(settings, out, console)
     asked = [(arm, seed) for seed in settings.seeds for arm in settings.arms]  # what is finished first is paired
     for number, (arm, seed) in enumerate(asked, 1):
         folder = run_folder(out, arm, seed)
         if not (folder / "result.json").exists():
             console.print(f"Run {number} of {len(asked)}: {arm}, seed {seed}")
-        run = train_arm(settings, arm, seed, corpus, folder, deadline)
-        if run is None:
-            write_comparison(settings, corpus, out)
-            console.print(stopped(settings))
-            return False
-        if run.get("diverged_at_tokens") is not None:
+        run = train_arm(settings, arm, seed, corpus, folder, stop)
+        if run is not None and run.get("diverged_at_tokens") is not None:
             console.print(Text(diverged(settings, run), style="yellow"))
+        if run is None or stop.signal is not None:
+            write_comparison(settings, corpus, out)
+            return stopped(settings, stop, console)
     write_comparison(settings, corpus, out)
-    prefill = measure_prefill(settings, trained_models(out), out / "prefill.json", deadline)
-    if not prefill:
-        console.print(stopped(settings))
-        return False
+    timed = measure_prefill(settings, trained_models(out), out / "prefill.json", stop)
     comparison = write_comparison(settings, corpus, out)
+    if not timed:
+        return stopped(settings, stop, console)
     print_summary(comparison, console)
     for sentence in verdict(comparison):
         console.print(Text(f"- {sentence}"))
@@ -75,9 +74,13 @@ def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
     return True
 
 
-def stopped(settings: RunSettings) -> str:
-    after = f" after {settings.stop_after_minutes} minutes" if settings.stop_after_minutes is not None else ""
-    return f"Stopped{after}; the same command goes on."
+def stopped(settings: RunSettings, stop: StopRequest, console: Console) -> bool:
+    """False, as time ran out; where a signal asked for the stop, the process ends by it now that all is saved."""
+    after = f" after {settings.stop_after_minutes:g} minutes" if stop.signal is None else ""
+    console.print(f"Stopped{after}; the same command goes on.")
+    if stop.signal is not None:
+        raise SystemExit(128 + stop.signal)
+    return False
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
@@ -129,11 +132,11 @@ def train(settings: TrainSettings, console: Console) -> bool:
     """
     settings.check()
     with own_folder(Path(settings.out)) as out:
+        stop = stop_after(settings.stop_after_minutes)
         corpus = open_corpus(settings, out, console)
-        run = train_arm(settings, settings.arm, settings.seed, corpus, out, deadline_after(settings.stop_after_minutes))
+        run = train_arm(settings, settings.arm, settings.seed, corpus, out, stop)
     if run is None:
-        console.print(stopped(settings))
-        return False
+        return stopped(settings, stop, console)
     if run.get("diverged_at_tokens") is not None:
         raise SettingError(diverged(settings, run))
     console.print(
@@ -174,11 +177,10 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     if corpus.info["vocab_size"] > settings.vocab_size:
         held, allowed = corpus.info["vocab_size"], settings.vocab_size
         raise SettingError(f"tokenizer has {held} tokens; it must have vocab_size, which is {allowed}, or fewer")
-    step = settings.batch_size * settings.gradient_accumulation_steps
-    if len(corpus.train) < step:
+    if len(corpus.train) < settings.sequences_per_step:
         raise SettingError(
-            f"batch_size * gradient_accumulation_steps is {step}; it must be at most the {len(corpus.train)} sequences "
-            "that data holds"
+            f"batch_size * gradient_accumulation_steps is {settings.sequences_per_step}; it must be at most the "
+            f"{len(corpus.train)} sequences that data holds"
         )
     now["data_hash"] = corpus.info["data_hash"]
     if kept is not None:
@@ -241,7 +243,7 @@ def holds_results(out: Path) -> bool:
 
 def data_facts(settings: RunSettings, corpus: Corpus) -> dict[str, Any]:
     used = len(held_out(settings, corpus))
-    epochs = settings.steps * settings.tokens_per_step / corpus.info["train_tokens"]
+    epochs = settings.steps * settings.sequences_per_step / len(trained_on(settings, corpus))
     return corpus.info | {
         "epochs": round(epochs, 3),
         "validation_sequences_used": used,

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from query_experts import costs
+from query_experts.callbacks import StopRequest
+from query_experts.errors import SettingError
 from query_experts.files import write_json
 from query_experts.study.environment import environment
 from query_experts.study.settings import CompareSettings, resolve_device
@@ -20,20 +23,20 @@ from query_experts.study.statistics import disturbed
 
 
 @torch.no_grad()
-def measure_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path, deadline: float | None) -> bool:
+def measure_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path, stop: StopRequest) -> bool:
     """Time each arm at each length, into the file `kept`; folders: arm -> trained model. False if time ran out.
 
     Batch 1, into an empty dynamic cache, logits of the last token alone. Every repeat times all arms one after
     another, so that a machine whose speed drifts slows them alike; ratios are taken within a repeat. A length that
-    was measured isn't measured again for the same models on the same machine, unless other work disturbed it.
+    was measured isn't measured again for the same models on the same machine, unless other work disturbed it and
+    there is time left.
     """
     made_with = conditions(settings, folders)
-    seconds = _read_kept(kept, made_with)  # length -> arm -> seconds of each repeat
-    todo = [
-        length
-        for length in settings.prefill_lengths
-        if str(length) not in seconds or any(disturbed(repeats) for repeats in seconds[str(length)].values())
-    ]
+    seconds = _read_kept(kept, made_with)
+    kept_at = {length: seconds.get(str(length), {}) for length in settings.prefill_lengths}
+    missing = [length for length, by_arm in kept_at.items() if by_arm.keys() != folders.keys()]
+    again = [length for length in kept_at.keys() - {*missing} if any(map(disturbed, kept_at[length].values()))]
+    todo = [*missing, *([] if stop.made else sorted(again))]
     if not todo:
         return True
     models = {arm: load(folder, settings) for arm, folder in folders.items()}
@@ -41,18 +44,20 @@ def measure_prefill(settings: CompareSettings, folders: dict[str, Path], kept: P
         for length in todo:
             seconds[str(length)] = time_in_turn(models, length, settings, bar)
             write_json(kept, {"made_with": made_with, "seconds": seconds})
-            if deadline is not None and time.monotonic() >= deadline and length != todo[-1]:
-                return False
+            if stop.made:
+                return length in again or length == missing[-1]
     return True
 
 
 def kept_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path) -> dict[str, Any] | None:
-    """What `measure_prefill` found, as the report takes it, or None where a length is missing.
+    """What `measure_prefill` has found so far, as the report takes it, or None where that is nothing.
 
-    seconds: arm -> for each length, those of every repeat; limit: arm -> N/(kG+1), where there is a dense arm.
+    seconds: arm -> for each length, those of every repeat, none where it isn't timed yet; limit: arm -> N/(kG+1),
+    where there is a dense arm.
     """
     seconds = _read_kept(kept, conditions(settings, folders))
-    if not folders or not all(str(length) in seconds for length in settings.prefill_lengths):
+    timed = [seconds.get(str(length), {}) for length in settings.prefill_lengths]
+    if not any(timed):
         return None
     configs = {arm: AutoConfig.from_pretrained(folder) for arm, folder in folders.items()}
     dense = configs.get("dense")
@@ -61,7 +66,7 @@ def kept_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path
         "repeats": settings.prefill_repeats,
         "dtype": settings.dtype,
         "limit": {arm: costs.attention_limit(config, dense) for arm, config in configs.items()} if dense else {},
-        "seconds": {arm: [seconds[str(length)][arm] for length in settings.prefill_lengths] for arm in folders},
+        "seconds": {arm: [at_length.get(arm, []) for at_length in timed] for arm in folders},
     }
 
 
@@ -77,11 +82,18 @@ def conditions(settings: CompareSettings, folders: dict[str, Path]) -> dict[str,
 
 
 def _read_kept(kept: Path, made_with: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """What was measured before under these conditions, or nothing."""
+    """Length -> arm -> seconds of each repeat, as measured before under these conditions, of models still the same."""
     try:
         before = json.loads(kept.read_text(encoding="utf-8"))
-        return dict(before["seconds"]) if before["made_with"] == made_with else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        models = before["made_with"].pop("models")
+        if before["made_with"] != {name: value for name, value in made_with.items() if name != "models"}:
+            return {}
+        same = {arm for arm, model in made_with["models"].items() if models.get(arm) == model}
+        return {
+            length: {arm: seconds for arm, seconds in by_arm.items() if arm in same}
+            for length, by_arm in before["seconds"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -103,7 +115,13 @@ def time_in_turn(
 
 
 def load(folder: Path, settings: CompareSettings) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SettingError(
+            f"out holds the trained model {folder}, which can't be loaded ({error}); delete the folder that holds it, "
+            "and that run is trained again"
+        ) from error
     return model.to(resolve_device(settings.device)).eval()
 
 

@@ -20,9 +20,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from query_experts import costs
-from query_experts.callbacks import StopAt, StopAtDivergence, TokenProgress, ZClipCallback, losses_are_finite
+from query_experts.callbacks import (
+    StopAtDivergence,
+    StopRequest,
+    StopWhenAsked,
+    TokenProgress,
+    ZClipCallback,
+    losses_are_finite,
+)
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus
+from query_experts.errors import SettingError
 from query_experts.files import full_disk_as_os_error, read_json, require_space, save_tokenizer, write_json
 from query_experts.router import select_top_k
 from query_experts.study.arms import arm_config, build
@@ -37,17 +45,16 @@ DEAD_BELOW = 0.01  # an expert that fewer tokens than this wake counts as dead
 
 
 def train_arm(
-    settings: RunSettings, arm: str, seed: int, corpus: Corpus, folder: Path, deadline: float | None
+    settings: RunSettings, arm: str, seed: int, corpus: Corpus, folder: Path, stop: StopRequest
 ) -> dict[str, Any] | None:
-    """Train one arm, going on from its last checkpoint, and write model and result.json; None if time ran out.
+    """Train one arm, going on from its last checkpoint, and write model and result.json; None if asked to stop before.
 
     A finished run is read back, not trained again. A run whose loss is no longer finite ends there, and that is its
-    result. deadline: on `time.monotonic`'s clock.
+    result.
     """
     result_file = folder / "result.json"
     if result_file.exists():
         return read_result(result_file)
-    step = settings.batch_size * settings.gradient_accumulation_steps
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed, model.config.initializer_range)
     require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
@@ -58,18 +65,18 @@ def train_arm(
     trainer = GQETrainer(
         model=model,
         args=training_arguments(settings, seed, folder / "checkpoints"),
-        train_dataset=Subset(corpus.train, range(len(corpus.train) // step * step)),  # no epoch ends in a short step
+        train_dataset=trained_on(settings, corpus),
         eval_dataset=validation,
         callbacks=[
             ZClipCallback(),
             progress,
             where,
             StopAtDivergence(),
-            StopAt(deadline),
+            StopWhenAsked(stop),
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    with full_disk_as_os_error(folder), clean_up(trainer):
+    with full_disk_as_os_error(folder), clean_up(trainer), stop.listening():
         train_on(trainer, last_checkpoint(folder / "checkpoints"))
         if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
@@ -83,20 +90,29 @@ def train_arm(
 
 
 def read_result(file: Path) -> dict[str, Any]:
-    return read_json(file, "delete it, and that run is trained again")
+    """A run's result. Raises SettingError for a file that isn't one."""
+    remedy = "delete it, and that run is trained again"
+    result = read_json(file, remedy)
+    if not {"arm", "seed", "train_tokens", "validation_loss", "parameters"} <= result.keys():
+        raise SettingError(f"{file} is no run's result; {remedy}")
+    return result
 
 
 @contextmanager
 def clean_up(trainer: GQETrainer) -> Iterator[None]:
-    """Ends the progress bar's line whatever happens, so that an error has its own; and signals act as before."""
+    """Ends the progress bar's line whatever happens, so that an error has its own."""
     try:
         yield
     finally:
         for callback in trainer.callback_handler.callbacks:  # resuming makes new ones
             if isinstance(callback, TokenProgress):
                 callback.close()
-            if isinstance(callback, StopAt):
-                callback.restore()
+
+
+def trained_on(settings: RunSettings, corpus: Corpus) -> Subset:
+    """The sequences to train on, without the last few of which an epoch would end in a short step."""
+    whole = len(corpus.train) // settings.sequences_per_step * settings.sequences_per_step
+    return Subset(corpus.train, range(whole))
 
 
 def held_out(settings: RunSettings, corpus: Corpus) -> Subset:
@@ -272,5 +288,5 @@ def readable_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
     return texts
 
 
-def deadline_after(minutes: float | None) -> float | None:
-    return None if minutes is None else time.monotonic() + 60 * minutes
+def stop_after(minutes: float | None) -> StopRequest:
+    return StopRequest(None if minutes is None else time.monotonic() + 60 * minutes)

@@ -64,8 +64,12 @@ class RunSettings:
     evaluations: int = field(5, "validations, and checkpoints, along the run")
 
     @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.batch_size * self.gradient_accumulation_steps * self.seq_len
+        return self.sequences_per_step * self.seq_len
 
     def model_size(self) -> ModelSize:
         held = {f.name: getattr(self, f.name) for f in fields(ModelSize) if hasattr(self, f.name)}

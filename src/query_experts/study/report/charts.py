@@ -102,7 +102,8 @@ def _late(run: Run, last: float) -> list[tuple[float, float]]:
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Means of windows of 3% of the points (7 at least, where there are many more), at the windows' middles.
 
-    At most POINTS_A_LINE of them. No window is narrower, so the line ends half a window early rather than in the noise of a single point.
+    No window is narrower, so that a line ends half a window early rather than in the noise of a single point. At most
+    POINTS_A_LINE points are left.
     """
     sums = [0.0]
     for _, loss in points:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from query_experts.study.report import text
-from query_experts.study.report.machines import hardware
+from query_experts.study.report.machines import UNKNOWN, hardware
 from query_experts.study.report.rows import BASELINES, Comparison, Row, by_seed, prefill_lengths, seeds_of, summary_rows
 from query_experts.study.statistics import SLOWED
 
@@ -68,7 +68,10 @@ def _differences(row: Row, base: str, asked: list[int], gone: list[int]) -> str:
 
 def _cost(comparison: Comparison, rows: list[Row]) -> Table:
     speed = "Training speed is the median over seeds"
-    if len(hardware(comparison)) > 1:
+    machines = hardware(comparison)
+    if UNKNOWN in machines:
+        speed += "; it isn't recorded where every run was trained"
+    elif len(machines) > 1:
         speed += "; runs were trained on different hardware, so their speeds don't compare"
     return Table(
         title="Cost",

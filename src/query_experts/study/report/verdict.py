@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from query_experts.study.report import text
-from query_experts.study.report.machines import hardware
+from query_experts.study.report.machines import UNKNOWN, hardware
 from query_experts.study.report.rows import (
     BASELINES,
     Comparison,
@@ -204,7 +204,9 @@ def _lowest(rows: dict[str, Row]) -> Iterator[str]:
 
 def _speed(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
     machines = hardware(comparison)
-    if len(machines) > 1:
+    if UNKNOWN in machines:
+        yield "It isn't recorded where every run was trained, so training speeds need not compare."
+    elif len(machines) > 1:
         yield f"Runs were trained on different hardware ({'; '.join(machines)}), so training speeds don't compare."
     else:
         yield from (line for arm in _studied(rows) if (line := _training_speed(comparison, arm)))
@@ -245,8 +247,9 @@ def _prefill_sentence(comparison: Comparison, row: Row, length: int) -> str:
     beside = ", ".join(details)
     if speedup.disturbed:
         return (
-            f"{at} ran at {text.times(speedup.median)} the speed of dense ({beside}), but a repeat took over {SLOWED:g} "
-            "times as long as another of the same arm: other work was running. The same command times it again."
+            f"{at} ran at {text.times(speedup.median)} the speed of dense ({beside}), but a repeat took over "
+            f"{SLOWED:g} times as long as another of the same arm: other work was running. The same command times it "
+            "again."
         )
     if speedup.clear_of_one:
         word = "faster" if speedup.low > 1 else "slower"
@@ -290,7 +293,7 @@ def _scale(comparison: Comparison) -> Iterator[str]:
             f"The models are tiny ({text.short(size)} parameters, {text.short(seen)} training tokens): nothing here "
             f"carries over to {PAPER} without being measured there."
         )
-    if seen < TOKENS_PER_PARAMETER * size:
+    if seen < 0.9 * TOKENS_PER_PARAMETER * size:
         yield (
             f"Training stopped at {seen / size:.2g} tokens a parameter, where loss still falls fast "
             f"(about {TOKENS_PER_PARAMETER} is usual): arms may change places with more."
@@ -300,6 +303,8 @@ def _scale(comparison: Comparison) -> Iterator[str]:
 def _text(comparison: Comparison) -> Iterator[str]:
     """How far the text carries: little of it held out, or much of it seen again."""
     data = comparison.get("data") or {}
+    if not completed_runs(comparison):
+        return
     held_out, epochs = data.get("validation_tokens_used"), data.get("epochs")
     if held_out and held_out < FEW_HELD_OUT:
         yield (
@@ -307,7 +312,8 @@ def _text(comparison: Comparison) -> Iterator[str]:
             "more than the arms do."
         )
     if epochs and epochs > SEEN_AGAIN:
-        yield f"The training text was seen {epochs:.2g} times over: past a few times, models learn it by heart."
+        times = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.1f}"
+        yield f"The training text was seen {times} times over: past a few times, models learn it by heart."
 
 
 def _incomplete(comparison: Comparison) -> Iterator[str]:
