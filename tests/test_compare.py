@@ -21,6 +21,7 @@ from query_experts.study import environment as environment_module
 from query_experts.study import prefill as prefill_module
 from query_experts.study import run as run_module
 from query_experts.study.compare import compare, train
+from query_experts.study.environment import Pieces
 from query_experts.study.report import missing_parts
 from query_experts.study.settings import FREE_TO_CHANGE, CompareSettings, TrainSettings
 from study_helpers import SIZE, quiet, said, tiny_compare, tiny_train, write_text
@@ -206,6 +207,13 @@ def test_a_changed_setting_is_refused_naming_it_with_both_values(folder, trained
     with pytest.raises(SettingError, match=re.escape(told)):
         compare(tiny_compare(folder, **changes), quiet())
     assert trained == []
+
+
+def test_a_changed_setting_is_refused_where_there_are_only_checkpoints(tmp_path):
+    assert not train(tiny_train(tmp_path, stop_after_minutes=0), quiet())
+    assert (tmp_path / "out" / "checkpoints").exists()
+    with pytest.raises(SettingError, match="steps was 6, now 8"):
+        train(tiny_train(tmp_path, steps=8), quiet())
 
 
 def test_changed_data_is_refused(folder):
@@ -418,6 +426,40 @@ def test_prefill_is_measured_once_for_each_length_and_anew_for_other_models(fold
     monkeypatch.setattr(prefill_module, "disturbed", lambda repeats: True)
     assert compare(tiny_compare(folder), quiet())
     assert timed[3:] == timed[1:3]
+
+
+def test_a_kept_prefill_counts_on_the_same_machine_with_as_many_repeats_on_any_day(finished, monkeypatch):
+    out, here = finished / "out", prefill_module.environment
+
+    def kept(place, **changes):
+        monkeypatch.setattr(prefill_module, "environment", lambda *args: here(*args) | place)
+        settings = tiny_compare(finished, **changes)
+        return prefill_module.kept_prefill(settings, compare_module.trained_models(out), out / "prefill.json")
+
+    assert kept({}) == kept({"date": "2001-01-01"}) == comparison_of(finished)["prefill"]
+    assert kept({"hardware": "another machine"}) is None
+    assert kept({"torch": "1.0"}) is None
+    assert kept({}, prefill_repeats=3) is None
+
+
+def test_arms_take_turns_in_being_timed_first_after_a_turn_that_does_not_count(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(prefill_module, "prefill_seconds", lambda model, prompt: order.append(model) or len(order))
+    bar = SimpleNamespace(update=lambda: None)
+    models = dict(zip("abc", "abc", strict=True))
+    seconds = prefill_module.time_in_turn(models, 8, tiny_compare(tmp_path, prefill_repeats=3), bar)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert seconds == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
+
+
+def test_a_run_that_goes_on_where_it_was_notes_no_further_piece(monkeypatch):
+    pieces = Pieces("cpu", "float32")
+    for step, machine, release in ((0, "a", "1"), (2, "a", "1"), (4, "b", "1"), (5, "b", "2"), (7, "a", "1")):
+        monkeypatch.setattr(environment_module, "cpu_name", lambda machine=machine: machine)
+        monkeypatch.setattr(environment_module, "version", lambda name, release=release: release)
+        pieces.on_train_begin(None, TrainerState(global_step=step), None)
+    noted = [(piece["first_step"], piece["hardware"][0], piece["torch"]) for piece in pieces.pieces]
+    assert noted == [(0, "a", "1"), (4, "b", "1"), (5, "b", "2"), (7, "a", "1")]
 
 
 def test_a_run_notes_where_each_of_its_pieces_was_trained(finished, tmp_path, monkeypatch):

@@ -237,6 +237,20 @@ def test_the_cut_fills_the_limit_and_splits_no_character():
     assert kept(["one", "two", " \n" * 99, "one", "three"], 9) == ["one", "thr", "two"]
 
 
+@pytest.mark.parametrize(
+    ("text", "room", "cut"),
+    [
+        ("12345\nabcdefgh", 11, "12345\n"),
+        ("12345\nabcdefgh", 12, "12345\nabcdef"),  # half is not more than half
+        ("1234567\n890\nxyz", 12, "1234567\n890\n"),  # the last byte there is room for
+        ("1234567\n8901\nxyz", 12, "1234567\n"),
+        (10 * " \n" + "three", 23, 10 * " \n" + "thr"),  # lines of white space are no text
+    ],
+)
+def test_the_cut_keeps_whole_lines_where_they_fill_more_than_half_of_the_room(text, room, cut):
+    assert kept(["one", "two", text], 6 + room) == sorted(["one", "two", cut])
+
+
 def test_nothing_is_read_once_the_limit_is_reached():
     def texts():
         yield from ("one", "two\nand a half")
@@ -324,6 +338,27 @@ def test_a_document_too_short_for_a_tail_stays_whole():
         split = [(side, text) for side, text, _ in SplitDocuments(texts, fraction, None, tails=True)]
         assert (whole, "a") in split
         assert all(text for _, text in split)
+
+
+@pytest.mark.parametrize(
+    ("breaks", "fraction", "head"),
+    [
+        ([], 0.2, 80),
+        ([60], 0.2, 61),  # twice the tail
+        ([59], 0.2, 80),
+        ([89], 0.2, 90),  # half the tail
+        ([90], 0.2, 80),
+        ([75, 82], 0.2, 83),  # the nearer
+        ([77, 84], 0.2, 78),
+        ([62, 77], 0.2, 78),
+        ([81, 88], 0.2, 82),
+        ([10], 0.6, 11),  # twice the tail is more than there is
+    ],
+)
+def test_a_tail_begins_at_the_line_break_nearest_to_its_share_from_half_to_twice_of_it(breaks, fraction, head):
+    text = "".join("\n" if i in breaks else "x" for i in range(100))
+    parts = [("train", text[:head], head), ("validation", text[head:], 100 - head)]
+    assert list(SplitDocuments([text], fraction, None, tails=True)) == parts
 
 
 # Tokens and tokenizers

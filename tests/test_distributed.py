@@ -100,19 +100,29 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_llama_config()).double()
 
 
-TRAINED = {"gqe_trainer_on_gqe": tiny_model, "gqe_trainer_on_static": tiny_static, "gqe_trainer_on_dense": tiny_llama}
+TRAINED = {
+    "gqe_trainer_on_gqe": tiny_model,
+    "gqe_trainer_on_static": tiny_static,
+    "gqe_trainer_on_dense": tiny_llama,
+    "gqe_trainer_on_gqe_rank_by_rank": tiny_model,  # each rank counts its own tokens; all have as many
+    "gqe_trainer_on_dense_rank_by_rank": tiny_llama,
+}
 
 
 def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
-    """Parameters after two steps of GQETrainer over 8 unevenly padded rows, `rows` on each rank, and its losses."""
-    ids, mask, labels = (t.flatten(0, 2) for t in batch("ddp_with_uneven_padding"))
+    """Parameters after two steps of GQETrainer over 8 rows, `rows` on each rank, and its losses.
+
+    The rows are unevenly padded, but for ranks that count for themselves, of which the mean of means is asked.
+    """
+    apart = case.endswith("rank_by_rank")
+    ids, mask, labels = (t.flatten(0, 2) for t in batch("ddp_told_nothing" if apart else "ddp_with_uneven_padding"))
     data = [{"input_ids": i, "attention_mask": m, "labels": n} for i, m, n in zip(ids, mask, labels, strict=True)]
     model = TRAINED[case](seed=3)
     arguments = TrainingArguments(
         output_dir=str(folder / case), max_steps=2, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
         optim="sgd", learning_rate=0.1,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        report_to=[], disable_tqdm=True, dataloader_pin_memory=False, average_tokens_across_devices=not apart,
     )  # fmt: skip
     trainer = GQETrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
     trainer.train()

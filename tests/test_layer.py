@@ -75,9 +75,8 @@ def test_a_fresh_layers_router_is_small_and_random_and_never_ties():
 
 def flash(position_ids, **changes):
     settings = {"x": torch.zeros(1, position_ids.shape[1], 8, dtype=torch.bfloat16), "attention_mask": None}
-    return causal_mask(
-        AttentionBackend("flash_attention_2"), **settings | changes, past_key_values=None, position_ids=position_ids
-    )
+    settings |= {"past_key_values": None, "position_ids": position_ids}
+    return causal_mask(AttentionBackend("flash_attention_2"), **settings | changes)
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 0, 1], [1, 2, 1, 2, 3], [4, 5, 6, 7, 8]])
@@ -99,3 +98,16 @@ def test_flash_attention_is_refused_where_it_separates_nothing_and_for_float32()
         flash(packed, x=torch.zeros(2, 5, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"dtype is torch\.float32; flash_attention_2 takes float16 or bfloat16"):
         flash(packed, x=torch.zeros(1, 5, 8))
+
+
+def test_flash_attention_takes_float32_under_autocast_on_the_same_device():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash(torch.tensor([[0, 1, 2, 0, 1]]), x=torch.zeros(1, 5, 8)) is None
+
+
+def test_flash_attention_separates_documents_in_an_empty_cache_and_is_refused_after_cached_keys():
+    packed, cache = torch.tensor([[0, 1, 2, 0, 1]]), DynamicCache()
+    assert flash(packed, past_key_values=cache) is None
+    cache.update(*torch.zeros(2, 1, 1, 3, 8), 0)
+    with pytest.raises(ValueError, match="before anything is cached"):
+        flash(packed, past_key_values=cache)

@@ -337,6 +337,8 @@ def test_one_seed_is_called_luck():
 def test_the_verdict_says_when_seeds_differ_as_much_as_arms():
     close = {"dense": {0: 4.0, 1: 4.5}, "gqe": {0: 4.1, 1: 4.4}}
     assert any("Go by paired differences" in line for line in verdict(comparison(close)))
+    equal = {"dense": {0: 4.0, 1: 4.5}, "gqe": {0: 4.5, 1: 5.0}}
+    assert any("Go by paired differences" in line for line in verdict(comparison(equal)))
     apart = {"dense": {0: 4.0, 1: 4.01}, "gqe": {0: 4.5, 1: 4.51}}
     assert any("which says nothing of any one pair" in line for line in verdict(comparison(apart)))
 
@@ -386,6 +388,47 @@ def test_one_seed_and_one_repeat_are_written_in_the_singular():
     assert f"gqe is faster than dense, 1.60{TIMES} its speed (one repeat, limit by active heads 1.60)" in text
     assert "Times as fast as dense: below it the arm's own time." in text
     assert not re.search("every|seeds that|repeats", text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pace"),
+    [
+        ((0.029, -0.029, 0.0), "about as fast as dense"),
+        ((0.031, 0.001, 0.001), "faster than dense on every seed"),
+        ((-0.031, -0.001, -0.001), "slower than dense on every seed"),
+        ((0.031, -0.001, 0.001), "faster than dense on some seeds and slower on others"),
+    ],
+)
+def test_the_verdict_on_training_speed_goes_seed_by_seed_and_calls_three_percent_the_same(changes, pace):
+    of = comparison()
+    for each in of["runs"]:
+        each["tokens_per_s"] *= 1 + (changes[each["seed"]] if each["arm"] == "gqe" else 0)
+    assert f"In training, gqe runs {pace} (tokens/s" in said(of)
+
+
+@pytest.mark.parametrize(("size", "told"), [(49_999_999, True), (50_000_000, False)])
+def test_the_verdict_calls_models_below_fifty_million_parameters_tiny(size, told):
+    of = comparison()
+    of["runs"][0]["parameters"]["total"] = size
+    assert ("The models are tiny" in said(of)) == told
+
+
+@pytest.mark.parametrize(("size", "told"), [(556, True), (555, False)])
+def test_the_verdict_says_where_training_stopped_well_before_twenty_tokens_a_parameter(size, told):
+    of = comparison()
+    for each in of["runs"]:
+        each["parameters"]["total"] = size
+    assert ("Training stopped at 18 tokens a parameter" in said(of)) == told
+
+
+@pytest.mark.parametrize(("size", "told"), [(10_051, "more"), (10_049, None), (9_951, None), (9_949, "fewer")])
+def test_the_verdict_names_a_difference_in_size_from_half_a_percent_on(size, told):
+    of = comparison()
+    for each in of["runs"]:
+        each["parameters"]["total"] = size if each["arm"] == "gqe" else 10_000
+    named = [line for line in verdict(of) if "not at equal size" in line]
+    assert named == [f"gqe has 0.5% {told} parameters than {base}: losses are not at equal size."
+                     for base in ("dense", "static") if told]  # fmt: skip
 
 
 def test_the_verdict_names_what_limits_the_comparison():
@@ -511,14 +554,14 @@ def test_a_missing_library_names_the_extra_to_install(monkeypatch, tmp_path, mod
         write_report(comparison(), tmp_path / "report.html")
 
 
-@pytest.mark.parametrize(("held_out", "told"), [(1_536, True), (32_768, False)])
+@pytest.mark.parametrize(("held_out", "told"), [(1_536, True), (19_999, True), (20_000, False)])
 def test_the_verdict_says_where_little_text_is_held_out(held_out, told):
     of = comparison()
     of["data"]["validation_tokens_used"] = held_out
-    assert any("taken over 1,536 tokens of held-out text" in line for line in verdict(of)) == told
+    assert any(f"taken over {held_out:,} tokens of held-out text" in line for line in verdict(of)) == told
 
 
-@pytest.mark.parametrize(("epochs", "told"), [(38.8, "39"), (388.2, "388"), (4.23, "4.2"), (0.9, None)])
+@pytest.mark.parametrize(("epochs", "told"), [(38.8, "39"), (388.2, "388"), (4.01, "4.0"), (4, None)])
 def test_the_verdict_says_where_the_text_was_seen_many_times(epochs, told):
     of = comparison()
     of["data"]["epochs"] = epochs
@@ -534,8 +577,8 @@ def test_where_every_run_diverged_nothing_is_said_of_the_text_that_they_were_mea
 
 def test_machines_that_were_not_recorded_are_said_to_be_so():
     of = comparison()
-    for run in of["runs"]:
-        del run["pieces"]
+    for each in of["runs"]:
+        del each["pieces"]
     assert "It isn't recorded where every run was trained" in " ".join(verdict(of))
     assert "it isn't recorded where every run was trained" in tables(of)[1].note
     assert "different hardware" not in " ".join(verdict(of))
