@@ -1,14 +1,19 @@
 """The benchmark of speed: its predictions against counted work, its gate, its calls, and a whole tiny run."""
 
+import functools
 import json
+import sys
+import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, StaticCache
 
-from query_experts import costs
-from query_experts.attention import CausalKernel
+from query_experts import attention, costs
+from query_experts.attention import CausalKernel, GQEAttention
 from query_experts.bench import run as bench_module
 from query_experts.bench import timing
 from query_experts.bench.gate import check_layer
@@ -49,7 +54,7 @@ def test_flops_and_weights_of_a_layer_are_those_that_torch_counts(arm):
     assert costs.layer_work(config, 1, 0).bytes == 2 * weights
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*ARMS, "frozen", "hard", "weighted"])
 def test_flops_forwards_and_backwards_are_those_that_torch_counts_but_for_the_flash_kernels_second_scores(arm):
     config = SMALL.config(arm, 128)
     both, forward = (costs.layer_work(config, 2, 24, causal=False, backward=b) for b in (True, False))
@@ -91,8 +96,11 @@ def test_predictions_are_ratios_of_work():
 def test_the_gate_passes_what_is_right(arm):
     for dtype in ("float32", "bfloat16"):
         settings = replace(SMALL, dtype=dtype)
-        checks = check_layer(Layer(settings, arm, "cpu", 1024), arm, settings)
-        assert [check.what for check in checks] == ["prefill", "decode, dynamic cache", "decode, static cache"]
+        checks = list(check_layer(Layer(settings, arm, "cpu", 1024), arm))
+        whats = [check.what for check in checks]
+        assert whats[:4] == ["prefill", "a chunk", "decoding, dynamic cache", "decoding, static cache"]
+        assert {"the gradient of x", "the gradient of q_proj.weight"} <= set(whats)
+        assert ("the gradient of router.weight" in whats) == (arm not in ("dense", "static"))
         assert all(check.passed for check in checks), checks
 
 
@@ -112,6 +120,76 @@ def test_the_gate_stops_an_arm_that_is_a_little_wrong_before_anything_is_timed(m
         bench(replace(SMALL, arms=["dense", "gqe"], dtype=dtype), quiet())
 
 
+def spoilt_where(condition):
+    """route_and_attend of the layer, its output zeroed where `condition(x, cache)` holds."""
+    original = GQEAttention.route_and_attend
+
+    def spoilt(self, x, mask, cos_sin, cache, **kwargs):
+        y, *rest = original(self, x, mask, cos_sin, cache, **kwargs)
+        return y * (0 if condition(x, cache) else 1), *rest
+
+    return spoilt
+
+
+@pytest.mark.parametrize(
+    ("what", "condition"),
+    [
+        ("a chunk", lambda x, cache: cache is not None and x.shape[1] == 101),
+        ("decoding, dynamic cache", lambda x, cache: isinstance(cache, DynamicCache) and x.shape[1] == 1),
+        ("decoding, static cache", lambda x, cache: isinstance(cache, StaticCache) and x.shape[1] == 1),
+    ],
+)
+def test_the_gate_looks_at_every_path_that_is_timed(monkeypatch, what, condition):
+    monkeypatch.setattr(GQEAttention, "route_and_attend", spoilt_where(condition))
+    assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe") if not c.passed] == [what]
+
+
+def test_the_gate_looks_at_gradients(monkeypatch):
+    select = GQEAttention.select
+
+    def without_gradient(self, query, *rest):
+        spoilt = self.config._attn_implementation == "sdpa"
+        return select(self, query.detach() if spoilt else query, *rest)
+
+    monkeypatch.setattr(GQEAttention, "select", without_gradient)
+    layer = Layer(SMALL, "gqe", "cpu", 1024)
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        list(check_layer(layer, "gqe"))
+
+
+def test_the_gate_looks_at_the_choice_of_experts(monkeypatch):
+    monkeypatch.setattr(attention, "select_top_k", lambda probs, k: probs.argmin(-1, keepdim=True))
+    assert not next(iter(check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe"))).passed
+
+
+def test_the_gate_looks_at_gqe_where_its_parts_are_timed_alone(monkeypatch):
+    monkeypatch.setattr(attention, "select_top_k", lambda probs, k: probs.argmin(-1, keepdim=True))
+    with pytest.raises(SettingError, match="arms holds gqe, which is wrong in prefill"):
+        gate(replace(SMALL, arms=["dense"], suites=["parts"]), "cpu")
+
+
+def test_a_compiled_arm_is_compiled_at_every_point(monkeypatch):
+    """A Python profiler sees whether the layer's own forward runs, which it does where Dynamo fell back to eager."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    settings = replace(SMALL, compile=True, suites=["prefill", "decode"])
+    eager = []
+
+    def note(frame, event, arg):
+        if event == "call" and frame.f_code.co_name == "route_and_attend":
+            eager.append(point)
+
+    gate(settings, "cpu")
+    for point in points_of(settings):
+        call = bench_module.call_of(point, Layer(settings, "gqe", "cpu", 200), settings)
+        call()
+        sys.setprofile(note)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    assert eager == []
+
+
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("arm", ["dense", "gqe"])
 @pytest.mark.parametrize("new", [1, 12])
@@ -129,14 +207,14 @@ def test_both_caches_give_a_timed_call_the_same(arm):
     torch.testing.assert_close(static, dynamic, rtol=0, atol=1e-5)
 
 
-def test_training_calls_leave_gradients_of_one_pass():
+def test_training_calls_form_all_gradients_and_leave_none():
     layer = Layer(SMALL, "gqe", "cpu", 128)
-    call = layer.train(1, 24)
-    call()
-    once = {name: p.grad.clone() for name, p in layer.module.named_parameters()}
-    call()
-    assert all(torch.equal(p.grad, once[name]) for name, p in layer.module.named_parameters())
-    assert once["router.weight"].any()
+    formed = set()
+    for name, weight in layer.module.named_parameters():
+        weight.register_post_accumulate_grad_hook(lambda p, name=name: formed.add(name) if p.grad.any() else None)
+    layer.train(1, 24)()
+    assert formed == {name for name, _ in layer.module.named_parameters()}
+    assert all(weight.grad is None for weight in layer.module.parameters())
 
 
 def test_arms_take_turns_in_going_first():
@@ -144,10 +222,28 @@ def test_arms_take_turns_in_going_first():
     calls = {name: lambda name=name: order.append(name) for name in ("a", "b", "c")}
     timing.LEAST_SECONDS, kept = 0.0, timing.LEAST_SECONDS
     try:
-        seconds = timing.time_in_turn(calls, 3, "cpu")
+        timing.time_in_turn(calls, 3, "cpu")
     finally:
         timing.LEAST_SECONDS = kept
     assert order == list("abc" * 2 + "abc" + "bca" + "cab")
+
+
+def test_a_short_call_is_repeated_though_a_long_one_stands_beside_it():
+    counts = Counter()
+
+    def call(name, seconds):
+        counts[name] += 1
+        time.sleep(seconds)
+
+    timing.time_in_turn(
+        {name: lambda n=name, s=s: call(n, s) for name, s in [("long", 0.03), ("short", 0.001)]}, 2, "cpu"
+    )
+    assert counts["long"] == 4
+    assert 20 <= counts["short"] <= 42
+
+
+def test_each_call_has_as_many_timings():
+    seconds = timing.time_in_turn({name: lambda: None for name in "abc"}, 3, "cpu")
     assert [len(times) for times in seconds.values()] == [3, 3, 3]
 
 
@@ -207,8 +303,13 @@ def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_j
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"chunk_size": 64}, "chunk_size is 64; it must be below"),
         ({"active_query_experts": 9}, "active_query_experts"),
-        ({"num_key_value_heads": 3}, "multiple of num_kv_heads"),
+        ({"arms": ["dense"], "num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"device": "tpu"}, "device is 'tpu'"),
+        ({"suites": []}, "suites is empty"),
+        ({"caches": []}, "caches is empty"),
+        ({"attn_implementation": "nonsense"}, "attn_implementation is 'nonsense'; it must be one of"),
+        ({"attn_implementation": "eager"}, "attn_implementation is 'eager'"),
+        ({"compile": True}, "suites holds 'parts'"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(changes, told):

@@ -1,8 +1,10 @@
 """GQEAttention as a part of somebody's own PyTorch model."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from query_experts import GQEAttention
@@ -98,6 +100,38 @@ def test_flash_attention_is_refused_where_it_separates_nothing_and_for_float32()
         flash(packed, x=torch.zeros(2, 5, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"dtype is torch\.float32; flash_attention_2 takes float16 or bfloat16"):
         flash(packed, x=torch.zeros(1, 5, 8))
+
+
+def test_compiled_flash_attention_says_what_it_cannot_look_at():
+    compiled = torch.compile(flash, fullgraph=True, backend="eager")
+    assert compiled(torch.tensor([[0, 1, 2, 0, 1]])) is None
+    unpacked = torch.arange(5).expand(2, 5)
+    assert flash(unpacked, x=torch.zeros(2, 5, 8, dtype=torch.bfloat16)) is None
+    for changes in (
+        {"x": torch.zeros(2, 5, 8, dtype=torch.bfloat16)},
+        {"attention_mask": torch.ones(1, 5)},
+        {"past_key_values": DynamicCache()},
+    ):
+        with pytest.raises(Exception, match=r"under torch\.compile, leave out position_ids that separate nothing"):
+            compiled(torch.arange(5)[None], **changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_compiles_once_for_all_lengths_and_exports(dtype):
+    router = GQEAttention(24, 8, 2, head_dim=4).to(dtype).router
+    counter = CompileCounter()
+    compiled = torch.compile(router, dynamic=True, fullgraph=True, backend=counter)
+    for length in (7, 300, 511, 513, 1500, 3000):
+        x = torch.randn(2, length, 24).to(dtype)
+        torch.testing.assert_close(compiled(x), router(x), rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+    exported = torch.export.export(router, (x,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=4096)},))
+    assert exported.module()(x).shape == (6000, 8)
+
+
+def test_counts_of_any_integer_type_make_the_same_layer():
+    layer = GQEAttention(64, np.int64(8), np.int64(4), np.int64(1), np.int64(8))
+    assert {type(n) for n in (layer.num_query_experts, layer.num_kv_heads, layer.top_k, layer.head_dim)} == {int}
 
 
 def test_flash_attention_takes_float32_under_autocast_on_the_same_device():

@@ -188,6 +188,7 @@ class GQEAttention(nn.Module):
         if _config is None and attn_implementation not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
             allowed = ", ".join(["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()])
             raise ValueError(f"attn_implementation is {attn_implementation!r}; it must be one of {allowed}")
+        num_query_experts, num_kv_heads, top_k, head_dim = map(int, (num_query_experts, num_kv_heads, top_k, head_dim))
         self.num_query_experts = num_query_experts
         self.num_kv_heads = num_kv_heads
         self.experts_per_group = num_query_experts // num_kv_heads

@@ -114,16 +114,19 @@ def layer_work(
     cached + i keys; otherwise (the full square, as a counter of executed products sees it) all cached + new. The
     weighted slot adds 2d for each woken head.
 
-    backward: and back again. Of each product there are two gradients, so projections cost 3 times the forward pass
-    (the weighted slot twice where no router learns: its weights need none). A flash kernel makes the scores again and
-    then four products (the gradients of V, weights, Q and K) where the forward pass had two, so attention costs
-    1 + 5/2 times.
+    backward: FLOPs there and back again. Of each product there are two gradients, so projections cost 3 times the
+    forward pass; but the weighted slot twice where nothing is routed (its weights are constant), a frozen router twice
+    (its weight needs no gradient), and a router from which no output depends, that of hard_concat, once. A flash
+    kernel makes the scores again and then four products (the gradients of V, weights, Q and K) where the forward pass
+    had two, so attention costs 1 + 5/2 times.
 
-    Bytes: every weight once; keys and values, cached and new, once; new tokens' hidden states in and out.
+    Bytes, of the forward pass: every weight once; keys and values, cached and new, once; new tokens' hidden states in
+    and out.
     """  # fmt: skip
     D, d, G = config.hidden_size, config.head_dim, config.num_key_value_heads
     h = heads(config)
-    weights = D * d * (h.held + 2 * G + h.slots_held) + D * h.router
+    router = D * h.router
+    weights = D * d * (h.held + 2 * G + h.slots_held) + router
     shared = isinstance(config, GQEConfig) and config.variant == "gqe"
     combine = 2 * d * (h.active - 1) if shared else 0
     pairs = new * cached + (new * (new + 1) / 2 if causal else new * new)
@@ -131,8 +134,10 @@ def layer_work(
     attention = batch * 4 * d * h.active * pairs
     if backward:
         projection, attention = 3 * projection, 3.5 * attention
-        if shared and config.routing != "learned":
-            projection -= batch * new * combine
+        if isinstance(config, GQEConfig):
+            saved = combine if config.routing == "none" else 0
+            saved += 4 * router if config.variant == "hard_concat" else 2 * router if config.routing == "frozen" else 0
+            projection -= batch * new * saved
     moved = weights + batch * (2 * G * d * (cached + new) + 2 * new * D)
     return Work(projection, attention, moved * bytes_per_value)
 

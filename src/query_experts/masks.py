@@ -146,16 +146,19 @@ def _flash_documents(
 ) -> None:
     """FlashAttention separates documents by itself, in one row without padding or cached keys.
 
-    It cuts the row wherever position_ids has its lowest value.
+    It cuts the row wherever position_ids has its lowest value. A compiled graph can't look at what tensors hold: there
+    position_ids count as packed, a mask as padding, and where documents begin isn't checked.
     """
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if batch_size > 1 or padded or (cache is not None and cache.past > 0):
+    compiling = is_torchdynamo_compiling()
+    padded = attention_mask is not None and (compiling or not bool(attention_mask.all()))
+    if batch_size > 1 or padded or (cache is not None and (compiling or cache.past > 0)):
+        hint = "; under torch.compile, leave out position_ids that separate nothing" if compiling else ""
         raise ValueError(
             "attn_implementation: flash attention separates packed documents only in a batch of one row, without "
-            "padding and before anything is cached; use sdpa, eager or flex_attention here"
+            f"padding and before anything is cached; use sdpa, eager or flex_attention here{hint}"
         )
-    if is_torchdynamo_compiling():
-        return  # what a row holds can't be looked at
+    if compiling:
+        return
     positions = position_ids[0]
     starts = torch.cat([positions[:1], positions[1:][positions[1:] <= positions[:-1]]])
     if bool((starts != positions.min()).any()):

@@ -140,6 +140,7 @@ class GQEModel(GQEPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Llama's forward, but for the mask: here restarting position_ids separate documents always.
 
+        (But under torch.compile with flash attention it isn't checked that all documents begin at the same position.)
         input_ids, position_ids: [B, T]; attention_mask: [B, S]; inputs_embeds: [B, T, D] in place of input_ids. With
         `output_router_logits` the output holds `router_logits`, float32 [B*T, N], one tensor a layer.
         """

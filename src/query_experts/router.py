@@ -42,8 +42,10 @@ class Router(nn.Module):
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = self.weight.to(dtype)
-        # on a CPU piece by piece: a float32 copy of all of x goes through memory and back, for a product of no size
-        pieces = x.flatten(0, 1).split(CPU_ROWS) if x.is_cpu and x.dtype != dtype else (x.flatten(0, 1),)
+        # On a CPU piece by piece: a float32 copy of all of x goes through memory and back, for a product of no size.
+        # Not where it is compiled or exported: the number of pieces would become part of the graph.
+        piecewise = x.is_cpu and x.dtype != dtype and not torch.compiler.is_compiling()
+        pieces = x.flatten(0, 1).split(CPU_ROWS) if piecewise else (x.flatten(0, 1),)
         with maybe_autocast(x.device.type, enabled=False):  # torch's own knows no meta device
             logits = [F.linear(piece.to(dtype), weight) for piece in pieces]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
@@ -127,8 +129,9 @@ class BalanceWindow:
     def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it.
 
-        items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts. Where replicas or
-        ranks with totals of their own add up their items, total is what they can add up to at most.
+        items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts. On R ranks, which
+        add up their items, total is R times what the Trainer says: it may have counted a rank's own batch, and
+        replicas count theirs R times. So where torch sees no step and totals are equal, up to R steps add up.
         """
         before = self.so_far
         if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):

@@ -67,9 +67,8 @@ def bench(settings: BenchSettings, console: Console) -> None:
 
 
 def gate(settings: BenchSettings, device: str) -> list[Check]:
-    checks = [
-        check for arm in settings.arms for check in check_layer(Layer(settings, arm, device, 1024), arm, settings)
-    ]
+    arms = dict.fromkeys([*settings.arms, *(["gqe"] if "parts" in settings.suites else [])])
+    checks = [check for arm in arms for check in check_layer(Layer(settings, arm, device, 1024), arm)]
     for check in checks:
         if not check.passed:
             raise SettingError(

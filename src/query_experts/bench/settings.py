@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.errors import SettingError
@@ -80,6 +81,8 @@ class BenchSettings:
     def check(self) -> None:
         """Raises SettingError, naming the field, what it held and what is allowed."""
         for name, allowed in (("suites", SUITES), ("arms", ARMS), ("caches", ("static", "dynamic"))):
+            if not getattr(self, name):
+                raise SettingError(f"{name} is empty; it must hold one or more of {', '.join(allowed)}")
             for held in getattr(self, name):
                 if held not in allowed:
                     raise SettingError(f"{name} holds {held!r}; allowed are {', '.join(allowed)}")
@@ -91,6 +94,21 @@ class BenchSettings:
         for name in ("repeats", "chunk_size", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        backends = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name]
+        if self.attn_implementation not in backends:
+            raise SettingError(
+                f"attn_implementation is {self.attn_implementation!r}; it must be one of {', '.join(backends)} (eager, "
+                "the reference, forms the whole square of scores: its speed says nothing)"
+            )
+        if self.compile and "parts" in self.suites:
+            raise SettingError(
+                "suites holds 'parts', which times a layer's stages by themselves; with compile it can't"
+            )
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise SettingError(
+                f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads, "
+                f"{self.num_key_value_heads}"
+            )
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16, float16 or float32")
         if "chunk" in self.suites and self.chunk_size >= min(self.cached_lengths):

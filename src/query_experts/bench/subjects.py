@@ -25,7 +25,16 @@ from query_experts.study.arms import build
 from query_experts.training import initialise_by_name
 
 SEED = 0
+MOST_SHAPES = 64  # that one compiled subject meets, in the gate above all
 Call = Callable[[], Any]
+
+
+def compiled(module: nn.Module) -> Any:
+    """Afresh for each subject. Dynamo counts recompilations by class, and past its limit would silently run eager."""
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.reset()
+    return torch.compile(module, dynamic=False)
 
 
 class Layer:
@@ -39,7 +48,7 @@ class Layer:
         initialise_by_name(self.module, SEED, std=self.config.hidden_size**-0.5)  # outputs of order 1
         self.module.to(device, self.dtype).eval()
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
-        self.forward = torch.compile(self.module, dynamic=False) if settings.compile else self.module
+        self.forward = compiled(self.module) if settings.compile else self.module
 
     def hidden(self, batch: int, length: int) -> Tensor:
         """Normalised hidden states [B, T, D], the same for every arm."""
@@ -100,9 +109,9 @@ class Layer:
         cotangent = torch.randn_like(x)
 
         def call() -> None:
+            self.forward(x, **arguments)[0].backward(cotangent)
             x.grad = None
             self.module.zero_grad(set_to_none=True)
-            self.forward(x, **arguments)[0].backward(cotangent)
 
         return call
 
@@ -117,7 +126,7 @@ class Model:
             self.module: PreTrainedModel = build(self.config).to(settings.torch_dtype)
         self.module.set_attn_implementation(settings.attn_implementation)
         initialise_by_name(self.module, SEED, self.config.initializer_range)
-        self.forward = torch.compile(self.module, dynamic=False) if settings.compile else self.module
+        self.forward = compiled(self.module) if settings.compile else self.module
 
     def tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)
@@ -138,7 +147,7 @@ class Model:
         tokens = self.tokens(batch, length)
 
         def call() -> None:
-            self.module.zero_grad(set_to_none=True)
             self.forward(tokens, labels=tokens, use_cache=False).loss.backward()
+            self.module.zero_grad(set_to_none=True)  # here, so that what they take is not held before the next call
 
         return call

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 LEAST_SECONDS = 0.02  # a shorter call is repeated within one timing
+MOST_LOOPS = 1000
 
 Call = Callable[[], object]
 
@@ -20,15 +21,16 @@ Call = Callable[[], object]
 def time_in_turn(calls: Mapping[str, Call], repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of one call, for each of `repeats` timings. Another call goes first in each round; one round warms up."""
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for call in calls.values():
+        call()
     once = {name: _seconds(call, 1, synchronise) for name, call in calls.items()}
-    once = {name: _seconds(call, 1, synchronise) for name, call in calls.items()}
-    loops = max(1, math.ceil(LEAST_SECONDS / max(once.values())))
+    loops = {name: min(MOST_LOOPS, math.ceil(LEAST_SECONDS / max(taken, 1e-9)) or 1) for name, taken in once.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for turn in range(repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(calls[name], loops, synchronise))
+            seconds[name].append(_seconds(calls[name], loops[name], synchronise))
     return seconds
 
 
