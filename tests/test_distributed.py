@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from model_helpers import (
     EXACT,
@@ -27,6 +27,7 @@ from model_helpers import (
     tiny_model,
 )
 from query_experts import GQEForCausalLM
+from query_experts.callbacks import StopRequest, StopWhenAsked
 from query_experts.training import GQETrainer
 
 WORLD = 2
@@ -131,6 +132,38 @@ def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()} | {k: torch.tensor(v) for k, v in losses.items()}
 
 
+def tokens_in_window(rank: int, own: bool) -> Tensor:
+    """How many tokens the balance loss's f spans after a step, whose labels each rank counts for all or for its own."""
+    model = tiny_model(**SETTING).train()
+    ids, mask, labels = (t[:, rank] for t in batch("ddp_told_nothing"))
+    total = labels[..., 1:].numel() * (1 if own else WORLD)
+    for micro in zip(ids, mask, labels, strict=True):
+        model(micro[0], attention_mask=micro[1], labels=micro[2], num_items_in_batch=torch.tensor(total))
+    return model.balance_window.so_far[1]
+
+
+def steps_until_stopped(rank: int, folder: Path) -> Tensor:
+    """Of a run of five steps in which the last rank alone is asked to stop."""
+    request = StopRequest()
+
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if rank == WORLD - 1 and state.global_step == 1:
+                request.signal = 2
+
+    ids = random_tokens(40, 12, seed=5)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "stopped"), max_steps=5, per_device_train_batch_size=2, use_cpu=True, logging_steps=1,
+        save_strategy="no", report_to=[], disable_tqdm=True, max_grad_norm=0.0, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = GQETrainer(
+        model=tiny_model(seed=3), args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        callbacks=[Ask(), StopWhenAsked(request)],
+    )  # fmt: skip
+    trainer.train()
+    return torch.tensor(trainer.state.global_step)
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     # for the Trainer, which looks for these though the process group is there already
@@ -143,6 +176,9 @@ def main(rank: int, folder: Path) -> None:
         torch.save(train_as_rank(case, rank), folder / f"{case}.{rank}.pt")
     for case in TRAINED:
         torch.save(train_by_trainer(case, 4, folder), folder / f"{case}.{rank}.pt")
+    facts = {"stopped": steps_until_stopped(rank, folder)}
+    facts |= {name: tokens_in_window(rank, name == "own") for name in ("own", "all")}
+    torch.save(facts, folder / f"facts.{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -187,6 +223,18 @@ def test_gqe_trainer_on_two_processes_trains_and_evaluates_as_on_one(case, rank,
     assert_same_tensors(actual, expected, **EXACT)
     for two, one in losses.values():
         torch.testing.assert_close(two, one, rtol=0, atol=1e-6)  # float32 means
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_both_processes_stop_where_one_is_asked_to(rank, folder):
+    assert torch.load(folder / f"facts.{rank}.pt")["stopped"] == 2
+    assert (folder / "stopped" / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+@pytest.mark.parametrize("counted", ["own", "all"])
+def test_the_balance_loss_spans_a_step_whether_its_labels_are_counted_over_ranks_or_by_each(rank, counted, folder):
+    assert torch.load(folder / f"facts.{rank}.pt")[counted] == MICRO_BATCHES * WORLD * ROWS * 12
 
 
 def test_a_rank_s_own_balance_loss_would_give_other_gradients():

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -292,6 +293,20 @@ def test_a_run_resumed_from_its_checkpoint_at_step_4_ends_bit_equal_to_one_witho
     assert callback(resumed, ZClipCallback).state() == callback(whole, ZClipCallback).state()
     assert callback(whole, ZClipCallback).clipped_steps > 0
     assert steps_timed(resumed) == steps_timed(whole) == 10
+
+
+def test_replicas_of_tensor_parallelism_count_once_in_the_logged_loss(tmp_path, monkeypatch):
+    alone = logged(run(tmp_path / "alone"), "lm_loss")
+    log, reduce = GQETrainer.log, Accelerator.reduce
+
+    def log_on_two(self, logs, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(GQETrainer, "get_tp_size", lambda self: 2)
+            patch.setattr(Accelerator, "reduce", lambda self, tensor, how: 2 * reduce(self, tensor, how))
+            log(self, logs, *args, **kwargs)
+
+    monkeypatch.setattr(GQETrainer, "log", log_on_two)
+    assert logged(run(tmp_path / "two"), "lm_loss") == pytest.approx(alone)
 
 
 def test_a_run_stopped_when_its_time_was_up_logs_the_same_means_as_one_without_a_break(tmp_path):
