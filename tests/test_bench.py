@@ -248,11 +248,27 @@ def test_each_call_has_as_many_timings():
 
 
 def test_peak_memory_is_what_a_call_takes_beyond_what_was_held():
-    held = torch.ones(20_000_000)  # 80 MB
-    peak = timing.peak_bytes(lambda: (held[:10_000_000] + 1).sum(), "cpu")
-    if peak is None:
-        pytest.skip("this system doesn't tell a process its peak memory")
-    assert 35e6 < peak < 60e6
+    held = torch.ones(1_000_000)
+    assert timing.peak_bytes(lambda: (held[:500_000] + 1).sum(), "cpu") == pytest.approx(2e6, abs=1e3)
+    assert timing.peak_bytes(lambda: held.sum(), "cpu") < 1e3
+    assert timing.peak_bytes(lambda: (held + 1, held + 2), "cpu") == pytest.approx(8e6, abs=1e3)
+
+
+def test_peak_memory_of_training_counts_the_gradients():
+    layer = Layer(SMALL, "dense", "cpu", 128)
+    weights = sum(4 * p.numel() for p in layer.module.parameters())
+    inputs = 4 * 64 * 64
+    assert timing.peak_bytes(layer.train(1, 64), "cpu") > weights + inputs
+
+
+@pytest.mark.parametrize("kind", ["prefill", "train"])
+def test_gqe_takes_no_more_memory_than_dense(kind):
+    """At the paper's proportions, with D = N * d."""
+    settings = replace(SMALL, dtype="bfloat16", hidden_size=128, num_attention_heads=16, num_key_value_heads=8)
+    dense, gqe = (
+        timing.peak_bytes(getattr(Layer(settings, arm, "cpu", 2048), kind)(1, 2048), "cpu") for arm in ("dense", "gqe")
+    )
+    assert gqe < dense
 
 
 def test_uniform_routing_wakes_every_expert_as_often():

@@ -129,6 +129,24 @@ def test_the_router_compiles_once_for_all_lengths_and_exports(dtype):
     assert exported.module()(x).shape == (6000, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_has_the_gradients_of_a_float32_copy_and_keeps_none(dtype):
+    torch.manual_seed(0)
+    router = GQEAttention(24, 8, 2, head_dim=4).router
+    x, cotangent = torch.randn(3, 400, 24).to(dtype), torch.randn(1200, 8)
+    kept = []
+    gradients = {}
+    for plain in (True, False):
+        own = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            logits = router(own) if not plain else nn.functional.linear(own.flatten(0, 1).float(), router.weight)
+            kept = kept if not plain else []
+        gradients[plain] = torch.autograd.grad(logits, [own, router.weight], cotangent)
+    torch.testing.assert_close(gradients[False][0], gradients[True][0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[False][1], gradients[True][1], rtol=1e-5, atol=1e-4)
+    assert {t.dtype for t in kept if t.shape[0] == 1200} == {dtype}
+
+
 def test_counts_of_any_integer_type_make_the_same_layer():
     layer = GQEAttention(64, np.int64(8), np.int64(4), np.int64(1), np.int64(8))
     assert {type(n) for n in (layer.num_query_experts, layer.num_kv_heads, layer.top_k, layer.head_dim)} == {int}

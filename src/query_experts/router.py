@@ -41,14 +41,43 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight.to(dtype)
-        # On a CPU piece by piece: a float32 copy of all of x goes through memory and back, for a product of no size.
-        # Not where it is compiled or exported: the number of pieces would become part of the graph.
-        piecewise = x.is_cpu and x.dtype != dtype and not torch.compiler.is_compiling()
-        pieces = x.flatten(0, 1).split(CPU_ROWS) if piecewise else (x.flatten(0, 1),)
+        rows, weight = x.flatten(0, 1), self.weight.to(dtype)
         with maybe_autocast(x.device.type, enabled=False):  # torch's own knows no meta device
-            logits = [F.linear(piece.to(dtype), weight) for piece in pieces]
+            if x.dtype == dtype or torch.compiler.is_compiling():  # a compiler sees for itself what is worth keeping
+                return F.linear(rows.to(dtype), weight)
+            return (WideningLinear.apply if torch.is_grad_enabled() else WideningLinear.forward)(rows, weight)
+
+
+class WideningLinear(torch.autograd.Function):
+    """rows [R, D] of a narrow dtype, weight [N, D] of a wide one -> rows @ weight.T [R, N], wide.
+
+    Keeps the narrow rows for the backward pass: a wide copy would be twice as large as the rows, in every layer. And
+    on a CPU it goes piece by piece, as the copy of all rows would go through memory and back for a product of no size.
+    """
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor) -> Tensor:
+        logits = [F.linear(piece.to(weight.dtype), weight) for piece in pieces_of(rows)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        of_rows = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_rows = torch.cat([(piece @ weight).to(rows.dtype) for piece in pieces_of(gradient)])
+        if ctx.needs_input_grad[1]:
+            pairs = zip(pieces_of(gradient), pieces_of(rows), strict=True)
+            of_weight = torch.stack([ours.mT @ piece.to(weight.dtype) for ours, piece in pairs]).sum(0)
+        return of_rows, of_weight
+
+
+def pieces_of(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(CPU_ROWS) if rows.is_cpu else (rows,)
 
 
 def select_top_k(probs: Tensor, top_k: int) -> Tensor:

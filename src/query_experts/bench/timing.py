@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
-import sys
+import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 LEAST_SECONDS = 0.02  # a shorter call is repeated within one timing
 MOST_LOOPS = 1000
@@ -43,27 +42,21 @@ def _seconds(call: Call, loops: int, synchronise: Call) -> float:
     return (time.perf_counter() - started) / loops
 
 
-def peak_bytes(call: Call, device: str) -> int | None:
-    """Bytes that one call takes beyond what was held before it; None where the system doesn't tell."""
+def peak_bytes(call: Call, device: str) -> int:
+    """Bytes of tensors, scratch space of torch's kernels included, that one call holds at most beyond those before it.
+
+    On a CPU as torch's profiler records every allocation: what the process takes from the system depends on what the
+    allocator has kept from earlier calls.
+    """
     call()
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - held
-    if device != "cpu" or not sys.platform.startswith("linux"):
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    held = _status_bytes("VmRSS")
-    call()
-    return max(0, _status_bytes("VmHWM") - held)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())), default=0)
