@@ -148,8 +148,13 @@ class GQEAttention(nn.Module):
     dropout: on the attention weights, in training.
     attn_implementation: `sdpa`, `eager` or `flex_attention`.
 
+    fused_decode, an attribute of the class and of each layer: single tokens are decoded by a Triton kernel. Off, since
+    that has been tested in Triton's interpreter and not been timed on a GPU yet.
+
     Raises ValueError for a layout that can't be built.
     """
+
+    fused_decode = False
 
     def __init__(
         self,
@@ -325,6 +330,13 @@ class GQEAttention(nn.Module):
         visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1
         dropout = self.dropout if self.training else 0.0
         if visible and decodes_in_one_read(self, query.shape[2], past_key_values):
+            if self.fused_decode and query.shape[2] == 1 and self._may_fuse(mask, query, key, dropout):
+                from query_experts.ops.fused_decode import fused_decode  # needs triton
+
+                routed, shared = fused_decode(
+                    routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling
+                )
+                return routed.permute(0, 3, 1, 2, 4), shared, None
             routed, shared, weights = shared_decode(
                 routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling, dropout
             )
@@ -351,6 +363,12 @@ class GQEAttention(nn.Module):
         routed, _ = self.routed_heads(routed_query, key, value, mask, **kwargs)
         shared, _ = self.shared_head(shared_query, shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
         return routed.unflatten(2, (G, k)), shared.squeeze(2), None
+
+    def _may_fuse(self, mask: Tensor | None, query: Tensor, key: Tensor, dropout: float) -> bool:
+        """Whether nothing is wanted of decoding that the kernel doesn't give: gradients, weights, float64."""
+        graded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+        plain = self.config._attn_implementation == "eager" or query.dtype == torch.float64 or dropout > 0
+        return not (graded or plain) and (mask is None or mask.dtype == torch.bool)
 
     def combine(self, routed: Tensor, shared: Tensor | None, routing: Routing) -> Tensor:
         """The rows that W_O takes, [B, T, (G*k or N, + 2) * d]: hard slots, the weighted slot, the shared head."""
