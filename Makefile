@@ -7,11 +7,12 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 
 OLDEST_TORCH ?= 2.11.0
 
-.PHONY: help compare bench test test-oldest test-transformers lint format clean
+.PHONY: help compare bench gpu test test-oldest test-transformers lint format clean
 
 help:
 	@echo "make compare            train dense, static and gqe on this machine and report (ARGS='--preset small ...')"
 	@echo "make bench              time prefill, decoding and training against stock Llama (ARGS='--preset ...')"
+	@echo "make gpu                under ten minutes on a GPU: its tests and the sweep (ARGS=--dry: on a CPU, tiny)"
 	@echo "make test               linter, type checker, tests"
 	@echo "make test-oldest        the tests on the oldest versions that are supported, in an environment of their own"
 	@echo "make test-transformers  Transformers' own common model tests against ours"
@@ -22,6 +23,9 @@ compare: $(VENV)/.installed-study
 
 bench: $(VENV)/.installed-study
 	$(BIN)/query-experts bench $(ARGS)
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

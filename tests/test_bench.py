@@ -1,11 +1,13 @@
 """The benchmark of speed: its predictions against counted work, its gate, its calls, and a whole tiny run."""
 
 import functools
+import importlib.util
 import json
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from query_experts.bench.settings import SUITES, BenchSettings
 from query_experts.bench.subjects import Layer, Model
 from query_experts.cli import main
 from query_experts.errors import SettingError
+from query_experts.options import parse_settings
 from study_helpers import quiet, said
 
 SMALL = BenchSettings(
@@ -96,7 +99,7 @@ def test_predictions_are_ratios_of_work():
 def test_the_gate_passes_what_is_right(arm):
     for dtype in ("float32", "bfloat16"):
         settings = replace(SMALL, dtype=dtype)
-        checks = list(check_layer(Layer(settings, arm, "cpu", 1024), arm))
+        checks = list(check_layer(Layer(settings, arm, "cpu", 1024), arm, SUITES))
         whats = [check.what for check in checks]
         assert whats[:4] == ["prefill", "a chunk", "decoding, dynamic cache", "decoding, static cache"]
         assert {"the gradient of x", "the gradient of q_proj.weight"} <= set(whats)
@@ -141,7 +144,12 @@ def spoilt_where(condition):
 )
 def test_the_gate_looks_at_every_path_that_is_timed(monkeypatch, what, condition):
     monkeypatch.setattr(GQEAttention, "route_and_attend", spoilt_where(condition))
-    assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe") if not c.passed] == [what]
+    assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", SUITES) if not c.passed] == [what]
+
+
+def test_the_gate_looks_at_no_more_than_is_timed():
+    for suites, whats in {("prefill",): ["prefill"], ("model", "chunk"): ["prefill", "a chunk"]}.items():
+        assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", suites)] == whats
 
 
 def test_the_gate_looks_at_gradients(monkeypatch):
@@ -154,12 +162,12 @@ def test_the_gate_looks_at_gradients(monkeypatch):
     monkeypatch.setattr(GQEAttention, "select", without_gradient)
     layer = Layer(SMALL, "gqe", "cpu", 1024)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        list(check_layer(layer, "gqe"))
+        list(check_layer(layer, "gqe", SUITES))
 
 
 def test_the_gate_looks_at_the_choice_of_experts(monkeypatch):
     monkeypatch.setattr(attention, "select_top_k", lambda probs, k: probs.argmin(-1, keepdim=True))
-    assert not next(iter(check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe"))).passed
+    assert not next(iter(check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", SUITES))).passed
 
 
 def test_the_gate_looks_at_gqe_where_its_parts_are_timed_alone(monkeypatch):
@@ -326,6 +334,7 @@ def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_j
         ({"attn_implementation": "nonsense"}, "attn_implementation is 'nonsense'; it must be one of"),
         ({"attn_implementation": "eager"}, "attn_implementation is 'eager'"),
         ({"compile": True}, "suites holds 'parts'"),
+        ({"sdpa_backend": "fast"}, "sdpa_backend is 'fast'; it must be flash, cudnn, efficient, math or none"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(changes, told):
@@ -343,3 +352,18 @@ def test_tables_fit_eighty_columns(tmp_path):
     lines = said(console).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
+
+
+def test_every_part_of_the_gpu_command_asks_for_what_bench_takes():
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu", path)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    suites = set()
+    for options in gpu.PARTS.values():
+        for argv in (["--device", "cpu", *options], gpu.dry(options)):
+            settings = parse_settings(BenchSettings, argv, prog="bench", about="", folder="recipes/bench", preset="cpu")
+            settings.check()
+            assert list(points_of(settings))
+        suites |= set(settings.suites)
+    assert suites == set(SUITES)

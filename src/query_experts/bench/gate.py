@@ -8,14 +8,14 @@ over the whole prompt at once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from query_experts.attention import GQEAttention
 from query_experts.bench.subjects import Layer
@@ -36,21 +36,25 @@ class Check:
     passed: bool
 
 
-def check_layer(layer: Layer, arm: str) -> Iterator[Check]:
-    """Every way in which the suites call a layer: prefill, chunks and decoding over both caches, training."""
+def check_layer(layer: Layer, arm: str, suites: Collection[str]) -> Iterator[Check]:
+    """Prefill, and every other way in which the suites call a layer: chunks, decoding over both caches, training."""
+    trains = not {"train", "model-train"}.isdisjoint(suites)
     x, cotangent = layer.hidden(2, LENGTH), layer.hidden(2, LENGTH + 1)[:, 1:]
     exact, exact_gradients = _forwards_and_back(_In(layer, torch.float64), x.double(), cotangent)
     plain, plain_gradients = _forwards_and_back(_In(layer, layer.dtype), x, cotangent)
-    ways = {
-        "prefill": (DynamicCache(config=layer.config), [LENGTH]),
-        "a chunk": (DynamicCache(config=layer.config), [LENGTH - 101, 101]),
-        "decoding, dynamic cache": (DynamicCache(config=layer.config), [LENGTH - 4, 3, 1]),
-        "decoding, static cache": (StaticCache(config=layer.config, max_cache_len=LENGTH + 7), [LENGTH - 3, 1, 1, 1]),
-    }
+    ways: dict[str, tuple[Cache, list[int]]] = {"prefill": (DynamicCache(config=layer.config), [LENGTH])}
+    if "chunk" in suites:
+        ways["a chunk"] = DynamicCache(config=layer.config), [LENGTH - 101, 101]
+    if "decode" in suites:
+        static = StaticCache(config=layer.config, max_cache_len=LENGTH + 7)
+        ways["decoding, dynamic cache"] = DynamicCache(config=layer.config), [LENGTH - 4, 3, 1]
+        ways["decoding, static cache"] = static, [LENGTH - 3, 1, 1, 1]
     for what, (cache, pieces) in ways.items():
         y = _fast(layer, x, cache, pieces)
         new = slice(pieces[0] if len(pieces) > 1 else 0, None)
         yield _compare(arm, what, y[:, new], plain[:, new], exact[:, new])
+    if not trains:
+        return
     arguments = layer.prepare(x, 0, None)
     _, gradients = _forwards_and_back(lambda x: layer.forward(x, **arguments)[0], x, cotangent, layer.module)
     for name, exact_gradient in exact_gradients.items():

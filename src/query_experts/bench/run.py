@@ -68,7 +68,7 @@ def bench(settings: BenchSettings, console: Console) -> None:
 
 def gate(settings: BenchSettings, device: str) -> list[Check]:
     arms = dict.fromkeys([*settings.arms, *(["gqe"] if "parts" in settings.suites else [])])
-    checks = [check for arm in arms for check in check_layer(Layer(settings, arm, device, 1024), arm)]
+    checks = [check for arm in arms for check in check_layer(Layer(settings, arm, device, 1024), arm, settings.suites)]
     for check in checks:
         if not check.passed:
             raise SettingError(

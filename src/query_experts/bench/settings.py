@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from query_experts.configuration_gqe import GQEConfig
@@ -21,6 +23,12 @@ SUITES = {
     "model": "the whole model over a prompt, into an empty dynamic cache, logits of the last token",
     "model-train": "the whole model forwards and backwards",
 }
+SDPA_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 ARMS = ("dense", "static", "gqe", "gqe-expert", "gqe-m4", "half")
 
 
@@ -34,6 +42,8 @@ class BenchSettings:
     device: str = field("auto", "auto, cpu or cuda")
     dtype: str = field("bfloat16", "bfloat16, float16 or float32")
     attn_implementation: str = field("sdpa", "attention backend of all arms")
+    sdpa_backend: str | None = field(None, f"kernel of sdpa: {', '.join(SDPA_BACKENDS)}; none: torch chooses")
+    fused_decode: bool = field(False, "decode gqe's single tokens by its Triton kernel")
     compile: bool = field(False, "compile every call with torch.compile")
     repeats: int = field(7, "timings of each arm at each point, arms taking turns")
 
@@ -100,6 +110,10 @@ class BenchSettings:
                 f"attn_implementation is {self.attn_implementation!r}; it must be one of {', '.join(backends)} (eager, "
                 "the reference, forms the whole square of scores: its speed says nothing)"
             )
+        if self.sdpa_backend is not None and self.sdpa_backend not in SDPA_BACKENDS:
+            raise SettingError(f"sdpa_backend is {self.sdpa_backend!r}; it must be {', '.join(SDPA_BACKENDS)} or none")
+        if self.fused_decode and importlib.util.find_spec("triton") is None:
+            raise SettingError("fused_decode is True, which needs triton; pip install triton, or leave it False")
         if self.compile and "parts" in self.suites:
             raise SettingError(
                 "suites holds 'parts', which times a layer's stages by themselves; with compile it can't"

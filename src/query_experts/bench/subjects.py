@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from query_experts.attention import decodes_in_one_read
-from query_experts.bench.settings import BenchSettings
+from query_experts.attention import GQEAttention, decodes_in_one_read
+from query_experts.bench.settings import SDPA_BACKENDS, BenchSettings
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.masks import causal_mask
 from query_experts.modeling_gqe import GQESelfAttention
@@ -29,12 +30,27 @@ MOST_SHAPES = 64  # that one compiled subject meets, in the gate above all
 Call = Callable[[], Any]
 
 
-def compiled(module: nn.Module) -> Any:
-    """Afresh for each subject. Dynamo counts recompilations by class, and past its limit would silently run eager."""
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.reset()
-    return torch.compile(module, dynamic=False)
+def as_called(module: nn.Module, settings: BenchSettings) -> Any:
+    """The module's forward with the kernels that are asked for, compiled if that is."""
+    forward: Any = module
+    for part in module.modules():
+        if isinstance(part, GQEAttention):
+            part.fused_decode = settings.fused_decode
+    if settings.compile:
+        # afresh: Dynamo counts recompilations by class, and past its limit would silently run eager
+        torch._dynamo.config.recompile_limit = MOST_SHAPES
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        torch._dynamo.reset()
+        forward = torch.compile(module, dynamic=False)
+    if settings.sdpa_backend is None:
+        return forward
+    kernel = SDPA_BACKENDS[settings.sdpa_backend]
+
+    def with_kernel(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(kernel):
+            return forward(*args, **kwargs)
+
+    return with_kernel
 
 
 class Layer:
@@ -48,7 +64,7 @@ class Layer:
         initialise_by_name(self.module, SEED, std=self.config.hidden_size**-0.5)  # outputs of order 1
         self.module.to(device, self.dtype).eval()
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
-        self.forward = compiled(self.module) if settings.compile else self.module
+        self.forward = as_called(self.module, settings)
 
     def hidden(self, batch: int, length: int) -> Tensor:
         """Normalised hidden states [B, T, D], the same for every arm."""
@@ -126,7 +142,7 @@ class Model:
             self.module: PreTrainedModel = build(self.config).to(settings.torch_dtype)
         self.module.set_attn_implementation(settings.attn_implementation)
         initialise_by_name(self.module, SEED, self.config.initializer_range)
-        self.forward = compiled(self.module) if settings.compile else self.module
+        self.forward = as_called(self.module, settings)
 
     def tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)
