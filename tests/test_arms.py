@@ -118,6 +118,6 @@ def test_the_routers_coefficients_reach_every_arm_with_a_router():
 
 
 def test_an_unknown_arm_is_refused_with_what_is_allowed():
-    with pytest.raises(SettingError, match=r"arms holds 'sparse'; allowed are dense, static, half") as caught:
+    with pytest.raises(SettingError, match=r"arm is 'sparse'; it must be one of dense, static, half") as caught:
         arm_config("sparse", SIZE)
     assert all(arm in str(caught.value) for arm in ARMS)

@@ -116,7 +116,7 @@ def test_a_learning_rate_with_which_the_loss_diverges_is_named_with_what_it_held
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": ["dense", "sparse"]}, ["arms", "'sparse'", "gqe-m4"]),
+        ({"arms": ["dense", "sparse"]}, ["arm is ", "'sparse'", "gqe-m4"]),
         ({"arms": ["gqe", "gqe"]}, ["arms", "['gqe', 'gqe']", "once"]),
         ({"seeds": [0, 0]}, ["seeds", "[0, 0]", "once"]),
         ({"seeds": [-1]}, ["seeds", "-1"]),
@@ -159,7 +159,7 @@ def test_a_tokenizer_with_more_tokens_than_the_vocabulary_is_refused(tmp_path, t
 def test_a_recipe_that_cannot_be_used_is_named(tmp_path, text, refused):
     recipe = tmp_path / "recipe.yaml"
     argv = ["train", "--out", tmp_path / "out", "--data", text, "--recipe", recipe]
-    refused(argv, "recipe", "recipe.yaml", "No such file")
+    refused(argv, "recipe", "recipe.yaml", "doesn't exist")
     for content, *words in (
         ("stepz: 3\n", "'stepz'", "steps"),
         ("1: 3\n", "sets 1"),
@@ -320,7 +320,7 @@ def test_as_a_process_a_refusal_is_one_line_without_a_traceback(tmp_path, text):
     argv = options("train", tmp_path / "out", text, arm="sparse")
     done = subprocess.run([sys.executable, "-m", "query_experts.cli", *map(str, argv)], capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"query-experts: arms holds 'sparse'; [^\n]*\n", done.stderr)
+    assert re.fullmatch(r"query-experts: arm is 'sparse'; [^\n]*\n", done.stderr)
     assert done.stdout == ""
 
 

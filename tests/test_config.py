@@ -107,6 +107,15 @@ def test_counts_may_be_any_whole_numbers_and_nothing_else():
             GQEAttention(64, bad, 4)
     with pytest.raises((StrictDataclassError, ValueError), match="num_attention_heads"):
         GQEConfig(num_attention_heads=0)
+    for name in ("hidden_size", "num_query_experts", "num_kv_heads"):
+        with pytest.raises(ValueError, match=rf"{name}( \(\w+\))? is -1; it must be 1 or more"):
+            GQEAttention(**{"hidden_size": 64, "num_query_experts": 8, "num_kv_heads": 4, name: -1})
+
+
+def test_the_layer_s_names_of_the_configuration_s_fields_are_refused_naming_those():
+    for name, field in (("top_k", "active_query_experts"), ("num_query_experts", "num_attention_heads")):
+        with pytest.raises(ValueError, match=f"{name} is 2; in GQEConfig this field is called {field}"):
+            GQEConfig(**{name: 2})
 
 
 def test_dropout_must_be_a_share():

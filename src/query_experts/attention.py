@@ -51,6 +51,7 @@ class Routing:
 
 
 def check_layout(
+    hidden_size: int,
     num_query_experts: int,
     num_kv_heads: int,
     top_k: int,
@@ -70,17 +71,21 @@ def check_layout(
     ):
         if held not in allowed:
             raise ValueError(f"{name} is {held!r}; it must be one of {', '.join(allowed)}")
-    for name, count in (
-        ("num_query_experts (num_attention_heads)", num_query_experts),
-        ("num_kv_heads (num_key_value_heads)", num_kv_heads),
-        ("top_k (active_query_experts)", top_k),
-        ("head_dim", head_dim),
-    ):
-        if not isinstance(count, Integral):
+    counts = {
+        "hidden_size": hidden_size,
+        "num_query_experts (num_attention_heads)": num_query_experts,
+        "num_kv_heads (num_key_value_heads)": num_kv_heads,
+        "head_dim": head_dim,
+    }
+    for name, count in [*counts.items(), ("top_k (active_query_experts)", top_k)]:
+        if not isinstance(count, Integral) or isinstance(count, bool):
             raise ValueError(f"{name} is {count!r}; it must be a whole number")
-    if num_kv_heads < 1 or num_query_experts < 1 or num_query_experts % num_kv_heads:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}; it must be 1 or more")
+    if num_query_experts % num_kv_heads:
         raise ValueError(
-            f"num_query_experts (num_attention_heads) is {num_query_experts}; it must be a positive multiple of "
+            f"num_query_experts (num_attention_heads) is {num_query_experts}; it must be a multiple of "
             f"num_kv_heads (num_key_value_heads), {num_kv_heads}"
         )
     experts_per_group = num_query_experts // num_kv_heads
@@ -93,8 +98,6 @@ def check_layout(
             f"routing is 'none' and top_k (active_query_experts) {top_k} of {experts_per_group} experts in a group; "
             f"without a router it must be all of them"
         )
-    if head_dim < 1:
-        raise ValueError(f"head_dim is {head_dim}; it must be 1 or more")
     if rope and head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary position embedding needs an even number")
 
@@ -177,7 +180,7 @@ class GQEAttention(nn.Module):
     ):
         super().__init__()
         if head_dim is None:
-            countable = isinstance(num_query_experts, Integral) and num_query_experts > 0
+            countable = all(isinstance(n, Integral) and n > 0 for n in (hidden_size, num_query_experts))
             if countable and hidden_size % num_query_experts:
                 raise ValueError(
                     f"hidden_size is {hidden_size}; without head_dim it must be a multiple of num_query_experts, "
@@ -187,7 +190,7 @@ class GQEAttention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be 0 or more and below 1")
         check_layout(
-            num_query_experts, num_kv_heads, top_k, head_dim, rope_theta is not None,
+            hidden_size, num_query_experts, num_kv_heads, top_k, head_dim, rope_theta is not None,
             variant, output_projection, routing, shared_head_kv,
         )  # fmt: skip
         if _config is None and attn_implementation not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):

@@ -215,7 +215,7 @@ class StopRequest:
                 return
             self.signal = number
             with suppress(OSError):  # Ctrl-C ends the other programs of a pipe as well
-                print("\nSaving at the next log, then stopping; once more stops at once.", file=sys.stderr)
+                print("\nSaving within a few steps, then stopping; once more stops at once.", file=sys.stderr)
 
         for number, handler in before.items():
             if handler != signal.SIG_IGN:

@@ -6,6 +6,7 @@ line has the last word. A setting that can't be used ends in one sentence and ex
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import sys
@@ -120,12 +121,15 @@ def run_bench(argv: list[str]) -> int:
 def run_generate(argv: list[str]) -> int:
     from query_experts.options import Options
 
-    parser = Options(prog="query-experts generate", description=COMMANDS["generate"])
+    parser = Options(
+        prog="query-experts generate", description=COMMANDS["generate"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("checkpoint", help="folder of a GQE checkpoint, with its tokenizer")
     parser.add_argument("--prompt", default="def ", help="text to go on from")
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=100)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=100, help="length of the text")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     options = parser.parse_args(argv)
 
@@ -149,8 +153,12 @@ def run_report(argv: list[str]) -> int:
 
     from query_experts.study.report import print_summary, write_report
 
+    console = Console()
     source = folder / "comparison.json"
-    wanted = f"folder is {folder}; it must hold the comparison.json that compare wrote"
+    wanted = (
+        f"folder is {folder}; it must hold comparison.json as compare wrote it, and the same compare command writes it "
+        "again"
+    )
     try:
         comparison = json.loads(source.read_text(encoding="utf-8"))
         finished = len(comparison["runs"])
@@ -162,7 +170,7 @@ def run_report(argv: list[str]) -> int:
         raise SettingError(wanted) from error
     if not finished:
         raise SettingError(f"folder is {folder}, in which no run has finished yet; it must hold one")
-    print_summary(comparison, Console())
+    print_summary(comparison, console)
     print(f"Page: {page}")
     return 0
 

@@ -10,6 +10,12 @@ from transformers import LlamaConfig
 
 from query_experts.attention import check_layout
 
+LAYERS_NAMES = {
+    "num_query_experts": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "top_k": "active_query_experts",
+}
+
 
 @strict
 class GQEConfig(LlamaConfig):
@@ -44,8 +50,12 @@ class GQEConfig(LlamaConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_attention_heads < 1:
-            raise ValueError(f"num_attention_heads is {self.num_attention_heads}; it must be 1 or more")
+        for name, field in LAYERS_NAMES.items():
+            if name in kwargs:  # which would be kept as a field of no meaning
+                raise ValueError(f"{name} is {kwargs[name]!r}; in GQEConfig this field is called {field}")
+        for name in ("hidden_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}; without head_dim it must be a multiple of num_attention_heads, "
@@ -56,8 +66,8 @@ class GQEConfig(LlamaConfig):
     def validate_architecture(self) -> None:
         """Part of strict validation. `hidden_size` need not be a multiple of N where `head_dim` is given."""
         check_layout(
-            self.num_attention_heads, self.num_key_value_heads, self.active_query_experts, self.head_dim, True,
-            self.variant, self.output_projection, self.routing, self.shared_head_kv,
+            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.active_query_experts,
+            self.head_dim, True, self.variant, self.output_projection, self.routing, self.shared_head_kv,
         )  # fmt: skip
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:

@@ -48,6 +48,7 @@ def generate(
 def load_checkpoint(folder: Path) -> tuple[GQEForCausalLM, AutoTokenizer]:
     """Model and tokenizer of a checkpoint folder. Raises SettingError if it isn't a GQE checkpoint."""
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     if not (folder / "config.json").is_file():
         raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a GQE checkpoint's folder")
     try:

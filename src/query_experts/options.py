@@ -50,7 +50,7 @@ def parse_settings(
     results go to `runs/PRESET`, if nothing else is said. Raises SettingError for what can't be understood.
     """
     known = presets(folder)
-    parser = SettingsOptions(kind, prog=prog, description=about)
+    parser = SettingsOptions(kind, prog=prog, description=about, allow_abbrev=False)
     parser.add_argument("--preset", default=preset, help=f"one of {', '.join(sorted(known))}")
     parser.add_argument("--recipe", help="a YAML file of settings, over the preset's")
     names, optional = {f.name for f in fields(kind)}, optional_fields(kind)  # type: ignore[arg-type]
@@ -126,6 +126,8 @@ def read_recipe(path: Any, allowed: set[str]) -> dict[str, Any]:
     """The settings in a YAML file. Raises SettingError for a file that holds none, or one that doesn't exist."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingError(f"recipe is {path}, which doesn't exist; it must be a YAML file of settings") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingError(f"recipe is {path}, which can't be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):

@@ -35,6 +35,11 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         if points:
             _print(_parts_table(points) if suite == "parts" else _speed_table(points), f"{suite}: {about}", console)
             console.print()
+    console.print(
+        "speed: against dense, the median of repeats and their range; predicted: by costs.py, from bytes in decoding "
+        "and FLOPs elsewhere; share: speed over predicted; peak: bytes of tensors that a call holds at most.",
+        style="italic dim",
+    )
 
 
 def _print(rows: list[list[str]], title: str, console: Console) -> None:
@@ -70,7 +75,7 @@ def _speed_table(points: list[dict[str, Any]]) -> list[list[str]]:
                 predicted = point["predicted"][arm]
                 row += [f"{text.times(median)}\n{low:.2f} to {high:.2f}", text.times(predicted)]
                 row += [f"{median / predicted:.0%}"]
-            rows.append([*row, text.MISSING if peak is None else f"{peak / 1e6:,.0f} MB"])
+            rows.append([*row, text.MISSING if peak is None else f"{text.short(peak)}B"])
     return rows
 
 

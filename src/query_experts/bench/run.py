@@ -60,6 +60,7 @@ def bench(settings: BenchSettings, console: Console) -> None:
             result["points"].append(measure(point, settings, device))
             write_json(out, result)
             bar.update()
+    console.print(f"{len(checks)} checks against float64 passed.")
     print_tables(result, console)
     plots = write_plot(result, Path(settings.out))
     console.print(Text("   ".join([f"Numbers: {out}", *(f"Plot: {plot}" for plot in plots[-1:])])))
@@ -68,7 +69,15 @@ def bench(settings: BenchSettings, console: Console) -> None:
 
 def gate(settings: BenchSettings, device: str) -> list[Check]:
     arms = dict.fromkeys([*settings.arms, *(["gqe"] if "parts" in settings.suites else [])])
-    checks = [check for arm in arms for check in check_layer(Layer(settings, arm, device, 1024), arm, settings.suites)]
+    try:
+        checks = [
+            check for arm in arms for check in check_layer(Layer(settings, arm, device, 1024), arm, settings.suites)
+        ]
+    except (ImportError, NotImplementedError) as error:
+        raise SettingError(
+            f"attn_implementation is {settings.attn_implementation!r}, which can't do what suites asks for on {device} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     for check in checks:
         if not check.passed:
             raise SettingError(

@@ -71,7 +71,7 @@ def arm_config(arm: str, size: ModelSize) -> LlamaConfig:
             return GQEConfig(**shape | router | {"num_attention_heads": 2 * size.num_attention_heads})
         case "gqe-expert":
             return GQEConfig(**shape, **router, output_projection="expert")
-    raise SettingError(f"arms holds {arm!r}; allowed are {', '.join(ARMS)}")
+    raise SettingError(f"arm is {arm!r}; it must be one of {', '.join(ARMS)}")
 
 
 def build(config: LlamaConfig) -> PreTrainedModel:

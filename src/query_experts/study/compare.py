@@ -21,7 +21,7 @@ from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
-from query_experts.study.report import print_summary, verdict, write_report
+from query_experts.study.report import print_summary, write_report
 from query_experts.study.report.text import ARMS, plural
 from query_experts.study.run import held_out, read_result, stop_after, train_arm, trained_on
 from query_experts.study.settings import (
@@ -67,8 +67,6 @@ def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
     if not timed:
         return stopped(settings, stop, console)
     print_summary(comparison, console)
-    for sentence in verdict(comparison):
-        console.print(Text(f"- {sentence}"))
     took = f"({time.monotonic() - started:.0f} s)"
     console.print(Text(f"Page: {out / 'report.html'}   Numbers: {out / 'comparison.json'}   {took}"))
     return True
@@ -192,7 +190,8 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     console.print(
         Text(
             f"Data: {', '.join(info['source'])}{limit}: {plural(info['train_documents'], 'document')}, "
-            f"{info['train_tokens']:,} tokens to train on, {info['validation_tokens']:,} held out"
+            f"{info['train_tokens']:,} tokens to train on, {info['validation_tokens']:,} held out "
+            f"({info['validation']})"
         )
     )
     if info["skipped_files"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -59,7 +60,7 @@ def kept_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path
     timed = [seconds.get(str(length), {}) for length in settings.prefill_lengths]
     if not any(timed):
         return None
-    configs = {arm: AutoConfig.from_pretrained(folder) for arm, folder in folders.items()}
+    configs = {arm: read(AutoConfig, folder) for arm, folder in folders.items()}
     dense = configs.get("dense")
     return {
         "lengths": settings.prefill_lengths,
@@ -115,14 +116,19 @@ def time_in_turn(
 
 
 def load(folder: Path, settings: CompareSettings) -> PreTrainedModel:
+    model = read(AutoModelForCausalLM, folder, dtype=getattr(torch, settings.dtype))
+    return model.to(resolve_device(settings.device)).eval()
+
+
+def read(kind: Any, folder: Path, **options: Any) -> Any:
+    """A trained model, or its configuration. Raises SettingError for one that is damaged."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
-    except (OSError, ValueError, SafetensorError) as error:
+        return kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise SettingError(
             f"out holds the trained model {folder}, which can't be loaded ({error}); delete the folder that holds it, "
             "and that run is trained again"
         ) from error
-    return model.to(resolve_device(settings.device)).eval()
 
 
 def prefill_seconds(model: PreTrainedModel, prompt: torch.Tensor) -> float:

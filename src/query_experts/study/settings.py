@@ -198,9 +198,15 @@ def fingerprint(settings: RunSettings) -> dict[str, Any]:
     return kept | {"device": resolve_device(settings.device), "arm and seed": one}
 
 
+def _change(name: str, before: Any, now: Any) -> str:
+    if name == "data_hash":
+        return f"data holds other text, whose tokens' hash was {str(before)[:12]}, now {str(now)[:12]}"
+    return f"{name} was {before!r}, now {now!r}"
+
+
 def refuse_change(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Raises SettingError naming each setting with which the results in the folder were made differently."""
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
-        listing = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
+        listing = "; ".join(_change(name, before.get(name), now.get(name)) for name in changed)
         raise SettingError(f"out is {folder}, which holds a run with other settings ({listing}); use another folder")

@@ -51,7 +51,7 @@ __all__ = [
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
-    """Print the tables and what is missing; fits 80 columns, where seeds wrap below one another."""
+    """Print the tables, the verdict and what is missing; fits 80 columns, where seeds wrap below one another."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -70,6 +70,8 @@ def print_summary(comparison: Comparison, console: Console) -> None:
         console.print()
     for line in missing_parts(comparison):
         console.print(Text(f"Missing: {line}", style="yellow"))
+    for sentence in verdict(comparison):
+        console.print(Text(f"- {sentence}"))
 
 
 def write_plots(comparison: Comparison, folder: Path) -> list[Path]:

@@ -60,8 +60,8 @@ def loss_figure(by_arm: Mapping[str, Sequence[Run]]) -> Figure | None:
         _tidy(axes)
         axes.set_title(title, fontsize=9.5, color=INK, loc="left")
         axes.set_ylabel("language-model loss")
+        axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(lambda value, _: text.short(value) if value else "0")
-    panels[-1].set_xlabel("training tokens")
     for arm, run in runs:
         look = _look(arm)
         _plot(panels[0], smooth(curve(run, "train_curve")), linestyle=styles[run["seed"]], linewidth=1.1, **look)
@@ -151,7 +151,7 @@ def _loss_legend(figure: Figure, arms: Sequence[str], styles: Mapping[int, Any],
     figure.legend(
         handles=entries,
         loc="outside lower center",
-        ncols=4,
+        ncols=min(len(entries), 6),
         frameon=False,
         fontsize=9,
         labelcolor=INK,

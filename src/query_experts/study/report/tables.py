@@ -75,8 +75,9 @@ def _cost(comparison: Comparison, rows: list[Row]) -> Table:
         speed += "; runs were trained on different hardware, so their speeds don't compare"
     return Table(
         title="Cost",
-        note="Active: used by one token. FLOPs: what a token needs in a forward pass at the training "
-        f"length, without queries that are computed and discarded. KV bytes: cache a token. {speed}.",
+        note="Active: used by one token; of dense's query heads, the shared head counted among them. FLOPs: what a "
+        "token needs in a forward pass at the training length, without queries that are computed and discarded. KV "
+        f"bytes: cache a token. {speed}.",
         head=[
             "arm", "total params", "active params", "active heads", "active FLOPs a token", "KV bytes a token",
             "training tokens/s",
@@ -106,6 +107,8 @@ def _prefill(comparison: Comparison, rows: list[Row]) -> Table:
     return Table(
         title="Prefill speed against dense",
         note=f"Times as fast as dense: {spread} the arm's own {'median ' * (repeats > 1)}time. "
+        + "Ratios are taken within a repeat, so where a machine's speed varies, the median is not that of the times. "
+        * (repeats > 1)
         + f"Disturbed: a repeat took over {SLOWED:g} times as long as another of the same arm. " * disturbed
         + "Limit: the ratio of attention heads, N/(kG+1) for gqe, which attention alone could reach.",
         head=["arm", *(f"{text.length_name(length)} tokens" for length in lengths), "limit"],

@@ -30,6 +30,7 @@ TOKENS_PER_PARAMETER = 20  # about compute-optimal training (arXiv 2203.15556)
 SAME_SPEED = 0.03
 FEW_HELD_OUT = 20_000  # tokens
 SEEN_AGAIN = 4  # epochs, up to which repeated text is about as good as new (arXiv 2305.16264)
+BUSY = "runs follow one another, so other work on the machine shows in this"
 CONTROLS = (*BASELINES, "half", "frozen")
 PAPER = "the paper's 250M parameters and 30B tokens"
 
@@ -53,7 +54,13 @@ def verdict_by_topic(comparison: Comparison) -> dict[str, list[str]]:
         "How sure": [*_certainty(comparison, rows)],
         "Speed": [*_speed(comparison, rows)],
         "Routing": [*_dead_experts(comparison)],
-        "What limits this": [*_sizes(rows), *_scale(comparison), *_text(comparison), *_incomplete(comparison)],
+        "What limits this": [
+            *_left_out(comparison),
+            *_sizes(rows),
+            *_scale(comparison),
+            *_text(comparison),
+            *_incomplete(comparison),
+        ],
     }
     return {topic: lines for topic, lines in topics.items() if lines}
 
@@ -188,7 +195,7 @@ def _certainty(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
     if spreads[arm] >= between:
         yield line + f"the arms' means differ by {between:.4f} at most. Go by paired differences, not means."
     else:
-        yield line + f"the arms' means lie up to {between:.4f} apart, which says nothing of any one pair."
+        yield line + f"the arms' means differ by up to {between:.4f}, more than that. Still go by paired differences."
 
 
 def _lowest(rows: dict[str, Row]) -> Iterator[str]:
@@ -199,7 +206,8 @@ def _lowest(rows: dict[str, Row]) -> Iterator[str]:
     best = text.listed([arm for arm, mean in means.items() if not sign(mean - lowest)])
     seeds = {frozenset(row.losses) for row in rows.values() if row.losses}
     tail = "" if len(seeds) == 1 else ", but the arms' means are over different seeds"
-    yield f"The lowest mean validation loss is that of {best} ({lowest:.4f}){tail}."
+    mean = "mean " if any(len(row.losses) > 1 for row in rows.values()) else ""
+    yield f"The lowest {mean}validation loss is that of {best} ({lowest:.4f}){tail}."
 
 
 def _speed(comparison: Comparison, rows: dict[str, Row]) -> Iterator[str]:
@@ -226,11 +234,11 @@ def _training_speed(comparison: Comparison, arm: str) -> str:
     each = "tokens/s, seed by seed: " if len(changes) > 1 else "tokens/s: "
     listing = each + text.listed([f"{change:+.0%}".replace("-", text.MINUS) for change in changes])
     if max(abs(change) for change in changes) <= SAME_SPEED:
-        return f"In training, {arm} runs about as fast as dense ({listing})."
+        return f"In training, {arm} ran about as fast as dense ({listing}); {BUSY}."
     if min(changes) > 0 or max(changes) < 0:
         on = " on every seed" if len(changes) > 1 else ""
-        return f"In training, {arm} runs {_pace(changes[0])} than dense{on} ({listing})."
-    return f"In training, {arm} runs faster than dense on some seeds and slower on others ({listing})."
+        return f"In training, {arm} ran {_pace(changes[0])} than dense{on} ({listing}); {BUSY}."
+    return f"In training, {arm} ran faster than dense on some seeds and slower on others ({listing}); {BUSY}."
 
 
 def _pace(change: float) -> str:
@@ -259,6 +267,15 @@ def _prefill_sentence(comparison: Comparison, row: Row, length: int) -> str:
         line = f"{at} is not reliably faster or slower than dense ({text.times(speedup.median)}, {beside})"
     control = prefill_speedup(comparison, row.arm, length, base="static")
     return line + (f"; against static it runs at {text.times(control.median)}." if control else ".")
+
+
+def _left_out(comparison: Comparison) -> Iterator[str]:
+    """Baselines that nobody asked for."""
+    asked = {*((comparison.get("settings") or {}).get("arms") or ()), *runs_by_arm(comparison)}
+    for base in BASELINES:
+        if base not in asked:
+            reason = "the control without a router" if base == "static" else "the model with all heads on"
+            yield f"{base}, {reason}, was not asked for, so nothing is said against it."
 
 
 def _sizes(rows: dict[str, Row]) -> Iterator[str]:
