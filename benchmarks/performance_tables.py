@@ -1,0 +1,137 @@
+"""Puts the tables of docs/performance.md together from benchmarks/results/, and the plot of the layer into docs/plots/.
+
+python benchmarks/performance_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from query_experts import GQEConfig, costs
+from query_experts.bench.report import speedup, write_plot
+from query_experts.study.report import text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+SUITES = {  # table -> result file and suite
+    "prefill": ("bench-cpu", "prefill"),
+    "chunk": ("bench-cpu", "chunk"),
+    "train": ("bench-cpu", "train"),
+    "decode": ("bench-cpu-decode", "decode"),
+    "wide": ("bench-cpu-wide", "prefill"),
+    "model": ("bench-cpu-model", "model"),
+}
+LENGTHS = [2048, 8192, 32768, 131072]
+PAYS = 1.1
+SHAPES = {  # as their published configurations give them: D, N, G, d, F, layers, vocabulary, tied
+    "the paper's 250M": (1024, 16, 8, 64, 2816, 16, 32_000, False),
+    "SmolLM2-360M": (960, 15, 5, 64, 2560, 32, 49_152, True),
+    "Qwen3-0.6B": (1024, 16, 8, 128, 3072, 28, 151_936, True),
+    "Llama-3.2-1B": (2048, 32, 8, 64, 8192, 16, 128_256, True),
+    "Llama-3.1-8B": (4096, 32, 8, 128, 14_336, 32, 128_256, False),
+}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def speeds(name: str, suite: str) -> str:
+    """A row for each point and arm: dense's time, speed against it with its range, predicted, share, peak memory."""
+    rows = [["tokens", "arm", "time", "speed (range of repeats)", "predicted", "share of it", "peak memory"]]
+    for point in result(name)["points"]:
+        if point["suite"] != suite:
+            continue
+        place = text.length_name(point["length"])
+        if suite == "decode":
+            place += f", batch {point['batch']}, {point['cache']} cache"
+        for arm, seconds in point["seconds"].items():
+            row = [place if arm == "dense" else "", f"`{arm}`", text.duration(statistics.median(seconds))]
+            if arm == "dense":
+                row += [text.DASH] * 3
+            else:
+                median, low, high = speedup(point, arm)
+                expected = point["predicted"][arm]
+                row += [
+                    f"{text.times(median)} ({low:.2f} to {high:.2f})",
+                    text.times(expected),
+                    f"{median / expected:.0%}",
+                ]
+            rows.append([*row, f"{text.short(point['peak_bytes'][arm])}B"])
+    return markdown(rows)
+
+
+def parts() -> str:
+    """Median time of each stage of the gqe layer and its share of the whole layer."""
+    points = [point for point in result("bench-cpu")["points"] if point["suite"] == "parts"]
+    rows = [["stage", *(f"{text.length_name(point['length'])} tokens" for point in points)]]
+    for stage in points[0]["seconds"]:
+        cells = []
+        for point in points:
+            median, whole = (statistics.median(point["seconds"][name]) for name in (stage, "layer"))
+            cells.append(f"{text.duration(median)} ({median / whole:.1%})")
+        rows.append([stage, *cells])
+    return markdown(rows)
+
+
+def shapes() -> str:
+    """What FLOPs alone allow for whole models of known shapes, and from which length prefill gains a tenth."""
+    rows = [["shape", "N/(kG+1)", *(f"{text.length_name(n)} tokens" for n in LENGTHS), f"{PAYS:.1f}{text.TIMES} from"]]
+    for name, (D, N, G, d, F, layers, vocabulary, tied) in SHAPES.items():
+        shape = {"hidden_size": D, "num_attention_heads": N, "num_key_value_heads": G, "head_dim": d,
+                 "intermediate_size": F, "num_hidden_layers": layers, "vocab_size": vocabulary,
+                 "tie_word_embeddings": tied}  # fmt: skip
+        dense, gqe = LlamaConfig(**shape), GQEConfig(**shape)
+
+        def gain(length: int, dense: Any = dense, gqe: Any = gqe) -> float:
+            return costs.model_work(dense, 1, length).flops / costs.model_work(gqe, 1, length).flops
+
+        first = next(n for n in (2**power for power in range(8, 24)) if gain(n) >= PAYS)
+        limit = costs.attention_limit(gqe, dense)
+        rows.append([name, *map(text.times, [limit, *map(gain, LENGTHS)]), f"{text.length_name(first)} tokens"])
+    return markdown(rows)
+
+
+def where() -> str:
+    """Hardware, versions and repeats of each result file."""
+    rows = [["file", "hardware", "torch", "Transformers", "repeats", "date"]]
+    for name in sorted({file for file, _ in SUITES.values()}):
+        held, ran = result(name), result(name)["environment"]
+        link = f"[{name}.json](../benchmarks/results/{name}.json)"
+        rows.append(
+            [link, ran["hardware"], ran["torch"], ran["transformers"], str(held["settings"]["repeats"]), ran["date"]]
+        )
+    return markdown(rows)
+
+
+def filled(page: str) -> str:
+    """The page with every table anew."""
+    tables = {"parts": parts, "shapes": shapes, "where": where}
+
+    def table(match: re.Match) -> str:
+        name = match[2]
+        made = tables[name]() if name in tables else speeds(*SUITES[name])
+        return f"{match[1]}{made}\n{match[3]}"
+
+    return MARKED.sub(table, page)
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_plot(result("bench-cpu"), ROOT / "docs" / "plots")
+
+
+if __name__ == "__main__":
+    main()
