@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_helpers import new_cache, random_tokens, tiny_model
+from query_experts.attention import GQEAttention
 from query_experts.ops.shared_decode import shared_decode
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # values of order 1, sums of up to 111 products in float64
@@ -69,8 +70,8 @@ def test_it_equals_attention_over_the_mean_keys_and_values(shape, mask):
     for actual, expected in zip((routed, shared), by_definition(*inputs, visible, 0.37), strict=True):
         torch.testing.assert_close(actual, expected, **EXACT)
     B, G, k, T, S, _ = shape
-    assert weights.shape == (B, G * k + 1, T, S)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(B, G * k + 1, T).double(), **EXACT)
+    assert weights.shape == (B, G, k + 1, T, S)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(B, G, k + 1, T).double(), **EXACT)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -91,10 +92,9 @@ def test_a_query_that_sees_no_key_gives_zeros_and_finite_gradients(shape):
     inputs = tuple(t.requires_grad_() for t in draw(shape))
     visible = draw_mask("boolean", shape)
     visible[0, :, -1] = False
-    routed, shared, weights = shared_decode(*inputs, visible, 0.5)
+    routed, shared, _ = shared_decode(*inputs, visible, 0.5)
     assert not routed[0, ..., -1, :].any()
     assert not shared[0, -1].any()
-    assert not weights[0, :, -1].any()
     expected = by_definition(*inputs, visible, 0.5)
     torch.testing.assert_close((routed, shared), expected, **EXACT)
     for gradient in torch.autograd.grad([routed.sum(), shared.sum()], inputs):
@@ -176,3 +176,45 @@ def test_decoding_over_the_mean_the_plain_way_would_be_noticed():
     with NewTensors() as recorded:
         F.scaled_dot_product_attention(shared[:, None], key.mean(1, keepdim=True), value.mean(1, keepdim=True))
     assert max(recorded.sizes.values()) >= key[:, 0].numel() * key.element_size()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"variant": "hard_concat"}], ids=str)
+@torch.no_grad()
+def test_projecting_the_woken_alone_gives_the_queries_that_are_selected_from_all(options, bias):
+    torch.manual_seed(0)
+    layer = GQEAttention(24, 32, 2, head_dim=6, bias=bias, **options).double()
+    x = torch.randn(1, 1, 24, dtype=torch.float64)
+    routing = layer.route(x)
+    query, shared, key, value = layer.project(x)
+    expected = layer.select(query, shared, routing), key, value
+    for actual, reference in zip(layer.project_woken(x, routing), expected, strict=True):
+        torch.testing.assert_close(actual, reference, **EXACT)
+
+
+def test_the_woken_are_projected_alone_for_one_token_where_experts_sleep_and_no_weight_is_trained():
+    def asked(layer, x):
+        return layer._projects_the_woken_alone(x)
+
+    many = GQEAttention(24, 16, 2, head_dim=6)
+    one = torch.randn(1, 1, 24)
+    assert not asked(many, one)
+    with torch.no_grad():
+        assert asked(many, one)
+        assert not asked(many, torch.randn(1, 2, 24))
+        assert not asked(many, torch.randn(2, 1, 24))
+        assert asked(GQEAttention(24, 4, 2, head_dim=6), one)
+        assert not asked(GQEAttention(24, 6, 2, top_k=2, head_dim=6), one)
+        assert not asked(GQEAttention(24, 16, 2, top_k=8, head_dim=6, routing="none"), one)
+        many.q_proj = torch.nn.Sequential(many.q_proj)  # quantised or adapted
+        assert not asked(many, one)
+
+
+@torch.no_grad()
+def test_a_model_of_many_experts_decodes_as_without_a_cache():
+    model = tiny_model(num_attention_heads=16, num_key_value_heads=2).eval()
+    tokens = random_tokens(1, 9)
+    cache = new_cache("dynamic", model)
+    expected = model(tokens).logits
+    logits = [model(tokens[:, at : at + 1], past_key_values=cache).logits for at in range(9)]
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)

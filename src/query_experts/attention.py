@@ -19,12 +19,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward, repeat_kv
+from transformers.models.llama.modeling_llama import (
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+    repeat_kv,
+    rotate_half,
+)
 
 from query_experts.masks import AttentionBackend, causal_mask
-from query_experts.ops.select import scatter_experts, select_experts
+from query_experts.ops.select import row_numbers, scatter_experts, select_experts
 from query_experts.ops.shared_decode import shared_decode
 from query_experts.router import Router, balance_loss, routing_statistics, select_top_k
 
@@ -32,6 +38,7 @@ VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 OUTPUT_PROJECTIONS = ("slot", "expert")
 ROUTINGS = ("learned", "frozen", "none")
 SHARED_HEAD_KV = ("mean", "first")
+SPARSE_FROM = 2  # experts for each woken one
 DECODE_TOKENS = 8  # up to so many new tokens, forming all their scores costs less than a mean over the cache
 
 
@@ -275,8 +282,11 @@ class GQEAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Routing]:
         """The layer, given a mask from `causal_mask`: y [B, T, D], weights [B, heads, T, S] or None, and routing."""
         routing = self.route(x)
-        query, shared_query, key, value = self.project(x)
-        query = self.select(query, shared_query, routing)
+        if self._projects_the_woken_alone(x):
+            query, key, value = self.project_woken(x, routing)
+        else:
+            query, shared_query, key, value = self.project(x)
+            query = self.select(query, shared_query, routing)
         query, key = self.rotate(query, key, cos_sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -304,6 +314,23 @@ class GQEAttention(nn.Module):
         value = self.v_proj(x).view(B, T, G, d).transpose(1, 2)
         return query, shared_query, key, value
 
+    def _projects_the_woken_alone(self, x: Tensor) -> bool:
+        """Whether reading the woken experts' weights alone is faster, by benchmarks/woken.py; for one token in all."""
+        one = x.shape[0] * x.shape[1] == 1 and self.experts_per_group >= SPARSE_FROM * self.top_k
+        plain = type(self.q_proj) is nn.Linear and not (torch.is_grad_enabled() and self.q_proj.weight.requires_grad)
+        return one and plain and self.router is not None and not torch.compiler.is_compiling()
+
+    def project_woken(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+        """x [1, 1, D] -> what `project` and `select` give: queries [1, G*k (+1), 1, d], keys, values [1, G, 1, d]."""
+        G, M, d = self.num_kv_heads, self.experts_per_group, self.head_dim
+        rows = row_numbers(routing.indices, M)  # [G*k]
+        weight = self.q_proj.weight.view(G * M, d, -1).index_select(0, rows).flatten(0, 1)  # [G*k*d, D]
+        bias = self.q_proj.bias
+        query = F.linear(x, weight, bias.view(G * M, d).index_select(0, rows).flatten() if bias is not None else None)
+        if self.q_shared is not None:
+            query = torch.cat([query, self.q_shared(x)], -1)
+        return query.view(1, -1, 1, d), self.k_proj(x).view(1, G, 1, d), self.v_proj(x).view(1, G, 1, d)
+
     def select(self, query: Tensor, shared_query: Tensor | None, routing: Routing) -> Tensor:
         """Queries [B, T, G, M, d] -> those of the woken experts, then of the shared head, [B, G*k (+1), T, d]."""
         if self.router is not None:
@@ -315,7 +342,13 @@ class GQEAttention(nn.Module):
 
     def rotate(self, query: Tensor, key: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Rotary embedding of queries and keys [B, heads, T, d], in Llama's half-rotation form."""
-        return apply_rotary_pos_emb(query, key, *cos_sin) if cos_sin is not None else (query, key)
+        if cos_sin is None:
+            return query, key
+        if query.shape[2] > DECODE_TOKENS:
+            return apply_rotary_pos_emb(query, key, *cos_sin)
+        heads = torch.cat([query, key], 1)  # of so few tokens, both at once cost half the calls
+        cos, sin = (t.unsqueeze(1) for t in cos_sin)
+        return (heads * cos + rotate_half(heads) * sin).split([query.shape[1], key.shape[1]], 1)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
@@ -343,7 +376,9 @@ class GQEAttention(nn.Module):
             routed, shared, weights = shared_decode(
                 routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling, dropout
             )
-            wanted = weights if self.config._attn_implementation == "eager" else None
+            wanted = None
+            if self.config._attn_implementation == "eager":
+                wanted = torch.cat([weights[:, :, :k].flatten(1, 2), weights[:, 0, k:]], 1)  # [B, G*k + 1, T, S]
             return routed.permute(0, 3, 1, 2, 4), shared, wanted
 
         kwargs |= {"scaling": self.scaling, "dropout": dropout}
@@ -380,7 +415,8 @@ class GQEAttention(nn.Module):
             scores = routing.scores
             weights = scores / scores.sum((-2, -1), keepdim=True)  # renormalised over all groups' woken experts
             assert shared is not None
-            extra = [torch.einsum("btgk,btgkd->btd", weights.to(routed.dtype), routed), shared]
+            rows = routed.flatten(2, 3)  # [B, T, G*k, d]
+            extra = [(weights.to(rows.dtype).flatten(2).unsqueeze(2) @ rows).squeeze(2), shared]
         elif self.variant == "weighted_concat":
             routed = routed * routing.scores.to(routed.dtype)[..., None]
         if self.output_projection == "expert" and self.router is not None:

@@ -7,6 +7,7 @@ N = G*M query experts. Experts are numbered group-major: expert m of group g is 
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers.utils.generic import maybe_autocast
 
 CPU_ROWS = 512  # tokens whose float32 copy stays in a core's cache
 
@@ -42,7 +42,8 @@ class Router(nn.Module):
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, weight = x.flatten(0, 1), self.weight.to(dtype)
-        with maybe_autocast(x.device.type, enabled=False):  # torch's own knows no meta device
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             if x.dtype == dtype or torch.compiler.is_compiling():  # a compiler sees for itself what is worth keeping
                 return F.linear(rows.to(dtype), weight)
             return (WideningLinear.apply if torch.is_grad_enabled() else WideningLinear.forward)(rows, weight)

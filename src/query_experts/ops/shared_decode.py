@@ -23,28 +23,31 @@ def shared_decode(
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of the routed heads [B, G, k, T, d] and of the shared head [B, T, d], and the weights [B, G*k+1, T, S].
+    """Outputs of the routed heads [B, G, k, T, d] and of the shared head [B, T, d], and the weights [B, G, k+1, T, S].
 
-    mask: [B or 1, 1, T, S], boolean (True: visible) or additive, or None where every key is visible. Scores and
-    softmax are float32 (float64 for float64). A query that a boolean mask leaves no key gives zeros, as in sdpa.
-    dropout: of the weights, 0 outside of training.
+    The last of a group's weights are the shared head's, the same in every group. mask: [B or 1, 1, T, S], boolean
+    (True: visible) or additive, or None where every key is visible. Scores and softmax are float32 (float64 for
+    float64). A query that a boolean mask leaves no key gives zeros, as in sdpa (its weights
+    are of no meaning). dropout: of the weights, 0 outside of
+    training.
     """
     B, G, k, T, d = routed_BGkTd.shape
     queries = torch.cat([routed_BGkTd, shared_BTd[:, None, None].expand(B, G, 1, T, d)], 2) * scaling
-    scores = (queries.flatten(2, 3) @ key_BGSd.mT).unflatten(2, (k + 1, T))
+    scores = (queries.flatten(2, 3) @ key_BGSd.mT).unflatten(2, (k + 1, T))  # [B, G, k+1, T, S]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = torch.cat([scores[:, :, :k].flatten(1, 2), scores[:, :, k].mean(1, keepdim=True)], 1)  # [B, G*k+1, T, S]
-
+    scores[:, :, k] = scores[:, :, k].mean(1, keepdim=True)
+    if mask is not None:
+        hidden = mask  # added rather than filled in: the sum of rows is vectorised on a CPU
+        if mask.dtype == torch.bool:
+            hidden = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores += hidden[:, None]
+    # softmax once for all groups' shared heads, which costs no more than taking them apart would
+    weights = scores.softmax(-1).to(value_BGSd.dtype)
+    if dropout:
+        kept = F.dropout(torch.ones_like(weights), dropout)
+        kept[:, :, k] = kept[:, :1, k]  # one shared head
+        weights = weights * kept
+    out = (weights.flatten(2, 3) @ value_BGSd).unflatten(2, (k + 1, T))  # [B, G, k+1, T, d]
     if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    weights = scores.softmax(-1)
-    if mask is not None and mask.dtype == torch.bool:
-        weights = weights * mask.any(-1, keepdim=True)
-    weights = F.dropout(weights.to(value_BGSd.dtype), dropout)
-
-    routed = weights[:, : G * k].unflatten(1, (G, k))
-    shared = weights[:, None, G * k :].expand(B, G, 1, T, -1)
-    out = (torch.cat([routed, shared], 2).flatten(2, 3) @ value_BGSd).unflatten(2, (k + 1, T))
+        out = out * mask.any(-1)[:, None, :, :, None]
     return out[:, :, :k], out[:, :, k].mean(1), weights
