@@ -324,11 +324,21 @@ class GQEAttention(nn.Module):
         """x [1, 1, D] -> what `project` and `select` give: queries [1, G*k (+1), 1, d], keys, values [1, G, 1, d]."""
         G, M, d = self.num_kv_heads, self.experts_per_group, self.head_dim
         rows = row_numbers(routing.indices, M)  # [G*k]
-        weight = self.q_proj.weight.view(G * M, d, -1).index_select(0, rows).flatten(0, 1)  # [G*k*d, D]
-        bias = self.q_proj.bias
-        query = F.linear(x, weight, bias.view(G * M, d).index_select(0, rows).flatten() if bias is not None else None)
-        if self.q_shared is not None:
-            query = torch.cat([query, self.q_shared(x)], -1)
+
+        def woken(weights: Tensor, shared: Tensor | None) -> Tensor:  # [N*d, ...] and [d, ...] -> [(G*k (+1))*d, ...]
+            by_expert = weights.view(G * M, d, *weights.shape[1:])
+            taken = by_expert.new_empty(len(rows) + (shared is not None), *by_expert.shape[1:])
+            torch.index_select(by_expert, 0, rows, out=taken[: len(rows)])
+            if shared is not None:
+                taken[-1] = shared
+            return taken.flatten(0, 1)
+
+        extra = self.q_shared
+        weight = woken(self.q_proj.weight, extra.weight if extra is not None else None)
+        bias = (
+            woken(self.q_proj.bias, extra.bias if extra is not None else None) if self.q_proj.bias is not None else None
+        )
+        query = F.linear(x, weight, bias)
         return query.view(1, -1, 1, d), self.k_proj(x).view(1, G, 1, d), self.v_proj(x).view(1, G, 1, d)
 
     def select(self, query: Tensor, shared_query: Tensor | None, routing: Routing) -> Tensor:
@@ -366,16 +376,14 @@ class GQEAttention(nn.Module):
         visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1
         dropout = self.dropout if self.training else 0.0
         if visible and decodes_in_one_read(self, query.shape[2], past_key_values):
-            if self.fused_decode and query.shape[2] == 1 and self._may_fuse(mask, query, key, dropout):
+            B, _, T, d = query.shape
+            queries = routed_query.view(B, G, k, T, d), shared_query.squeeze(1)
+            if self.fused_decode and T == 1 and self._may_fuse(mask, query, key, dropout):
                 from query_experts.ops.fused_decode import fused_decode  # needs triton
 
-                routed, shared = fused_decode(
-                    routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling
-                )
+                routed, shared = fused_decode(*queries, key, value, mask, self.scaling)
                 return routed.permute(0, 3, 1, 2, 4), shared, None
-            routed, shared, weights = shared_decode(
-                routed_query.unflatten(1, (G, k)), shared_query[:, 0], key, value, mask, self.scaling, dropout
-            )
+            routed, shared, weights = shared_decode(*queries, key, value, mask, self.scaling, dropout)
             wanted = None
             if self.config._attn_implementation == "eager":
                 wanted = torch.cat([weights[:, :, :k].flatten(1, 2), weights[:, 0, k:]], 1)  # [B, G*k + 1, T, S]
@@ -415,8 +423,12 @@ class GQEAttention(nn.Module):
             scores = routing.scores
             weights = scores / scores.sum((-2, -1), keepdim=True)  # renormalised over all groups' woken experts
             assert shared is not None
-            rows = routed.flatten(2, 3)  # [B, T, G*k, d]
-            extra = [(weights.to(rows.dtype).flatten(2).unsqueeze(2) @ rows).squeeze(2), shared]
+            if routed.shape[1] <= DECODE_TOKENS:  # where a product's call costs more than its work
+                weighted = (weights[..., None] * routed).sum((2, 3)).to(routed.dtype)
+            else:
+                rows = routed.flatten(2, 3)  # [B, T, G*k, d]
+                weighted = (weights.to(rows.dtype).flatten(2).unsqueeze(2) @ rows).squeeze(2)
+            extra = [weighted, shared]
         elif self.variant == "weighted_concat":
             routed = routed * routing.scores.to(routed.dtype)[..., None]
         if self.output_projection == "expert" and self.router is not None:

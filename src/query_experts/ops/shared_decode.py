@@ -32,14 +32,15 @@ def shared_decode(
     training.
     """
     B, G, k, T, d = routed_BGkTd.shape
-    queries = torch.cat([routed_BGkTd, shared_BTd[:, None, None].expand(B, G, 1, T, d)], 2) * scaling
-    scores = (queries.flatten(2, 3) @ key_BGSd.mT).unflatten(2, (k + 1, T))  # [B, G, k+1, T, S]
+    queries = torch.cat([routed_BGkTd, shared_BTd.view(B, 1, 1, T, d).expand(B, G, 1, T, d)], 2) * scaling
+    scores = (queries.view(B, G, -1, d) @ key_BGSd.mT).view(B, G, k + 1, T, -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores[:, :, k] = scores[:, :, k].mean(1, keepdim=True)
+    shared_scores = scores.select(2, k)  # [B, G, T, S]
+    shared_scores.copy_(shared_scores.mean(1, keepdim=True))
     if mask is not None:
         hidden = mask  # added rather than filled in: the sum of rows is vectorised on a CPU
         if mask.dtype == torch.bool:
-            hidden = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+            hidden = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
         scores += hidden[:, None]
     # softmax once for all groups' shared heads, which costs no more than taking them apart would
     weights = scores.softmax(-1).to(value_BGSd.dtype)
@@ -47,7 +48,7 @@ def shared_decode(
         kept = F.dropout(torch.ones_like(weights), dropout)
         kept[:, :, k] = kept[:, :1, k]  # one shared head
         weights = weights * kept
-    out = (weights.flatten(2, 3) @ value_BGSd).unflatten(2, (k + 1, T))  # [B, G, k+1, T, d]
+    out = (weights.view(B, G, (k + 1) * T, -1) @ value_BGSd).view(B, G, k + 1, T, d)
     if mask is not None and mask.dtype == torch.bool:
         out = out * mask.any(-1)[:, None, :, :, None]
-    return out[:, :, :k], out[:, :, k].mean(1), weights
+    return out.narrow(2, 0, k), out.select(2, k).mean(1), weights
