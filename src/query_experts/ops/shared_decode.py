@@ -40,7 +40,7 @@ def shared_decode(
     if mask is not None:
         hidden = mask  # added rather than filled in: the sum of rows is vectorised on a CPU
         if mask.dtype == torch.bool:
-            hidden = torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
+            hidden = torch.where(mask, 0.0, torch.finfo(torch.float32).min).to(scores.dtype)
         scores += hidden[:, None]
     # softmax once for all groups' shared heads, which costs no more than taking them apart would
     weights = scores.softmax(-1).to(value_BGSd.dtype)
