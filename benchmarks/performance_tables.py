@@ -21,13 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-SUITES = {  # table -> result file and suite
-    "prefill": ("bench-cpu", "prefill"),
-    "chunk": ("bench-cpu", "chunk"),
-    "train": ("bench-cpu", "train"),
-    "decode": ("bench-cpu-decode", "decode"),
-    "wide": ("bench-cpu-wide", "prefill"),
-    "model": ("bench-cpu-model", "model"),
+SUITES = {  # table -> its suite, and the result files that hold it
+    "prefill": ("prefill", "bench-cpu"),
+    "chunk": ("chunk", "bench-cpu"),
+    "train": ("train", "bench-cpu"),
+    "decode": ("decode", "bench-cpu-decode"),
+    "decode-short": ("decode", "bench-cpu-decode-short"),
+    "wide": ("prefill", "bench-cpu-wide"),
+    "model": ("model", "bench-cpu-model", "bench-cpu-model-long"),
 }
 LENGTHS = [2048, 8192, 32768, 131072]
 PAYS = 1.1
@@ -48,10 +49,10 @@ def result(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def speeds(name: str, suite: str) -> str:
+def speeds(suite: str, *names: str) -> str:
     """A row for each point and arm: dense's time, speed against it with its range, predicted, share, peak memory."""
     rows = [["tokens", "arm", "time", "speed (range of repeats)", "predicted", "share of it", "peak memory"]]
-    for point in result(name)["points"]:
+    for point in [point for name in names for point in result(name)["points"]]:
         if point["suite"] != suite:
             continue
         place = text.length_name(point["length"])
@@ -107,7 +108,7 @@ def shapes() -> str:
 def where() -> str:
     """Hardware, versions and repeats of each result file."""
     rows = [["file", "hardware", "torch", "Transformers", "repeats", "date"]]
-    for name in sorted({file for file, _ in SUITES.values()}):
+    for name in sorted({file for _, *files in SUITES.values() for file in files}):
         held, ran = result(name), result(name)["environment"]
         link = f"[{name}.json](../benchmarks/results/{name}.json)"
         rows.append(
@@ -116,9 +117,22 @@ def where() -> str:
     return markdown(rows)
 
 
+def woken() -> str:
+    """How many times faster a one-token step gets by projecting the woken alone."""
+    rows = [["experts in a group", "times as fast (range of repeats)", "the same over dense"]]
+    for point in result("woken-cpu")["points"]:
+        seconds = point["seconds"]
+        cells = [str(point["experts_per_group"])]
+        for base in ("all", "dense"):
+            ratios = [other / own for other, own in zip(seconds[base], seconds["woken"], strict=True)]
+            cells.append(f"{text.times(statistics.median(ratios))} ({min(ratios):.2f} to {max(ratios):.2f})")
+        rows.append(cells)
+    return markdown(rows)
+
+
 def filled(page: str) -> str:
     """The page with every table anew."""
-    tables = {"parts": parts, "shapes": shapes, "where": where}
+    tables = {"parts": parts, "shapes": shapes, "where": where, "woken": woken}
 
     def table(match: re.Match) -> str:
         name = match[2]

@@ -5,6 +5,7 @@ import torch
 from transformers import StaticCache
 
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM
+from query_experts.ops.shared_decode import shared_decode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -60,3 +61,20 @@ def test_compiled_decoding_over_a_static_cache_equals_uncached_logits():
         logits = [model(tokens[:, :20], past_key_values=cache).logits]
         logits += [step(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(20, 40)]
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 8, 1, 4097, 64), (8, 8, 2, 777, 128), (3, 2, 4, 65, 96)], ids=str)
+def test_the_decode_kernel_errs_at_most_twice_as_much_as_the_plain_one(shape, dtype):
+    fused = pytest.importorskip("query_experts.ops.fused_decode")
+    B, G, k, S, d = shape
+    torch.manual_seed(0)
+    shapes = [(B, G, k, 1, d), (B, 1, d), (B, G, S, d), (B, G, S, d)]
+    inputs = [torch.randn(*shape, device="cuda").to(dtype) for shape in shapes]
+    mask = torch.rand(B, 1, 1, S, device="cuda") < 0.8
+    mask[..., 0] = True
+    exact = shared_decode(*(t.double() for t in inputs), mask, d**-0.5)[:2]
+    plain = shared_decode(*inputs, mask, d**-0.5)[:2]
+    for ours, usual, reference in zip(fused.fused_decode(*inputs, mask, d**-0.5), plain, exact, strict=True):
+        error, allowed = ((t.double() - reference).abs().max() for t in (ours, usual))
+        assert error <= 2 * allowed

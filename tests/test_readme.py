@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
 from query_experts.bench import run as bench
@@ -14,22 +15,33 @@ from query_experts.study import compare as study
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_table_in_the_readme_is_that_of_the_committed_result():
-    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    readme = script.README.read_text(encoding="utf-8")
-    assert readme == script.with_table(readme, json.loads(script.RESULT.read_text(encoding="utf-8")))
-
-
-def test_every_file_that_the_readme_links_to_exists():
+    tables = script("readme_table")
     readme = README.read_text(encoding="utf-8")
-    links = [part.split(")")[0] for part in readme.split("](")[1:]]
+    assert readme == tables.with_table(readme, json.loads(tables.RESULT.read_text(encoding="utf-8")))
+
+
+def test_the_tables_of_the_page_on_performance_are_those_of_the_committed_results():
+    page = PERFORMANCE.read_text(encoding="utf-8")
+    assert page == script("performance_tables").filled(page)
+
+
+@pytest.mark.parametrize("page", [README, PERFORMANCE], ids=lambda page: page.name)
+def test_every_file_that_a_page_links_to_exists(page):
+    links = [part.split(")")[0] for part in page.read_text(encoding="utf-8").split("](")[1:]]
     local = [link.split("#")[0] for link in links if not link.startswith(("http", "#"))]
     assert local
-    assert not [link for link in local if not (ROOT / link).exists()]
+    assert not [link for link in local if not (page.parent / link).exists()]
 
 
 def test_the_snippets_of_the_readme_run():
