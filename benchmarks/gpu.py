@@ -105,8 +105,9 @@ def main() -> int:
         points = len(measured["points"]) if measured else 0
         print(f"{name}: status {status}, {points} points, {time.monotonic() - started:.0f} s", flush=True)
         keep()
-    failed = [name for name, part in result["parts"].items() if part["status"] not in (0, None)]
-    return 1 if failed or result["tests"]["status"] else 0
+    parts = result["parts"].values()
+    failed = any(part["status"] not in (0, None) or not (part["bench"] or {}).get("points") for part in parts)
+    return 1 if failed or result["tests"]["status"] != 0 else 0
 
 
 if __name__ == "__main__":

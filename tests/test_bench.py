@@ -101,7 +101,8 @@ def test_the_gate_passes_what_is_right(arm):
         settings = replace(SMALL, dtype=dtype)
         checks = list(check_layer(Layer(settings, arm, "cpu", 1024), arm, SUITES))
         whats = [check.what for check in checks]
-        assert whats[:4] == ["prefill", "a chunk", "decoding, dynamic cache", "decoding, static cache"]
+        decoding = ["decoding, dynamic cache", "decoding, static cache", "decoding one sequence"]
+        assert whats[:5] == ["prefill", "a chunk", *decoding]
         assert {"the gradient of x", "the gradient of q_proj.weight"} <= set(whats)
         assert ("the gradient of router.weight" in whats) == (arm not in ("dense", "static"))
         assert all(check.passed for check in checks), checks
@@ -138,7 +139,8 @@ def spoilt_where(condition):
     ("what", "condition"),
     [
         ("a chunk", lambda x, cache: cache is not None and x.shape[1] == 101),
-        ("decoding, dynamic cache", lambda x, cache: isinstance(cache, DynamicCache) and x.shape[1] == 1),
+        ("decoding, dynamic cache", lambda x, cache: isinstance(cache, DynamicCache) and x.shape[:2] == (2, 1)),
+        ("decoding one sequence", lambda x, cache: isinstance(cache, DynamicCache) and x.shape[:2] == (1, 1)),
         ("decoding, static cache", lambda x, cache: isinstance(cache, StaticCache) and x.shape[1] == 1),
     ],
 )
@@ -150,6 +152,13 @@ def test_the_gate_looks_at_every_path_that_is_timed(monkeypatch, what, condition
 def test_the_gate_looks_at_no_more_than_is_timed():
     for suites, whats in {("prefill",): ["prefill"], ("model", "chunk"): ["prefill", "a chunk"]}.items():
         assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", suites)] == whats
+
+
+def test_the_gate_looks_at_the_projection_of_the_woken_alone(monkeypatch):
+    project = GQEAttention.project_woken
+    monkeypatch.setattr(GQEAttention, "project_woken", lambda *args: tuple(t * 0 for t in project(*args)))
+    failed = [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", SUITES) if not c.passed]
+    assert failed == ["decoding one sequence"]
 
 
 def test_the_gate_looks_at_gradients(monkeypatch):

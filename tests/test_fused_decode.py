@@ -66,6 +66,13 @@ def test_keys_and_values_in_any_layout_are_read_where_they_lie():
     assert_equal_outputs([routed, shared, key.mT.contiguous().mT, value], None)
 
 
+def test_a_mask_that_is_a_part_of_a_wider_one_is_read_where_it_lies():
+    wide = draw_mask(2, 50)
+    assert_equal_outputs(draw(2, 2, 1, 30, 8), wide[..., :30])
+    with pytest.raises(ValueError, match="mask has 50 columns; it must have one for each of the 30 keys"):
+        fused_module.fused_decode(*draw(2, 2, 1, 30, 8), wide, 0.3)
+
+
 def test_the_operator_keeps_torch_s_rules_for_custom_operators():
     routed, shared, key, value = draw(2, 2, 2, 20, 8)
     for mask in (torch.empty(0, dtype=torch.bool, device=DEVICE), draw_mask(2, 20)[:, 0, 0]):
@@ -114,6 +121,10 @@ def test_what_it_does_not_give_is_decoded_plainly(calls):
 
     x = torch.randn(1, 9, 32, device=DEVICE)
     assert step(x).requires_grad
+    layer = GQEAttention(32, 4, 2).to(DEVICE).requires_grad_(False)
+    layer.v_proj.requires_grad_(True)
+    layer(x[:, :1], past_key_values=DynamicCache()).sum().backward()
+    assert not calls
     with torch.no_grad():
         step(x.double())
         step(x, attn_implementation="eager")

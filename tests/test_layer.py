@@ -147,6 +147,32 @@ def test_the_router_has_the_gradients_of_a_float32_copy_and_keeps_none(dtype):
     assert {t.dtype for t in kept if t.shape[0] == 1200} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_exports_for_any_length(dtype):
+    layer = GQEAttention(64, 8, 4, rope_theta=1e4).to(dtype).eval()
+    x = torch.randn(2, 20, 64).to(dtype)
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({1: torch.export.Dim("length", min=2, max=4096)},))
+    for length in (3, 40):
+        x = torch.randn(2, length, 64).to(dtype)
+        torch.testing.assert_close(exported.module()(x), layer(x), rtol=2e-2, atol=2e-2)
+
+
+def test_the_router_goes_through_functional_transforms_in_few_bits():
+    router = GQEAttention(24, 8, 2, head_dim=4).router
+    x = torch.randn(5, 1, 7, 24).bfloat16()
+
+    def loss(weight, x):
+        return torch.func.functional_call(router, {"weight": weight}, (x,)).square().sum()
+
+    weight = router.weight.detach()
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
+    expected = torch.stack([torch.func.grad(loss)(weight, one.float()) for one in x])
+    torch.testing.assert_close(each, expected, rtol=1e-3, atol=1e-3)
+    direction = torch.randn_like(weight)
+    moved = torch.func.jvp(lambda w: loss(w, x[0]), (weight,), (direction,))[1]
+    torch.testing.assert_close(moved, (torch.func.grad(loss)(weight, x[0]) * direction).sum(), rtol=1e-3, atol=1e-3)
+
+
 def test_counts_of_any_integer_type_make_the_same_layer():
     layer = GQEAttention(64, np.int64(8), np.int64(4), np.int64(1), np.int64(8))
     assert {type(n) for n in (layer.num_query_experts, layer.num_kv_heads, layer.top_k, layer.head_dim)} == {int}

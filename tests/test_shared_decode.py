@@ -206,8 +206,33 @@ def test_the_woken_are_projected_alone_for_one_token_where_experts_sleep_and_no_
         assert asked(GQEAttention(24, 4, 2, head_dim=6), one)
         assert not asked(GQEAttention(24, 6, 2, top_k=2, head_dim=6), one)
         assert not asked(GQEAttention(24, 16, 2, top_k=8, head_dim=6, routing="none"), one)
-        many.q_proj = torch.nn.Sequential(many.q_proj)  # quantised or adapted
+        assert asked(many, one)
+        hook = many.q_shared.register_forward_hook(lambda *args: None)
         assert not asked(many, one)
+        hook.remove()
+        many.q_proj.forward = many.q_proj.forward  # as accelerate's offloading does
+        assert not asked(many, one)
+        del many.q_proj.forward
+        assert asked(many, one)
+        many.q_shared = torch.nn.Linear(24, 6, bias=False, device="meta")
+        assert not asked(many, one)
+    biased = GQEAttention(24, 16, 2, head_dim=6, bias=True).requires_grad_(False)
+    assert asked(biased, one)
+    biased.q_shared.bias.requires_grad_()
+    assert not asked(biased, one)
+    many.q_proj = torch.nn.Sequential(many.q_proj)  # quantised or adapted
+    with torch.no_grad():
+        assert not asked(many, one)
+
+
+def test_a_hidden_key_whose_score_overflows_does_not_matter():
+    routed, shared, key, value = (t.half() for t in draw((1, 2, 1, 1, 9, 4)))
+    key[:, :, 3], value[:, :, 3] = 60000, 1000
+    mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    mask[..., 3] = False
+    ours = shared_decode(100 * routed, 100 * shared, key, value, mask, 1.0)[:2]
+    key[:, :, 3], value[:, :, 3] = 0, 0
+    torch.testing.assert_close(ours, shared_decode(100 * routed, 100 * shared, key, value, mask, 1.0)[:2])
 
 
 @torch.no_grad()

@@ -315,10 +315,14 @@ class GQEAttention(nn.Module):
         return query, shared_query, key, value
 
     def _projects_the_woken_alone(self, x: Tensor) -> bool:
-        """Whether reading the woken experts' weights alone is faster, by benchmarks/woken.py; for one token in all."""
-        one = x.shape[0] * x.shape[1] == 1 and self.experts_per_group >= SPARSE_FROM * self.top_k
-        plain = type(self.q_proj) is nn.Linear and not (torch.is_grad_enabled() and self.q_proj.weight.requires_grad)
-        return one and plain and self.router is not None and not torch.compiler.is_compiling()
+        """Whether reading the woken experts' weights alone is faster: for one token in all, on a CPU (as it was timed).
+
+        And whether they may be read past their modules: plain weights without hooks, adapters, offloading or gradients.
+        """
+        one = x.is_cpu and x.shape[0] * x.shape[1] == 1 and self.experts_per_group >= SPARSE_FROM * self.top_k
+        if not one or self.router is None or torch.compiler.is_compiling():
+            return False
+        return all(is_plain_linear(part, x.device) for part in (self.q_proj, self.q_shared) if part is not None)
 
     def project_woken(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         """x [1, 1, D] -> what `project` and `select` give: queries [1, G*k (+1), 1, d], keys, values [1, G, 1, d]."""
@@ -354,7 +358,7 @@ class GQEAttention(nn.Module):
         """Rotary embedding of queries and keys [B, heads, T, d], in Llama's half-rotation form."""
         if cos_sin is None:
             return query, key
-        if query.shape[2] > DECODE_TOKENS:
+        if torch.compiler.is_compiling() or query.shape[2] > DECODE_TOKENS:
             return apply_rotary_pos_emb(query, key, *cos_sin)
         heads = torch.cat([query, key], 1)  # of so few tokens, both at once cost half the calls
         cos, sin = (t.unsqueeze(1) for t in cos_sin)
@@ -378,7 +382,7 @@ class GQEAttention(nn.Module):
         if visible and decodes_in_one_read(self, query.shape[2], past_key_values):
             B, _, T, d = query.shape
             queries = routed_query.view(B, G, k, T, d), shared_query.squeeze(1)
-            if self.fused_decode and T == 1 and self._may_fuse(mask, query, key, dropout):
+            if self.fused_decode and T == 1 and self._may_fuse(mask, query, key, value, dropout):
                 from query_experts.ops.fused_decode import fused_decode  # needs triton
 
                 routed, shared = fused_decode(*queries, key, value, mask, self.scaling)
@@ -410,9 +414,9 @@ class GQEAttention(nn.Module):
         shared, _ = self.shared_head(shared_query, shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
         return routed.unflatten(2, (G, k)), shared.squeeze(2), None
 
-    def _may_fuse(self, mask: Tensor | None, query: Tensor, key: Tensor, dropout: float) -> bool:
+    def _may_fuse(self, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
         """Whether nothing is wanted of decoding that the kernel doesn't give: gradients, weights, float64."""
-        graded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+        graded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         plain = self.config._attn_implementation == "eager" or query.dtype == torch.float64 or dropout > 0
         return not (graded or plain) and (mask is None or mask.dtype == torch.bool)
 
@@ -423,7 +427,9 @@ class GQEAttention(nn.Module):
             scores = routing.scores
             weights = scores / scores.sum((-2, -1), keepdim=True)  # renormalised over all groups' woken experts
             assert shared is not None
-            if routed.shape[1] <= DECODE_TOKENS:  # where a product's call costs more than its work
+            if (
+                not torch.compiler.is_compiling() and routed.shape[1] <= DECODE_TOKENS
+            ):  # where a product's call costs more than its work
                 weighted = (weights[..., None] * routed).sum((2, 3)).to(routed.dtype)
             else:
                 rows = routed.flatten(2, 3)  # [B, T, G*k, d]
@@ -448,6 +454,16 @@ class GQEAttention(nn.Module):
             f"experts={self.num_query_experts}, kv_heads={self.num_kv_heads}, top_k={self.top_k}, "
             f"variant={self.variant}, output_projection={self.output_projection}, routing={self.routing}"
         )
+
+
+def is_plain_linear(module: nn.Module, device: torch.device) -> bool:
+    """Whether calling the module is `F.linear` with its weight and bias, and nothing that autograd has to see."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if type(module) is not nn.Linear or hooked:
+        return False
+    tensors = [t for t in (module.weight, module.bias) if t is not None]
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not graded and all(type(t) is nn.Parameter and t.device == device for t in tensors)
 
 
 def decodes_in_one_read(layer: Any, num_tokens: int, past_key_values: Cache | None) -> bool:

@@ -56,6 +56,8 @@ class WideningLinear(torch.autograd.Function):
     on a CPU it goes piece by piece, as the copy of all rows would go through memory and back for a product of no size.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(rows: Tensor, weight: Tensor) -> Tensor:
         logits = [F.linear(piece.to(weight.dtype), weight) for piece in pieces_of(rows)]
@@ -64,6 +66,7 @@ class WideningLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -75,6 +78,16 @@ class WideningLinear(torch.autograd.Function):
             pairs = zip(pieces_of(gradient), pieces_of(rows), strict=True)
             of_weight = torch.stack([ours.mT @ piece.to(weight.dtype) for ours, piece in pairs]).sum(0)
         return of_rows, of_weight
+
+    @staticmethod
+    def jvp(ctx: Any, of_rows: Tensor | None, of_weight: Tensor | None) -> Tensor:
+        rows, weight = ctx.saved_tensors
+        moved = rows.new_zeros(rows.shape[0], weight.shape[0], dtype=weight.dtype)
+        if of_rows is not None:
+            moved = moved + of_rows.to(weight.dtype) @ weight.mT
+        if of_weight is not None:
+            moved = moved + rows.to(weight.dtype) @ of_weight.mT
+        return moved
 
 
 def pieces_of(rows: Tensor) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -114,6 +115,10 @@ class BenchSettings:
             raise SettingError(f"sdpa_backend is {self.sdpa_backend!r}; it must be {', '.join(SDPA_BACKENDS)} or none")
         if self.fused_decode and importlib.util.find_spec("triton") is None:
             raise SettingError("fused_decode is True, which needs triton; pip install triton, or leave it False")
+        if self.fused_decode and resolve_device(self.device) == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+            raise SettingError(
+                "fused_decode is True, which needs a GPU (on a CPU, TRITON_INTERPRET=1); it must be False"
+            )
         if self.compile and "parts" in self.suites:
             raise SettingError(
                 "suites holds 'parts', which times a layer's stages by themselves; with compile it can't"

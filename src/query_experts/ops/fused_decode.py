@@ -9,6 +9,8 @@ Shapes: B batch, G groups, k routed queries in a group, H = G*k, S keys, d head 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +33,7 @@ def _decode_piece(
     row = b * tl.num_programs(1) + piece
     h, c = tl.arange(0, H_pad), tl.arange(0, d_pad)
     real = (h[:, None] < H) & (c[None, :] < d)  # [H, d]
-    group = h // k
+    group = (h // k).to(tl.int64)
     q = tl.load(query + b * H * d + h[:, None] * d + c[None, :], real, 0.0).to(tl.float32) * scaling  # [H, d]
     # every KV head is read k times, once for each of its queries, so the mean over heads is that over KV heads
     q_shared = tl.load(shared_query + b * d + c, c < d, 0.0).to(tl.float32) * (scaling / H)  # [d]
@@ -81,6 +83,9 @@ def _fused_decode(query: Tensor, shared: Tensor, key: Tensor, value: Tensor, mas
     B, G, k, d = query.shape
     S, H = key.shape[2], G * k
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
+    mask = mask.contiguous()
+    if mask.ndim == 2 and mask.shape[1] != S:
+        raise ValueError(f"mask has {mask.shape[1]} columns; it must have one for each of the {S} keys")
     H_pad, d_pad = triton.next_power_of_2(H), triton.next_power_of_2(d)
     S_tile = max(1, TILE // (H_pad * d_pad))
     processors = torch.cuda.get_device_properties(key.device).multi_processor_count if key.is_cuda else 2
@@ -89,11 +94,12 @@ def _fused_decode(query: Tensor, shared: Tensor, key: Tensor, value: Tensor, mas
     pieces = triton.cdiv(S, keys_a_piece)
     sums = torch.empty(B, pieces, H + 1, d, device=key.device, dtype=torch.float32)
     tops, totals = (torch.empty(B, pieces, H + 1, device=key.device, dtype=torch.float32) for _ in range(2))
-    _decode_piece[(B, pieces)](
-        query.contiguous(), shared.contiguous(), key, value, mask.contiguous(), sums, tops, totals,
-        *key.stride()[:3], *value.stride()[:3], mask.stride(0) if mask.ndim == 2 and mask.shape[0] > 1 else 0,
-        S, keys_a_piece, scaling, k, H, d, mask.ndim == 2, H_pad, d_pad, S_tile, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
+        _decode_piece[(B, pieces)](
+            query.contiguous(), shared.contiguous(), key, value, mask, sums, tops, totals,
+            *key.stride()[:3], *value.stride()[:3], mask.stride(0) if mask.ndim == 2 and mask.shape[0] > 1 else 0,
+            S, keys_a_piece, scaling, k, H, d, mask.ndim == 2, H_pad, d_pad, S_tile, num_warps=8,
+        )  # fmt: skip
     share = (tops - tops.amax(1, keepdim=True)).exp()  # [B, P, H+1]
     total = (totals * share).sum(1)
     out = (sums * share[..., None]).sum(1) / torch.where(total > 0, total, 1)[..., None]

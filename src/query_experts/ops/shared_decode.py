@@ -37,11 +37,10 @@ def shared_decode(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     shared_scores = scores.select(2, k)  # [B, G, T, S]
     shared_scores.copy_(shared_scores.mean(1, keepdim=True))
-    if mask is not None:
-        hidden = mask  # added rather than filled in: the sum of rows is vectorised on a CPU
-        if mask.dtype == torch.bool:
-            hidden = torch.where(mask, 0.0, torch.finfo(torch.float32).min).to(scores.dtype)
-        scores += hidden[:, None]
+    if mask is not None and mask.dtype == torch.bool:  # filled in, as a score may have overflowed
+        scores = torch.where(mask[:, None], scores, torch.finfo(torch.float32).min)
+    elif mask is not None:
+        scores += mask[:, None]
     # softmax once for all groups' shared heads, which costs no more than taking them apart would
     weights = scores.softmax(-1).to(value_BGSd.dtype)
     if dropout:
