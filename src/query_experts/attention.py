@@ -38,7 +38,7 @@ VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 OUTPUT_PROJECTIONS = ("slot", "expert")
 ROUTINGS = ("learned", "frozen", "none")
 SHARED_HEAD_KV = ("mean", "first")
-SPARSE_FROM = 2  # experts for each woken one
+SPARSE_FROM = 8  # experts for each woken one
 DECODE_TOKENS = 8  # up to so many new tokens, forming all their scores costs less than a mean over the cache
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig, PreTrainedModel
 
+from query_experts.attention import SPARSE_FROM
 from query_experts.configuration_gqe import GQEConfig
 
 
@@ -110,7 +111,7 @@ def layer_work(
     """What an attention layer does for `new` tokens after `cached` ones in each of `batch` sequences.
 
     A weight costs 2 FLOPs a token (multiply and add); every query that the layer holds is computed, but for one token
-    in all, where at least as many experts sleep as are woken: then the woken alone. A head's score and
+    in all, where few of many experts are woken: then the woken alone. A head's score and
     its share of the output cost 2d each for every pair of a query and a key: causally, token i of the new ones sees
     cached + i keys; otherwise (the full square, as a counter of executed products sees it) all cached + new. The
     weighted slot adds 2d for each woken head.
@@ -127,7 +128,8 @@ def layer_work(
     D, d, G = config.hidden_size, config.head_dim, config.num_key_value_heads
     h = heads(config)
     router = D * h.router
-    alone = isinstance(config, GQEConfig) and batch * new == 1 and h.held - h.active >= h.active - 1
+    experts = config.num_attention_heads // G
+    alone = isinstance(config, GQEConfig) and batch * new == 1 and experts >= SPARSE_FROM * config.active_query_experts
     weights = D * d * ((h.active if alone else h.held) + 2 * G + h.slots_held) + router
     shared = isinstance(config, GQEConfig) and config.variant == "gqe"
     combine = 2 * d * (h.active - 1) if shared else 0
