@@ -427,9 +427,8 @@ class GQEAttention(nn.Module):
             scores = routing.scores
             weights = scores / scores.sum((-2, -1), keepdim=True)  # renormalised over all groups' woken experts
             assert shared is not None
-            if (
-                not torch.compiler.is_compiling() and routed.shape[1] <= DECODE_TOKENS
-            ):  # where a product's call costs more than its work
+            if not torch.compiler.is_compiling() and routed.shape[1] <= DECODE_TOKENS:
+                # of so few tokens, a product's call costs more than its work
                 weighted = (weights[..., None] * routed).sum((2, 3)).to(routed.dtype)
             else:
                 rows = routed.flatten(2, 3)  # [B, T, G*k, d]

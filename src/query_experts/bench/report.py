@@ -75,7 +75,7 @@ def _speed_table(points: list[dict[str, Any]]) -> list[list[str]]:
                 predicted = point["predicted"][arm]
                 row += [f"{text.times(median)}\n{low:.2f} to {high:.2f}", text.times(predicted)]
                 row += [f"{median / predicted:.0%}"]
-            rows.append([*row, text.MISSING if peak is None else f"{text.short(peak)}B"])
+            rows.append([*row, f"{text.short(peak)}B"])
     return rows
 
 

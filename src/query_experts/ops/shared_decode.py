@@ -27,9 +27,8 @@ def shared_decode(
 
     The last of a group's weights are the shared head's, the same in every group. mask: [B or 1, 1, T, S], boolean
     (True: visible) or additive, or None where every key is visible. Scores and softmax are float32 (float64 for
-    float64). A query that a boolean mask leaves no key gives zeros, as in sdpa (its weights
-    are of no meaning). dropout: of the weights, 0 outside of
-    training.
+    float64). A query that a boolean mask leaves no key gives zeros, as in sdpa (its weights are of no meaning).
+    dropout: of the weights, 0 outside of training.
     """
     B, G, k, T, d = routed_BGkTd.shape
     queries = torch.cat([routed_BGkTd, shared_BTd.view(B, 1, 1, T, d).expand(B, G, 1, T, d)], 2) * scaling
