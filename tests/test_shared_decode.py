@@ -207,18 +207,18 @@ def test_the_woken_are_projected_alone_for_one_token_where_experts_sleep_and_no_
         assert not asked(GQEAttention(24, 16, 2, top_k=2, head_dim=6), one)
         assert not asked(GQEAttention(24, 16, 2, top_k=8, head_dim=6, routing="none"), one)
         assert asked(many, one)
-        hook = many.q_shared.register_forward_hook(lambda *args: None)
+        hook = many.q_proj.register_forward_hook(lambda *args: None)
         assert not asked(many, one)
         hook.remove()
         many.q_proj.forward = many.q_proj.forward  # as accelerate's offloading does
         assert not asked(many, one)
         del many.q_proj.forward
         assert asked(many, one)
-        many.q_shared = torch.nn.Linear(24, 6, bias=False, device="meta")
+        many.q_proj = torch.nn.Linear(24, 96, bias=False, device="meta")
         assert not asked(many, one)
     biased = GQEAttention(24, 16, 2, head_dim=6, bias=True).requires_grad_(False)
     assert asked(biased, one)
-    biased.q_shared.bias.requires_grad_()
+    biased.q_proj.bias.requires_grad_()
     assert not asked(biased, one)
     many.q_proj = torch.nn.Sequential(many.q_proj)  # quantised or adapted
     with torch.no_grad():

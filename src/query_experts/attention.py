@@ -322,27 +322,19 @@ class GQEAttention(nn.Module):
         one = x.is_cpu and x.shape[0] * x.shape[1] == 1 and self.experts_per_group >= SPARSE_FROM * self.top_k
         if not one or self.router is None or torch.compiler.is_compiling():
             return False
-        return all(is_plain_linear(part, x.device) for part in (self.q_proj, self.q_shared) if part is not None)
+        return is_plain_linear(self.q_proj, x.device)
 
     def project_woken(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         """x [1, 1, D] -> what `project` and `select` give: queries [1, G*k (+1), 1, d], keys, values [1, G, 1, d]."""
         G, M, d = self.num_kv_heads, self.experts_per_group, self.head_dim
         rows = row_numbers(routing.indices, M)  # [G*k]
-
-        def woken(weights: Tensor, shared: Tensor | None) -> Tensor:  # [N*d, ...] and [d, ...] -> [(G*k (+1))*d, ...]
-            by_expert = weights.view(G * M, d, *weights.shape[1:])
-            taken = by_expert.new_empty(len(rows) + (shared is not None), *by_expert.shape[1:])
-            torch.index_select(by_expert, 0, rows, out=taken[: len(rows)])
-            if shared is not None:
-                taken[-1] = shared
-            return taken.flatten(0, 1)
-
-        extra = self.q_shared
-        weight = woken(self.q_proj.weight, extra.weight if extra is not None else None)
-        bias = (
-            woken(self.q_proj.bias, extra.bias if extra is not None else None) if self.q_proj.bias is not None else None
-        )
+        weight, bias = (
+            t.view(G * M, d, *t.shape[1:]).index_select(0, rows).flatten(0, 1) if t is not None else None
+            for t in (self.q_proj.weight, self.q_proj.bias)
+        )  # [G*k*d, D], [G*k*d]
         query = F.linear(x, weight, bias)
+        if self.q_shared is not None:
+            query = torch.cat([query, self.q_shared(x)], -1)
         return query.view(1, -1, 1, d), self.k_proj(x).view(1, G, 1, d), self.v_proj(x).view(1, G, 1, d)
 
     def select(self, query: Tensor, shared_query: Tensor | None, routing: Routing) -> Tensor:
