@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from query_experts.attention import check_layout
+from query_experts.hub import AUTO_MAP, write_shim
 
 LAYERS_NAMES = {
     "num_query_experts": "num_attention_heads",
@@ -72,3 +75,17 @@ class GQEConfig(LlamaConfig):
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As Transformers', and the shim beside it by which `trust_remote_code` loads the checkpoint anywhere.
+
+        A model's `save_pretrained`, `push_to_hub` and the Trainer come through here.
+        """
+        if not Path(save_directory).is_file():  # which Transformers refuses
+            write_shim(Path(save_directory))
+        self.auto_map = dict(AUTO_MAP)  # in place of the one that a checkpoint was loaded with
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: Transformers asks for it when the shim has been followed, and would save this source in its place."""
