@@ -76,6 +76,17 @@ class GQEConfig(LlamaConfig):
             if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
 
+    @property
+    def num_experts(self) -> int:
+        """Not a field: whoever reads it (TRL) is about to balance one list of experts a layer, as in Mixtral.
+
+        Raises AttributeError, as for any field that isn't there.
+        """
+        raise AttributeError(
+            "GQEConfig has no num_experts: its experts are balanced within each group, by the model's own loss. With "
+            "TRL, use query_experts.sft.GQESFTTrainer, or SFTConfig(router_aux_loss_coef=0.0) for no balance loss"
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As Transformers', and the shim beside it by which `trust_remote_code` loads the checkpoint anywhere.
 
@@ -88,4 +99,4 @@ class GQEConfig(LlamaConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing: Transformers asks for it when the shim has been followed, and would save this source in its place."""
+        """Nothing. Transformers asks for it once it followed the shim, and would save this source in its place."""
