@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
 )
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -56,6 +56,9 @@ class GQESelfAttention(GQEAttention):
             layer_idx=layer_idx,
             routing=config.routing,
             shared_head_kv=config.shared_head_kv,
+            output_bias=config.attention_output_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.rms_norm_eps,
             dropout=config.attention_dropout,
             _config=config,
         )
@@ -121,7 +124,7 @@ class GQEModel(GQEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(GQEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = Phi3RotaryEmbedding(config=config)  # Llama's, and partial
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -213,6 +216,12 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.balance_window = BalanceWindow()
         self.post_init()
+
+    def set_top_k(self, top_k: int) -> None:
+        """Wake another number of experts in each group of every layer, as `GQEAttention.set_top_k`; config follows."""
+        for layer in self.model.layers:
+            layer.self_attn.set_top_k(top_k)
+        self.config.active_query_experts = top_k
 
     @can_return_tuple
     def forward(
