@@ -375,7 +375,9 @@ class GQEAttention(nn.Module):
 
     def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """RMSNorm of queries and keys [B, heads, T, d] over the head dim, if the layer has it."""
-        return (self.q_norm(query), self.k_norm(key)) if self.q_norm is not None else (query, key)
+        if self.q_norm is None or self.k_norm is None:
+            return query, key
+        return self.q_norm(query), self.k_norm(key)
 
     def rotate(self, query: Tensor, key: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Rotary embedding of queries and keys [B, heads, T, d], in Llama's half-rotation form.

@@ -219,8 +219,9 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
 
     def set_top_k(self, top_k: int) -> None:
         """Wake another number of experts in each group of every layer, as `GQEAttention.set_top_k`; config follows."""
-        for layer in self.model.layers:
-            layer.self_attn.set_top_k(top_k)
+        for module in self.modules():
+            if isinstance(module, GQEAttention):
+                module.set_top_k(top_k)
         self.config.active_query_experts = top_k
 
     @can_return_tuple

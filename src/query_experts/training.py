@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from itertools import chain
 from typing import Any
 
 import torch
@@ -81,18 +79,3 @@ def count_tokens(batch: dict[str, Any]) -> int:
     """Real tokens of a batch: those that its 2D attention mask keeps, or all."""
     mask = batch.get("attention_mask")
     return int(mask.ne(0).sum()) if mask is not None and mask.ndim == 2 else batch["labels"].numel()
-
-
-@torch.no_grad()
-def initialise_by_name(model: nn.Module, seed: int, std: float) -> None:
-    """Draw every matrix from N(0, std) by a generator seeded with (seed, its name).
-
-    So models of different arms start with equal values in all tensors of equal name and shape. Vectors (norms,
-    biases) keep the constants that they were made with.
-    """
-    for name, parameter in chain(model.named_parameters(), model.named_buffers()):  # a frozen router is a buffer
-        if parameter.dim() >= 2:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            values = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(values.to(parameter.device, parameter.dtype))

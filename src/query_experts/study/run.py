@@ -32,11 +32,12 @@ from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus
 from query_experts.errors import SettingError
 from query_experts.files import full_disk_as_os_error, read_json, require_space, save_tokenizer, write_json
+from query_experts.initial_values import initialise_by_name
 from query_experts.router import select_top_k
 from query_experts.study.arms import arm_config, build
 from query_experts.study.environment import Pieces
 from query_experts.study.settings import RunSettings, resolve_device
-from query_experts.training import GQETrainer, initialise_by_name
+from query_experts.training import GQETrainer
 
 PASSAGE_TOKENS = 192
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
