@@ -287,6 +287,17 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Llama's; where longrope changes its frequencies, a cache of the old ones is computed anew, as in Phi-3."""
+        rope, past = self.config.rope_parameters, 0
+        if rope["rope_type"] == "longrope" and past_key_values is not None:
+            past = past_key_values.get_seq_length()
+        if 0 < past <= rope.get("original_max_position_embeddings", 0) < input_ids.shape[1]:
+            past_key_values = kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
     def _router_losses(
         self,
         router_logits: tuple[Tensor, ...],

@@ -59,8 +59,8 @@ def check_convertible(dense: PreTrainedConfig) -> None:
     """Raises SettingError, with the reason, for a model whose attention has no GQE form."""
     kind = dense.model_type
     if kind not in LAYER:
-        reasons = [why for field, why in FOREIGN.items() if getattr(dense, field, None) is not None]
-        reasons += ["has attention sinks"] if kind in SINKS else []
+        reasons = ["has attention sinks"] if kind in SINKS else []
+        reasons += [why for field, why in FOREIGN.items() if getattr(dense, field, None) is not None]
         why = f", which {reasons[0]}" if reasons else ""
         raise SettingError(f"model_type is {kind!r}{why}; it must be one of {', '.join(sorted(LAYER))}")
     heads, kv_heads = dense.num_attention_heads, dense.num_key_value_heads
