@@ -48,9 +48,7 @@ class GQETrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        averaged = 1  # over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            averaged = self.accelerator.num_processes // self.get_tp_size()
+        averaged = self.averaged_over(num_items_in_batch)
         lm_loss = outputs.get("lm_loss")
         if lm_loss is None:
             lm_loss = outputs["loss"] / averaged
@@ -61,6 +59,12 @@ class GQETrainer(Trainer):
         else:
             loss = lm_loss * averaged
         return (loss, outputs) if return_outputs else loss
+
+    def averaged_over(self, num_items_in_batch: Any) -> int:
+        """Over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it."""
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            return self.accelerator.num_processes // self.get_tp_size()
+        return 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._lm_loss_sum is not None:
