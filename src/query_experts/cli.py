@@ -167,6 +167,9 @@ def run_evaluate(argv: list[str]) -> int:
     parser.add_argument(
         "--num_fewshot", "--num-fewshot", type=int, help="examples before a question; default: the task's own"
     )
+    parser.add_argument(
+        "--max_length", "--max-length", type=int, help="tokens given at once; default: max_position_embeddings"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the checkpoint says")
     parser.add_argument("--out", help="a file for the results, JSON")

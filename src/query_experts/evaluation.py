@@ -45,6 +45,7 @@ def evaluate(
     batch_size: int = 8,
     limit: int | None = None,
     num_fewshot: int | None = None,
+    max_length: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     out: str | None = None,
@@ -52,12 +53,14 @@ def evaluate(
     """Score a checkpoint (any causal model of Transformers) and print a table. -> what `out` holds.
 
     checkpoint: a folder, or a name on the hub. tasks: names of lm-eval's tasks, groups or tags. data_dir: a folder of
-    benchmark files in place of the hub. limit: questions of each task. dtype: of the weights; auto is the
-    checkpoint's. out: a file for the results, JSON. Raises SettingError.
+    benchmark files in place of the hub. limit: questions of each task. max_length: tokens that the model is given at
+    once; by default max_position_embeddings. dtype: of the weights; auto is the checkpoint's. out: a file for the
+    results, JSON. Raises SettingError.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
-        if value is not None and value < least:
-            raise SettingError(f"{name} is {value}; it must be {least} or more")
+    least = {"batch_size": (batch_size, 1), "limit": (limit, 1), "num_fewshot": (num_fewshot, 0)}
+    for name, (value, lowest) in (least | {"max_length": (max_length, 1)}).items():
+        if value is not None and value < lowest:
+            raise SettingError(f"{name} is {value}; it must be {lowest} or more")
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     if out is not None and Path(out).is_dir():
@@ -65,14 +68,21 @@ def evaluate(
     device = resolve_device(device)
     quiet()
     model, tokenizer = load_model(checkpoint, dtype)
-    scorer = HFLM(pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    scorer = Scorer(
+        pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
+    )
     with TemporaryDirectory() as folder:
         asked, notes = load_tasks(tasks, data_dir, Path(folder), num_fewshot)
         scored = lm_eval.evaluate(scorer, asked, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
     dtype = str(model.dtype).removeprefix("torch.")
     results = {
         "checkpoint": checkpoint,
-        "model": {"type": model.config.model_type, "parameters": model.num_parameters(), "window": scorer.max_length},
+        "model": {
+            "type": model.config.model_type,
+            "parameters": model.num_parameters(),
+            "max_length": scorer.max_length,
+        },
+        "requests": {"all": scorer.requests, "truncated": scorer.truncated},
         "tasks": task_results(scored, notes),
         "settings": {"data_dir": data_dir, "batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot},
         "environment": environment(device, dtype) | {name: version(name) for name in ("lm_eval", "datasets")},
@@ -81,6 +91,25 @@ def evaluate(
     if out is not None:
         write_json(Path(out), results)
     return results
+
+
+class Scorer(HFLM):
+    """lm-eval's wrapper of a model, which tells how many contexts it has cut, and in a sentence what it can't score."""
+
+    requests = 0
+    truncated = 0
+
+    def _loglikelihood_tokens(self, requests: list[Any], *options: Any, **named: Any) -> list[tuple[float, bool]]:
+        """requests: (texts, tokens of the context, tokens of the continuation)."""
+        longest = max(len(continuation) for _, _, continuation in requests)
+        if longest > self.max_length:
+            raise SettingError(
+                f"max_length is {self.max_length}, and these tasks have an answer of {longest} tokens; it must be as many "
+                "(a model with rotary embeddings takes more than it was trained on, and less well)"
+            )
+        self.requests += len(requests)
+        self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+        return super()._loglikelihood_tokens(requests, *options, **named)
 
 
 def quiet() -> None:
@@ -93,6 +122,9 @@ def quiet() -> None:
 
 def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint. Raises SettingError if it has no weights, or no tokenizer, to score with."""
+    folder = Path(checkpoint)
+    if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
+        raise SettingError(f"checkpoint is {checkpoint}, which holds no config.json; it must be a model's folder")
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
     except UNLOADABLE as error:
@@ -105,8 +137,12 @@ def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except UNLOADABLE as error:
-        raise SettingError(f"checkpoint is {checkpoint}, whose tokenizer can't be loaded: {error}") from error
+    except (*UNLOADABLE, KeyError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
+        raise SettingError(
+            f"checkpoint is {checkpoint}, whose tokenizer can't be loaded ({reason}); it must have one beside it, as "
+            "save_pretrained writes it"
+        ) from error
     size, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if not tokenizer.vocab_size or size > rows:
         raise SettingError(
@@ -214,6 +250,13 @@ def print_results(results: dict[str, Any], console: Console) -> None:
             numbers = (readable(score[kind]) for kind in ("value", "stderr"))
             table.add_row(name, metric, *numbers, f"{task['items']:,}")
     console.print(table)
+    requests = results["requests"]
+    if requests["truncated"]:
+        console.print(
+            f"Of {requests['all']:,} requests {requests['truncated']:,} lost the start of their context: the model was "
+            f"given {results['model']['max_length']:,} tokens at most (max_length).",
+            highlight=False,
+        )
     for name, task in results["tasks"].items():
         if task["note"]:
             console.print(f"{name} is not quite comparable with published scores: {task['note']}.", highlight=False)
