@@ -104,8 +104,8 @@ class Scorer(HFLM):
         longest = max(len(continuation) for _, _, continuation in requests)
         if longest > self.max_length:
             raise SettingError(
-                f"max_length is {self.max_length}, and these tasks have an answer of {longest} tokens; it must be as many "
-                "(a model with rotary embeddings takes more than it was trained on, and less well)"
+                f"max_length is {self.max_length}, and these tasks have an answer of {longest} tokens; it must be so "
+                "many (a model with rotary embeddings takes more than it was trained on, and less well)"
             )
         self.requests += len(requests)
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
