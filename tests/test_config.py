@@ -18,6 +18,8 @@ OURS = {
     "output_projection": "slot",
     "routing": "learned",
     "shared_head_kv": "mean",
+    "attention_output_bias": None,
+    "qk_norm": False,
     "router_aux_loss_coef": 0.01,
     "router_z_loss_coef": 0.0,
     "output_router_logits": False,

@@ -1,4 +1,4 @@
-"""The console command `query-experts`: compare, train, generate, evaluate, bench, report.
+"""The console command `query-experts`: compare, train, convert, generate, evaluate, bench, report.
 
 Every setting of `compare` and `train` is an option; a preset or a recipe (YAML) sets them first, and the command
 line has the last word. A setting that can't be used ends in one sentence and exit status 2.
@@ -21,6 +21,7 @@ from query_experts.errors import SettingError
 COMMANDS = {
     "compare": "train arms head to head and report; the main job",
     "train": "train one arm",
+    "convert": "make a GQE checkpoint from a dense one",
     "generate": "write text with a trained GQE checkpoint",
     "evaluate": "score a checkpoint, GQE or dense, on lm-evaluation-harness's tasks",
     "bench": "time GQE against stock Llama: prefill, decoding, training",
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         match argv[0]:
             case "compare" | "train":
                 return run_study(argv[0], argv[1:])
+            case "convert":
+                return run_convert(argv[1:])
             case "generate":
                 return run_generate(argv[1:])
             case "evaluate":
@@ -119,6 +122,47 @@ def run_bench(argv: list[str]) -> int:
         out_follows_preset=False,
     )  # fmt: skip
     run.bench(settings, Console())
+    return 0
+
+
+def run_convert(argv: list[str]) -> int:
+    from query_experts.options import Options
+
+    parser = Options(
+        prog="query-experts convert", description=COMMANDS["convert"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("checkpoint", help="folder of a dense checkpoint, or its name on the hub")
+    parser.add_argument("out", help="new folder for the GQE checkpoint")
+    parser.add_argument("--top_k", "--top-k", type=int, help="experts that a token wakes in a group; default: all")
+    parser.add_argument("--output_projection", "--output-projection", default="expert",
+                        help="expert, exact with all experts awake, or slot, the paper's")  # fmt: skip
+    parser.add_argument("--router", help="where it starts: random, query_norm, calibrated, or none for the control; "
+                                         "default: calibrated with --calibrate, else random")  # fmt: skip
+    parser.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT",
+                        help="text files or folders, or a hub dataset, on which the dense model's heads are "
+                             "observed and the difference is measured")  # fmt: skip
+    parser.add_argument("--calibration_tokens", "--calibration-tokens", type=int, default=16_384,
+                        help="read so many tokens of it")  # fmt: skip
+    parser.add_argument("--calibration_length", "--calibration-length", type=int, default=512,
+                        help="tokens in a sequence")  # fmt: skip
+    parser.add_argument("--text_field", "--text-field", default="text",
+                        help="field of a jsonl line or parquet column that holds the text")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    options = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from query_experts.convert.folder import ConvertSettings, convert_folder, print_report
+    from query_experts.study.settings import check_seeds, resolve_device
+
+    check_seeds("seed", [options.seed])
+    settings = ConvertSettings(**vars(options) | {"device": resolve_device(options.device)})
+    plan, report = convert_folder(settings)
+    console = Console()
+    print_report(plan, report, console)
+    console.print(f"Checkpoint: {settings.out}")
     return 0
 
 
