@@ -1,4 +1,4 @@
-"""The console command `query-experts`: compare, train, convert, generate, bench, report.
+"""The console command `query-experts`: compare, train, convert, generate, evaluate, bench, report.
 
 Every setting of `compare` and `train` is an option; a preset or a recipe (YAML) sets them first, and the command
 line has the last word. A setting that can't be used ends in one sentence and exit status 2.
@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train one arm",
     "convert": "make a GQE checkpoint from a dense one",
     "generate": "write text with a trained GQE checkpoint",
+    "evaluate": "score a checkpoint, GQE or dense, on lm-evaluation-harness's tasks",
     "bench": "time GQE against stock Llama: prefill, decoding, training",
     "report": "make the page and the table again from a compared folder",
 }
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run_convert(argv[1:])
             case "generate":
                 return run_generate(argv[1:])
+            case "evaluate":
+                return run_evaluate(argv[1:])
             case "bench":
                 return run_bench(argv[1:])
             case "report":
@@ -65,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("query_experts"):
             raise
-        return refuse(f"{error.name} is not installed; pip install query-experts[study]")
+        extra = "evaluate" if argv[0] == "evaluate" else "study"
+        return refuse(f"{error.name} is not installed; pip install query-experts[{extra}]")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
@@ -183,6 +187,43 @@ def run_generate(argv: list[str]) -> int:
         Path(options.checkpoint), options.prompt, options.max_new_tokens, options.temperature, options.seed,
         options.device,
     )  # fmt: skip
+    return 0
+
+
+def run_evaluate(argv: list[str]) -> int:
+    from query_experts.options import Options
+
+    parser = Options(
+        prog="query-experts evaluate", description=COMMANDS["evaluate"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "checkpoint", help="a causal model as Transformers saves it, with its tokenizer; or its name on the hub"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, help="lm-eval's tasks, groups or tags: hellaswag,arc_easy,piqa"
+    )
+    parser.add_argument(
+        "--data_dir", "--data-dir", help="benchmark files in their original format, in place of the hub"
+    )
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=8, help="requests in a batch")
+    parser.add_argument("--limit", type=int, help="so many questions of each task alone, to try things")
+    parser.add_argument(
+        "--num_fewshot", "--num-fewshot", type=int, help="examples before a question; default: the task's own"
+    )
+    parser.add_argument(
+        "--max_length", "--max-length", type=int, help="tokens given at once; default: max_position_embeddings"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the checkpoint says")
+    parser.add_argument("--out", help="a file for the results, JSON")
+    options = vars(parser.parse_args(argv))
+
+    from rich.console import Console
+
+    from query_experts.evaluation import evaluate
+
+    evaluate(options.pop("checkpoint"), options.pop("tasks"), Console(), **options)
     return 0
 
 
