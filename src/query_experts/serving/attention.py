@@ -11,29 +11,49 @@ group; G groups in all, of which a tensor-parallel rank holds L = G / ranks, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.models.utils import extract_layer_index
 
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.ops.select import scatter_experts, select_experts
 from query_experts.router import Router, select_top_k
 
 
+@torch.library.custom_op("query_experts::record_routing", mutates_args=["woken"])
+def record_routing(woken: Tensor, layer_name: str) -> None:
+    """Hands the woken experts [T, G*k], numbered 0 to N-1, to whoever listens to the layer.
+
+    An operator, as a compiled graph would neither see a listener that comes later nor keep a call without a result; so
+    it is declared to change what it only reads.
+    """
+    layer = get_forward_context().no_compile_layers[layer_name]
+    if layer.capture_fn is not None:
+        layer.capture_fn(woken)
+
+
 class GQEAttention(nn.Module):
     """`query_experts.GQEAttention` for serving. Takes the arguments that vLLM's Llama layer gives its attention.
 
-    Raises ValueError where the KV groups don't split over the tensor-parallel ranks.
+    layer_id, capture_fn: by these vLLM recognises a layer whose routing it can record (`--enable-return-routed-experts`)
+    and says who listens.
+
+    Raises ValueError where the KV groups don't split over the tensor-parallel ranks, or where routing is to be recorded
+    and vLLM was told another number of experts.
     """
 
     def __init__(
@@ -88,15 +108,36 @@ class GQEAttention(nn.Module):
         self.rotary_emb = get_rope(
             self.head_dim, max_position=max_position_embeddings, rope_parameters=config.rope_parameters
         )
+        self.name = prefix
+        self.layer_id = extract_layer_index(prefix)
+        self.capture_fn: Callable[[Tensor], None] | None = None
+        self.records = self._records_routing()
         cached_heads = self.own_groups + (self.q_shared is not None)
         self.attn = Attention(
             cached_heads * self.top_k, self.head_dim, self.head_dim**-0.5, num_kv_heads=cached_heads,
             cache_config=cache_config, quant_config=quant_config, attn_type=attn_type, prefix=f"{prefix}.attn",
         )  # fmt: skip
 
+    def _records_routing(self) -> bool:
+        vllm_config = get_current_vllm_config()
+        vllm_config.compilation_config.static_forward_context[self.name] = self
+        if not vllm_config.aux_output_config.enable_return_routed_experts:
+            return False
+        told = vllm_config.model_config.get_num_experts(), vllm_config.model_config.get_num_experts_per_tok()
+        actual = self.groups * self.experts, self.groups * self.top_k
+        if told != actual:
+            raise ValueError(
+                f"num_experts and num_experts_per_tok are {told[0]} and {told[1]}; to record this model's routing, "
+                f"hf_overrides must say {actual[0]} and {actual[1]}"
+            )
+        return True
+
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """positions [T] (each in its own request), hidden_states [T, D] -> [T, D]."""
         probs, indices = self.route(hidden_states)
+        if self.records or self.capture_fn is not None:
+            first = torch.arange(0, self.groups * self.experts, self.experts, device=indices.device)
+            record_routing((indices + first[:, None]).flatten(1), self.name)
         query, key, value = self.project(hidden_states, indices)
         query, key = self.normalise(query, key)
         query, key = self.rotary_emb(positions, query, key)
