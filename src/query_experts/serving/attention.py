@@ -34,16 +34,17 @@ from query_experts.ops.select import scatter_experts, select_experts
 from query_experts.router import Router, select_top_k
 
 
-@torch.library.custom_op("query_experts::record_routing", mutates_args=["woken"])
-def record_routing(woken: Tensor, layer_name: str) -> None:
-    """Hands the woken experts [T, G*k], numbered 0 to N-1, to whoever listens to the layer.
+@torch.library.custom_op("query_experts::record_routing", mutates_args=["indices"])
+def record_routing(indices: Tensor, layer_name: str) -> None:
+    """Hands the woken experts [T, G, k] of a layer to whoever listens to it, as [T, G*k], numbered 0 to N-1.
 
-    An operator, as a compiled graph would neither see a listener that comes later nor keep a call without a result; so
-    it is declared to change what it only reads.
+    An operator, as a compiled graph would not see a listener that comes later. It is declared to change the indices,
+    which it only reads: a compiler drops an operator that nothing after it depends on.
     """
-    layer = get_forward_context().no_compile_layers[layer_name]
+    layer: GQEAttention = get_forward_context().no_compile_layers[layer_name]
     if layer.capture_fn is not None:
-        layer.capture_fn(woken)
+        first = torch.arange(0, layer.groups * layer.experts, layer.experts, device=indices.device)
+        layer.capture_fn((indices + first[:, None]).flatten(1))
 
 
 class GQEAttention(nn.Module):
@@ -123,6 +124,8 @@ class GQEAttention(nn.Module):
         vllm_config.compilation_config.static_forward_context[self.name] = self
         if not vllm_config.aux_output_config.enable_return_routed_experts:
             return False
+        if self.router is None:
+            raise ValueError("routing is 'none'; without a router there is no routing to record")
         told = vllm_config.model_config.get_num_experts(), vllm_config.model_config.get_num_experts_per_tok()
         actual = self.groups * self.experts, self.groups * self.top_k
         if told != actual:
@@ -136,8 +139,7 @@ class GQEAttention(nn.Module):
         """positions [T] (each in its own request), hidden_states [T, D] -> [T, D]."""
         probs, indices = self.route(hidden_states)
         if self.records or self.capture_fn is not None:
-            first = torch.arange(0, self.groups * self.experts, self.experts, device=indices.device)
-            record_routing((indices + first[:, None]).flatten(1), self.name)
+            record_routing(indices, self.name)
         query, key, value = self.project(hidden_states, indices)
         query, key = self.normalise(query, key)
         query, key = self.rotary_emb(positions, query, key)
