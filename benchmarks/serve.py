@@ -174,12 +174,12 @@ def print_table(arms: dict[str, Any]) -> None:
     for name in arms["dense"]["runs"]:
         print(f"\n{name}")
         for arm, results in arms.items():
-            runs = results["runs"][name]
-            median = {figure: statistics.median(run[figure] for run in runs) for figure in FIGURES}
+            new, all_, first, next_ = (
+                statistics.median(run[figure] for run in results["runs"][name]) for figure in FIGURES
+            )
             print(
-                f"  {arm:10} {median['output_tokens_a_second']:8.1f} new tokens/s {median['tokens_a_second']:9.1f} tokens/s"
-                f"   first token {median['seconds_to_first_token']:7.3f} s, the next {median['seconds_a_token']:7.4f} s"
-                f"   cache holds {results['tokens_that_the_cache_holds']:,} tokens"
+                f"  {arm:10}{new:9.1f} new and {all_:9.1f} tokens a second in all; first token after {first:7.3f} s, "
+                f"then {next_:7.4f} s each; the cache holds {results['tokens_that_the_cache_holds']:,} tokens"
             )
 
 

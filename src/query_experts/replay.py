@@ -27,7 +27,7 @@ def replayed_routing(model: GQEForCausalLM, experts: Tensor) -> Iterator[None]:
 
     Raises ValueError for experts that don't fit the model.
     """
-    layers: list[GQEAttention] = [layer.self_attn for layer in model.model.layers]
+    layers = [module for module in model.model.layers.modules() if isinstance(module, GQEAttention)]
     G, M, k = layers[0].num_kv_heads, layers[0].experts_per_group, layers[0].top_k
     if experts.ndim != 4 or experts.shape[2:] != (len(layers), G * k):
         raise ValueError(f"experts are {list(experts.shape)}; they must be [batch, tokens, {len(layers)}, {G * k}]")

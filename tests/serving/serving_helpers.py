@@ -70,7 +70,7 @@ def save_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes:
     with no_router_warning():
         model = GQEForCausalLM(GQEConfig(**(SHAPE | changes))).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     model.to(dtype).save_pretrained(folder)
@@ -224,5 +224,3 @@ def answers(url: str) -> bool:
             return reply.status == 200
     except OSError:
         return False
-
-

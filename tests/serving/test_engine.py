@@ -65,7 +65,7 @@ def test_greedy_tokens_are_transformers(setting, tmp_path: Path):
 
 
 def recorded(llm, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One prompt through the engine: log-probabilities [T - 1] and the woken experts [T, L, G*k], by vLLM's recorder."""
+    """One prompt through the engine: log-probabilities [T - 1], woken experts [T, L, G*k], by vLLM's own recorder."""
     recorder = RoutedExpertsCapturer(512, llm.llm_engine.vllm_config)
     llm.apply_model(lambda model: bind_routed_experts_capturer(model, recorder))
     log_probs = log_probs_of_prompt(llm, prompt)

@@ -1,4 +1,4 @@
-"""A real `vllm serve` on loopback, spoken to by the OpenAI API: many requests at once, in chunks, with prefix caching."""
+"""A real `vllm serve` on loopback, spoken to by the OpenAI API: many requests at once, chunks, prefix caching."""
 
 import asyncio
 import os

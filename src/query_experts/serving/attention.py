@@ -50,8 +50,8 @@ def record_routing(indices: Tensor, layer_name: str) -> None:
 class GQEAttention(nn.Module):
     """`query_experts.GQEAttention` for serving. Takes the arguments that vLLM's Llama layer gives its attention.
 
-    layer_id, capture_fn: by these vLLM recognises a layer whose routing it can record (`--enable-return-routed-experts`)
-    and says who listens.
+    layer_id, capture_fn: by these vLLM recognises a layer whose routing it can record, and says who listens
+    (`--enable-return-routed-experts`).
 
     Raises ValueError where the KV groups don't split over the tensor-parallel ranks, or where routing is to be recorded
     and vLLM was told another number of experts.
@@ -167,7 +167,9 @@ class GQEAttention(nn.Module):
         L, M, d = self.own_groups, self.experts, self.head_dim
         query, key, value = self.qkv_proj(x)[0].split([L * M * d, L * d, L * d], -1)
         if self.router is not None:
-            query = select_experts(query.reshape(1, -1, L, M, d), self.own(indices).unsqueeze(0)).view(-1, L * self.top_k * d)
+            query = select_experts(query.reshape(1, -1, L, M, d), self.own(indices).unsqueeze(0)).view(
+                -1, L * self.top_k * d
+            )
         if self.q_shared is not None:
             query = torch.cat([query, self.q_shared(x)[0].repeat(1, self.top_k)], -1)
         return query, key, value
@@ -193,8 +195,8 @@ class GQEAttention(nn.Module):
         return torch.cat([key, shared[0]], -1), torch.cat([value, shared[1]], -1)
 
     def combine(self, out: Tensor, probs: Tensor, indices: Tensor) -> Tensor:
-        """Attention's output [T, (L*k, + k) * d] -> this rank's rows for W_O: hard slots, its part of the weighted slot,
-        shared."""
+        """Attention's output [T, (L*k, + k) * d] -> this rank's rows for W_O: hard slots (or experts), its part of the
+        weighted slot, the shared head."""
         by_head = out.view(out.shape[0], -1, self.top_k, self.head_dim)  # [T, L (+ 1), k, d]
         routed, extra = by_head[:, : self.own_groups], []
         scores = probs.gather(-1, indices)  # [T, G, k]
@@ -205,5 +207,7 @@ class GQEAttention(nn.Module):
         elif self.variant == "weighted_concat":
             routed = routed * self.own(scores).unsqueeze(-1).to(routed.dtype)
         if self.rows_by_expert and self.router is not None:
-            routed = scatter_experts(routed.unsqueeze(0), self.own(indices).unsqueeze(0), self.experts)[0]  # [T, L, M, d]
+            routed = scatter_experts(routed.unsqueeze(0), self.own(indices).unsqueeze(0), self.experts)[
+                0
+            ]  # [T, L, M, d]
         return torch.cat([routed.flatten(1), *extra], -1)
