@@ -26,7 +26,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -147,13 +146,6 @@ def generated(llm: LLM, cases: list[Case]) -> list[list[int]]:
     sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
     out = llm.generate([{"prompt_token_ids": case.prompt} for case in cases], sampling, use_tqdm=False)
     return [list(o.outputs[0].token_ids) for o in out]
-
-
-def log_probs_of_prompt(llm: LLM, prompt: list[int]) -> Tensor:
-    """[T - 1]: the log-probability that the engine gives each token of the prompt but the first."""
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    (out,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-    return torch.tensor([at[token].logprob for at, token in zip(out.prompt_logprobs[1:], prompt[1:], strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

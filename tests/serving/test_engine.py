@@ -4,22 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
-    RoutedExpertsCapturer,
-    bind_routed_experts_capturer,
-)
 
-from query_experts.replay import replayed_routing
+from query_experts import GQEForCausalLM
 from query_experts.serving.attention import GQEAttention
-from serving_helpers import (
-    engine,
-    generated,
-    log_probs_of_prompt,
-    mixed_prompts,
-    random_prompt,
-    save_checkpoint,
-    sure_cases,
-)
+from serve_agreement import agreement, recorded, recording_options, sentence, through_transformers
+from serving_helpers import engine, generated, mixed_prompts, random_prompt, save_checkpoint, sure_cases
 
 STEPS = 24
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -64,99 +53,42 @@ def test_greedy_tokens_are_transformers(setting, tmp_path: Path):
             assert generated(llm, cases) == [case.continuation for case in cases]
 
 
-def recorded(llm, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One prompt through the engine: log-probabilities [T - 1], woken experts [T, L, G*k], by vLLM's own recorder."""
-    recorder = RoutedExpertsCapturer(512, llm.llm_engine.vllm_config)
-    llm.apply_model(lambda model: bind_routed_experts_capturer(model, recorder))
-    log_probs = log_probs_of_prompt(llm, prompt)
-    return log_probs, recorder.snapshot_routing_data(len(prompt)).long()
-
-
-def woken_by(model, tokens: torch.Tensor) -> torch.Tensor:
-    """The experts [T, L, G*k] that Transformers wakes."""
-    config = model.config
-    routing = model(tokens, output_router_logits=True, use_cache=False).router_logits
-    experts = config.num_attention_heads // config.num_key_value_heads
-    first = torch.arange(0, config.num_attention_heads, experts)[:, None]
-    by_group = [logits.unflatten(-1, (-1, experts)).topk(config.active_query_experts).indices for logits in routing]
-    return torch.stack([(chosen + first).flatten(1) for chosen in by_group], 1)
-
-
-def log_probs_by(model, tokens: torch.Tensor) -> torch.Tensor:
-    logits = model(tokens, use_cache=False).logits[0, :-1].double()
-    return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None]).squeeze(-1)
-
-
-RECORDING = {
-    "max_num_batched_tokens": 512,
-    "enable_prefix_caching": False,
-    "hf_overrides": {"num_experts": 8, "num_experts_per_tok": 4},
-}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("output_projection", ["slot", "expert"])
 def test_recorded_routing_is_transformers_in_float32(output_projection, tmp_path: Path):
     model = save_checkpoint(tmp_path, active_query_experts=2, output_projection=output_projection)
     case = sure_cases(model, [random_prompt(n, n) for n in (300, 301, 302)], 1)[0]
-    with engine(tmp_path, dtype="float32", **RECORDING) as llm:
+    with engine(tmp_path, dtype="float32", **recording_options(model.config, 512)) as llm:
         log_probs, experts = recorded(llm, case.prompt)
-    tokens = torch.tensor([case.prompt])
-    assert experts.tolist() == woken_by(model, tokens).tolist()
-    torch.testing.assert_close(log_probs.double(), log_probs_by(model, tokens), rtol=0, atol=1e-3)
+    expected_log_probs, expected_experts = through_transformers(model, case.prompt)
+    assert experts.tolist() == expected_experts.tolist()
+    torch.testing.assert_close(log_probs, expected_log_probs, rtol=0, atol=1e-3)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("output_projection", ["slot", "expert"])
-def test_in_bf16_the_engine_errs_no_more_than_transformers_once_its_routing_is_replayed(
-    output_projection, tmp_path: Path, record_property, capsys
-):
+def test_in_bf16_the_engine_errs_as_transformers_does_once_its_routing_is_replayed(output_projection, tmp_path, capsys):
     """Both against float64 with the same experts awake: at most twice the error (root mean square)."""
-    model = save_checkpoint(
-        tmp_path, torch.bfloat16, active_query_experts=2, output_projection=output_projection, num_hidden_layers=3
-    )
-    exact = save_checkpoint(
-        tmp_path / "again", torch.bfloat16, active_query_experts=2, output_projection=output_projection,
-        num_hidden_layers=3,
-    ).double()  # fmt: skip
-    exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
-    flipped, decisions, served_errors, trained_errors, unflipped = 0, 0, [], [], []
-    with engine(tmp_path, dtype="bfloat16", **RECORDING) as llm:
-        for seed in range(4):
-            prompt = random_prompt(300, seed)
-            tokens = torch.tensor([prompt])
-            served, experts = recorded(llm, prompt)
-            differs = experts != woken_by(model, tokens)
-            flipped, decisions = flipped + int(differs.sum()), decisions + differs.numel()
-            same_so_far = ~differs.flatten(1).any(1).cummax(0).values[:-1]
-            unflipped.append((served - log_probs_by(model, tokens))[same_so_far])
-            with replayed_routing(exact, experts[None]):
-                expected = log_probs_by(exact, tokens)
-            with replayed_routing(model, experts[None]):
-                trained_errors.append(log_probs_by(model, tokens) - expected)
-            served_errors.append(served - expected)
-    served_error, trained_error, difference = (
-        torch.cat(errors).square().mean().sqrt().item() for errors in (served_errors, trained_errors, unflipped)
-    )
+    setting = {"active_query_experts": 2, "output_projection": output_projection, "num_hidden_layers": 3}
+    model = save_checkpoint(tmp_path, torch.bfloat16, **setting)
+    exact = GQEForCausalLM.from_pretrained(tmp_path).double().eval()
+    with engine(tmp_path, dtype="bfloat16", **recording_options(model.config, 512)) as llm:
+        found = agreement(llm, model, exact, [random_prompt(300, seed) for seed in range(4)])
     with capsys.disabled():
-        print(
-            f"\n{output_projection}: {flipped} of {decisions} woken experts differ ({flipped / decisions:.2%}); "
-            f"log-probabilities of the {len(torch.cat(unflipped))} tokens before the first: {difference:.4f} apart "
-            f"(rms); against float64 with the same experts awake vLLM errs by {served_error:.4f}, Transformers by "
-            f"{trained_error:.4f}"
-        )
-    assert flipped / decisions < 0.05
-    assert served_error <= 2 * trained_error
+        print(f"\n{output_projection}: {sentence(found)}")
+    assert found["flipped"] / found["woken_experts"] < 0.05
+    assert found["tokens_before_a_flip"] > 0
+    assert found["vllm_error_replayed"] <= 2 * found["transformers_error_replayed"]
+    assert found["difference_before_a_flip"] <= 3 * found["transformers_error_replayed"]  # the errors of both
 
 
 def test_routing_is_recorded_from_a_compiled_model_that_was_told_to(tmp_path: Path, monkeypatch):
     """vLLM refuses the option itself on a CPU, so the layers are told in its place."""
-    save_checkpoint(tmp_path, active_query_experts=2)
+    options = recording_options(save_checkpoint(tmp_path, active_query_experts=2).config, 512) | {"dtype": "float32"}
     prompt = random_prompt(100, 0)
-    with engine(tmp_path, dtype="float32", **RECORDING) as llm:
+    with engine(tmp_path, **options) as llm:
         _, expected = recorded(llm, prompt)
     records = GQEAttention._records_routing
     monkeypatch.setattr(GQEAttention, "_records_routing", lambda self: records(self) or True)
-    with engine(tmp_path, dtype="float32", enforce_eager=False, **RECORDING) as llm:
+    with engine(tmp_path, enforce_eager=False, **options) as llm:
         _, experts = recorded(llm, prompt)
     assert experts.tolist() == expected.tolist()
