@@ -163,6 +163,7 @@ class GQEAttention(nn.Module):
     dropout: on the attention weights, in training.
     attn_implementation: `sdpa`, `eager` or `flex_attention`.
 
+    forced_indices, an attribute: the experts [B, T, G, k] to wake in place of the router's choice; see `replay`.
     fused_decode, an attribute of the class and of each layer: single tokens are decoded by a Triton kernel. Off, since
     that has been tested in Triton's interpreter and not been timed on a GPU yet.
 
@@ -170,6 +171,7 @@ class GQEAttention(nn.Module):
     """
 
     fused_decode = False
+    forced_indices: Tensor | None = None
 
     def __init__(
         self,
@@ -329,6 +331,8 @@ class GQEAttention(nn.Module):
             return Routing(None, probs, torch.arange(M, device=x.device).expand(B, T, G, M))
         logits = self.router(x).view(B, T, G, M)
         probs = logits.softmax(-1)
+        if self.forced_indices is not None:
+            return Routing(logits, probs, self.forced_indices)
         return Routing(logits, probs, select_top_k(probs.detach(), self.top_k))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
