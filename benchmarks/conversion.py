@@ -89,7 +89,7 @@ def main() -> None:
     recipe += ["--out", options.out, "--data", *options.data]
     recipe += ["--cache_dir", options.cache_dir] if options.cache_dir else []
     settings = parse_settings(
-        TrainSettings, [*recipe, *rest], prog="conversion.py", about=str(__doc__), folder="recipes", preset="demo"
+        TrainSettings, [*recipe, *rest], prog="conversion.py", about=str(__doc__), folder="recipes", preset="distill"
     )
     console = Console()
     with own_folder(Path(options.out)) as out:

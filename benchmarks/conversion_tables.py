@@ -1,4 +1,4 @@
-"""Puts the tables of docs/convert.md together from benchmarks/results/conversion.json, and draws docs/plots/conversion.svg.
+"""Puts the tables of docs/convert.md together from benchmarks/results/conversion.json, and draws its plot.
 
 python benchmarks/conversion_tables.py
 """
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from query_experts.study.report import text
+from query_experts.study.report.charts import new_figure
+from query_experts.study.report.svg import save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
 PAGE = ROOT / "docs" / "convert.md"
-PLOT = ROOT / "docs" / "plots" / "conversion.svg"
+PLOTS = ROOT / "docs" / "plots"
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 WITHIN = (0.01, 0.003)  # of the teacher's loss
 
@@ -62,11 +64,11 @@ def told(counts: list[float | None]) -> str:
     """The tokens by seed, in words."""
     if all(count is None for count in counts):
         return "not reached"
-    return " / ".join("–" if count is None else text.short(count) if count else "0" for count in counts)
+    return " / ".join(text.DASH if count is None else text.short(count) if count else "0" for count in counts)
 
 
 def losses(result: dict[str, Any]) -> str:
-    """For each case: active heads, loss at the start and at the end with their range over seeds, tokens to come near."""
+    """For each case: active heads, loss at the start and the end with their range over seeds, tokens to come near."""
     head = ["conversion", "active heads", "KL at the start", "loss at the start", "loss at the end", "over the teacher",
             *(f"tokens to {share:.1%}" for share in WITHIN)]  # fmt: skip
     rows = [head]
@@ -129,7 +131,7 @@ def setting(result: dict[str, Any]) -> str:
         ["what", "held"],
         ["dense model", f"{text.short(teacher['parameters']['total'])} parameters, {teacher['heads']} query heads over "
                         f"{held['num_key_value_heads']} KV heads, loss {loss:.4f}"],
-        ["trained on", f"{tokens:,.0f} tokens a run, {held['batch_size']} × {held['seq_len']} a step, learning rate "
+        ["trained on", f"{tokens:,.0f} tokens a run, {held['batch_size']} by {held['seq_len']} a step, learning rate "
                        f"{held['learning_rate']:g}, weight of the divergence {held['distillation']:g}"],
         ["judged on", f"{held['validation_sequences'] * held['seq_len']:,} held-out tokens"],
         ["seeds", f"{', '.join(map(str, seeds))} of conversion and data order; one dense model"],
@@ -147,14 +149,10 @@ def filled(page: str) -> str:
     return MARKED.sub(lambda m: f"{m[1]}{tables[m[2]](result)}\n{m[3]}", page)
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(result: dict[str, Any]) -> None:
     """Loss against tokens of further training, and against active heads at the start and at the end."""
-    from matplotlib.figure import Figure
-
-    from query_experts.study.report.plots import SVG_SETTINGS, style
-
     runs = by_case(result)
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = new_figure(4.2, 10)
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     teacher = result["runs"][0]["teacher_loss"]
     for axes in (left, right):
@@ -177,17 +175,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
         right.plot(heads, [statistics.mean(map(value, runs[case])) for case in there], "o-", label=label)
     left.set(xlabel="tokens of further training", ylabel="validation loss (nats a token)")
     right.set(xlabel="active query heads, the shared one included", xticks=heads)
-    for axes in (left, right):
-        style(axes)
     left.legend(fontsize=7, frameon=False)
     right.legend(fontsize=8, frameon=False)
-    with SVG_SETTINGS():
-        figure.savefig(path)
+    save(figure, PLOTS, "conversion")
 
 
 def main() -> None:
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(json.loads(RESULT.read_text(encoding="utf-8")), PLOT)
+    draw(json.loads(RESULT.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def dense(tmp_path_factory, text):
     return out / "model"
 
 
-def sharded(dense, folder, size="40KB"):
+def sharded(dense, folder, size="20KB"):
     AutoModelForCausalLM.from_pretrained(dense).save_pretrained(folder, max_shard_size=size)
     AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
     return folder
