@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from query_experts.attention import check_layout
+from query_experts.hub import AUTO_MAP, write_shim
 
 LAYERS_NAMES = {
     "num_query_experts": "num_attention_heads",
@@ -75,3 +78,28 @@ class GQEConfig(LlamaConfig):
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
+
+    @property
+    def num_experts(self) -> int:
+        """Not a field: whoever reads it (TRL) is about to balance one list of experts a layer, as in Mixtral.
+
+        Raises AttributeError, as for any field that isn't there.
+        """
+        raise AttributeError(
+            "GQEConfig has no num_experts: its experts are balanced within each group, by the model's own loss. With "
+            "TRL, use query_experts.sft.GQESFTTrainer, or SFTConfig(router_aux_loss_coef=0.0) for no balance loss"
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As Transformers', and the shim beside it by which `trust_remote_code` loads the checkpoint anywhere.
+
+        A model's `save_pretrained`, `push_to_hub` and the Trainer come through here.
+        """
+        if not Path(save_directory).is_file():  # which Transformers refuses
+            write_shim(Path(save_directory))
+        self.auto_map = dict(AUTO_MAP)  # in place of the one that a checkpoint was loaded with
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing. Transformers asks for it once it followed the shim, and would save this source in its place."""
