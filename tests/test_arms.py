@@ -8,8 +8,8 @@ from transformers import LlamaForCausalLM
 
 from query_experts import GQEForCausalLM, costs
 from query_experts.errors import SettingError
+from query_experts.initial_values import initialise_by_name
 from query_experts.study.arms import ARMS, arm_config, build
-from query_experts.training import initialise_by_name
 from study_helpers import SIZE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the router gets no gradient")

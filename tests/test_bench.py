@@ -344,6 +344,17 @@ def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_j
         ({"attn_implementation": "eager"}, "attn_implementation is 'eager'"),
         ({"compile": True}, "suites holds 'parts'"),
         ({"sdpa_backend": "fast"}, "sdpa_backend is 'fast'; it must be flash, cudnn, efficient, math or none"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4; it must be 1 or more"),
+        ({"active_query_experts": 0}, "active_query_experts is 0; it must be 1 or more"),
+        ({"head_dim": 15}, "head_dim is 15; rotary position embedding needs an even number"),
+        ({"hidden_size": 10**9}, "hidden_size is 1000000000; with it .* need about"),
+        ({"arms": ["dense", "gqe", "gqe"]}, "it must hold each once"),
+        ({"lengths": [8, 8]}, "it must hold each number once"),
+        ({"out": ""}, "out is empty"),
+        (
+            {"sdpa_backend": "cudnn", "device": "cpu"},
+            "sdpa_backend is 'cudnn', which can't do what suites asks for on cpu",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(changes, told):

@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from query_experts.callbacks import StopRequest, StopWhenAsked, TokenProgress, ZClipCallback
+from query_experts.initial_values import initialise_by_name
 from query_experts.study.arms import arm_config, build
-from query_experts.training import GQETrainer, initialise_by_name
+from query_experts.training import GQETrainer
 from study_helpers import SIZE, Rows
 
 

@@ -180,7 +180,7 @@ def test_a_recipe_that_cannot_be_used_is_named(tmp_path, text, refused):
 
 def test_an_unknown_preset_or_command_is_refused_with_what_there_is(tmp_path, refused):
     refused(["train", "--preset", "huge"], "preset is 'huge'", "demo", "gpu", "small")
-    refused(["trian"], "command is 'trian'", "compare, train, generate, bench, report")
+    refused(["trian"], "command is 'trian'", "compare, train, convert, generate, evaluate, bench, report")
 
 
 @pytest.mark.parametrize(

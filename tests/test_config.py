@@ -18,6 +18,8 @@ OURS = {
     "output_projection": "slot",
     "routing": "learned",
     "shared_head_kv": "mean",
+    "attention_output_bias": None,
+    "qk_norm": False,
     "router_aux_loss_coef": 0.01,
     "router_z_loss_coef": 0.0,
     "output_router_logits": False,
@@ -43,6 +45,8 @@ def test_settings_survive_json_and_a_saved_file(tmp_path):
         "routing": "frozen",
         "shared_head_kv": "first",
         "router_aux_loss_coef": 0.5,
+        "attention_output_bias": False,
+        "qk_norm": True,
         "router_z_loss_coef": 0.25,
         "output_router_logits": True,
     }

@@ -1,4 +1,4 @@
-"""PEFT and TRL take a GQE model: LoRA trains, decodes, saves, merges; SFT trains with the balance loss or without."""
+"""PEFT and TRL take a GQE model: LoRA trains, decodes, saves and merges; SFT trains with the balance loss or not."""
 
 import copy
 import random
@@ -37,7 +37,10 @@ def adapted(model, *, trained_router=True, seed=3):
     has_router = model.config.routing == "learned"
     targets = [name for name in PROJECTIONS if any(n.endswith(name) for n, _ in model.named_modules())]
     saved = ["router"] if trained_router and has_router else None
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, modules_to_save=saved, task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, modules_to_save=saved,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     wrapped = peft.get_peft_model(model, lora)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from query_experts.callbacks import StopRequest, StopWhenAsked, TokenProgress, ZClipCallback
+from query_experts.initial_values import initialise_by_name
 from query_experts.study.arms import arm_config, build
 from query_experts.study.run import training_arguments
 from query_experts.study.settings import TrainSettings
-from query_experts.training import GQETrainer, count_tokens, initialise_by_name
+from query_experts.training import GQETrainer, count_tokens
 from study_helpers import SIZE, TINY, Rows
 
 LENGTHS = [12, 5, 9, 12, 3, 7, 12, 11, 2, 8, 10, 6]

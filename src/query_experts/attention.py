@@ -23,11 +23,13 @@ from torch.nn import functional as F
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
     repeat_kv,
     rotate_half,
 )
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 
 from query_experts.masks import AttentionBackend, causal_mask
 from query_experts.ops.select import row_numbers, scatter_experts, select_experts
@@ -148,16 +150,20 @@ class GQEAttention(nn.Module):
         the expert, so that with k = M and the two extra slots zero or absent the layer is dense grouped-query
         attention; a dense checkpoint converts exactly.
     rope_theta: base of the rotary embedding; None, none.
-    bias: on the q, k, v, o and shared-query projections; the router never has one.
+    bias: on the q, k, v, o and shared-query projections; the router never has one. output_bias: on o alone, if that is
+        another (Qwen2 has biases on all but o).
     layer_idx: this layer's place in the Transformers `Cache`.
     routing: `learned`; `frozen`, a random router that never trains, which tells routing apart from merely having more
         query parameters; `none`, no router and all experts in index order, which is the always-on model with as many
         heads: the control without which a gain can't be put down to routing.
     shared_head_kv: `mean` over the group's key and value heads, as in the reference layer; `first`, the first
         group's: no mean and no copy, and a paged cache serves it as it is.
+    qk_norm: RMSNorm over the head dim of queries (the shared head's too) and keys, before the rotary embedding, as in
+        Qwen3; its eps: norm_eps.
     dropout: on the attention weights, in training.
     attn_implementation: `sdpa`, `eager` or `flex_attention`.
 
+    forced_indices, an attribute: the experts [B, T, G, k] to wake in place of the router's choice; see `replay`.
     fused_decode, an attribute of the class and of each layer: single tokens are decoded by a Triton kernel. Off, since
     that has been tested in Triton's interpreter and not been timed on a GPU yet.
 
@@ -165,6 +171,7 @@ class GQEAttention(nn.Module):
     """
 
     fused_decode = False
+    forced_indices: Tensor | None = None
 
     def __init__(
         self,
@@ -181,6 +188,9 @@ class GQEAttention(nn.Module):
         *,
         routing: str = "learned",
         shared_head_kv: str = "mean",
+        output_bias: bool | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
         dropout: float = 0.0,
         attn_implementation: str = "sdpa",
         _config: Any = None,
@@ -224,12 +234,30 @@ class GQEAttention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, num_query_experts * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear((hard_slots + extra_slots) * head_dim, hidden_size, bias=bias)
+        self.o_proj = nn.Linear(
+            (hard_slots + extra_slots) * head_dim, hidden_size, bias=bias if output_bias is None else output_bias
+        )
         self.router = Router(hidden_size, num_query_experts, routing == "learned") if routing != "none" else None
         self.q_shared = nn.Linear(hidden_size, head_dim, bias=bias) if variant == "gqe" else None
+        self.q_norm = LlamaRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = LlamaRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.routed_heads = CausalKernel(self.config, top_k, layer_idx)
         self.shared_head = CausalKernel(self.config, 1, layer_idx) if variant == "gqe" else None
         self._warn_if_router_gets_no_gradient()
+
+    def set_top_k(self, top_k: int) -> None:
+        """Wake another number of experts in each group from now on.
+
+        Raises ValueError where W_O's rows belong to slots, of which there would be more or fewer, or without a router.
+        """
+        if top_k != self.top_k and (self.output_projection != "expert" or self.router is None):
+            raise ValueError(
+                f"output_projection is {self.output_projection!r} and routing {self.routing!r}; to change top_k, they "
+                "must be 'expert' and have a router"
+            )
+        if not 1 <= top_k <= self.experts_per_group:
+            raise ValueError(f"top_k is {top_k}; it must be 1 to {self.experts_per_group}, the experts in a group")
+        self.top_k = self.routed_heads.num_key_value_groups = top_k
 
     def _warn_if_router_gets_no_gradient(self) -> None:
         reason = None
@@ -287,6 +315,7 @@ class GQEAttention(nn.Module):
         else:
             query, shared_query, key, value = self.project(x)
             query = self.select(query, shared_query, routing)
+        query, key = self.normalise(query, key)
         query, key = self.rotate(query, key, cos_sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -302,6 +331,8 @@ class GQEAttention(nn.Module):
             return Routing(None, probs, torch.arange(M, device=x.device).expand(B, T, G, M))
         logits = self.router(x).view(B, T, G, M)
         probs = logits.softmax(-1)
+        if self.forced_indices is not None:
+            return Routing(logits, probs, self.forced_indices)
         return Routing(logits, probs, select_top_k(probs.detach(), self.top_k))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -346,10 +377,21 @@ class GQEAttention(nn.Module):
             query = torch.cat([query, shared_query.unsqueeze(2)], 2)
         return query.transpose(1, 2)
 
+    def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """RMSNorm of queries and keys [B, heads, T, d] over the head dim, if the layer has it."""
+        if self.q_norm is None or self.k_norm is None:
+            return query, key
+        return self.q_norm(query), self.k_norm(key)
+
     def rotate(self, query: Tensor, key: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Rotary embedding of queries and keys [B, heads, T, d], in Llama's half-rotation form."""
+        """Rotary embedding of queries and keys [B, heads, T, d], in Llama's half-rotation form.
+
+        cos and sin of fewer than d numbers rotate the first of them alone (partial rotary embedding, as in Phi-4-mini).
+        """
         if cos_sin is None:
             return query, key
+        if cos_sin[0].shape[-1] < self.head_dim:
+            return apply_partial_rotary_pos_emb(query, key, *cos_sin)
         if torch.compiler.is_compiling() or query.shape[2] > DECODE_TOKENS:
             return apply_rotary_pos_emb(query, key, *cos_sin)
         heads = torch.cat([query, key], 1)  # of so few tokens, both at once cost half the calls

@@ -1,4 +1,4 @@
-"""The console command `query-experts`: compare, train, generate, bench, report.
+"""The console command `query-experts`: compare, train, convert, generate, evaluate, bench, report.
 
 Every setting of `compare` and `train` is an option; a preset or a recipe (YAML) sets them first, and the command
 line has the last word. A setting that can't be used ends in one sentence and exit status 2.
@@ -21,7 +21,9 @@ from query_experts.errors import SettingError
 COMMANDS = {
     "compare": "train arms head to head and report; the main job",
     "train": "train one arm",
+    "convert": "make a GQE checkpoint from a dense one",
     "generate": "write text with a trained GQE checkpoint",
+    "evaluate": "score a checkpoint, GQE or dense, on lm-evaluation-harness's tasks",
     "bench": "time GQE against stock Llama: prefill, decoding, training",
     "report": "make the page and the table again from a compared folder",
 }
@@ -47,8 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         match argv[0]:
             case "compare" | "train":
                 return run_study(argv[0], argv[1:])
+            case "convert":
+                return run_convert(argv[1:])
             case "generate":
                 return run_generate(argv[1:])
+            case "evaluate":
+                return run_evaluate(argv[1:])
             case "bench":
                 return run_bench(argv[1:])
             case "report":
@@ -62,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("query_experts"):
             raise
-        return refuse(f"{error.name} is not installed; pip install query-experts[study]")
+        extra = "evaluate" if argv[0] == "evaluate" else "study"
+        return refuse(f"{error.name} is not installed; pip install query-experts[{extra}]")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
@@ -118,6 +125,47 @@ def run_bench(argv: list[str]) -> int:
     return 0
 
 
+def run_convert(argv: list[str]) -> int:
+    from query_experts.options import Options
+
+    parser = Options(
+        prog="query-experts convert", description=COMMANDS["convert"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("checkpoint", help="folder of a dense checkpoint, or its name on the hub")
+    parser.add_argument("out", help="new folder for the GQE checkpoint")
+    parser.add_argument("--top_k", "--top-k", type=int, help="experts that a token wakes in a group; default: all")
+    parser.add_argument("--output_projection", "--output-projection", default="expert",
+                        help="expert, exact with all experts awake, or slot, the paper's")  # fmt: skip
+    parser.add_argument("--router", help="where it starts: random, query_norm, calibrated, or none for the control; "
+                                         "default: calibrated with --calibrate, else random")  # fmt: skip
+    parser.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT",
+                        help="text files or folders, or a hub dataset, on which the dense model's heads are "
+                             "observed and the difference is measured")  # fmt: skip
+    parser.add_argument("--calibration_tokens", "--calibration-tokens", type=int, default=16_384,
+                        help="read so many tokens of it")  # fmt: skip
+    parser.add_argument("--calibration_length", "--calibration-length", type=int, default=512,
+                        help="tokens in a sequence")  # fmt: skip
+    parser.add_argument("--text_field", "--text-field", default="text",
+                        help="field of a jsonl line or parquet column that holds the text")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    options = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from query_experts.convert.folder import ConvertSettings, convert_folder, print_report
+    from query_experts.study.settings import check_seeds, resolve_device
+
+    check_seeds("seed", [options.seed])
+    settings = ConvertSettings(**vars(options) | {"device": resolve_device(options.device)})
+    plan, report = convert_folder(settings)
+    console = Console()
+    print_report(plan, report, console)
+    console.print(f"Checkpoint: {settings.out}")
+    return 0
+
+
 def run_generate(argv: list[str]) -> int:
     from query_experts.options import Options
 
@@ -139,6 +187,43 @@ def run_generate(argv: list[str]) -> int:
         Path(options.checkpoint), options.prompt, options.max_new_tokens, options.temperature, options.seed,
         options.device,
     )  # fmt: skip
+    return 0
+
+
+def run_evaluate(argv: list[str]) -> int:
+    from query_experts.options import Options
+
+    parser = Options(
+        prog="query-experts evaluate", description=COMMANDS["evaluate"],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "checkpoint", help="a causal model as Transformers saves it, with its tokenizer; or its name on the hub"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, help="lm-eval's tasks, groups or tags: hellaswag,arc_easy,piqa"
+    )
+    parser.add_argument(
+        "--data_dir", "--data-dir", help="benchmark files in their original format, in place of the hub"
+    )
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=8, help="requests in a batch")
+    parser.add_argument("--limit", type=int, help="so many questions of each task alone, to try things")
+    parser.add_argument(
+        "--num_fewshot", "--num-fewshot", type=int, help="examples before a question; default: the task's own"
+    )
+    parser.add_argument(
+        "--max_length", "--max-length", type=int, help="tokens given at once; default: max_position_embeddings"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the checkpoint says")
+    parser.add_argument("--out", help="a file for the results, JSON")
+    options = vars(parser.parse_args(argv))
+
+    from rich.console import Console
+
+    from query_experts.evaluation import evaluate
+
+    evaluate(options.pop("checkpoint"), options.pop("tasks"), Console(), **options)
     return 0
 
 

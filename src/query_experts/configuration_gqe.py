@@ -25,7 +25,8 @@ class GQEConfig(LlamaConfig):
     """Llama's fields (`num_attention_heads`: N query experts, `num_key_value_heads`: G KV heads), and:
 
     active_query_experts: k, the experts that a token wakes in each group.
-    variant, output_projection, routing, shared_head_kv: as in `GQEAttention`.
+    variant, output_projection, routing, shared_head_kv, qk_norm: as in `GQEAttention`.
+    attention_output_bias: whether o_proj has a bias; None, as `attention_bias` says of all projections.
     router_aux_loss_coef: weight of the balance loss (sum over layers; 0.01 in the paper, section 4).
     router_z_loss_coef: weight of the z-loss (ST-MoE, arXiv 2202.08906), the mean squared logsumexp of a group's
         logits, summed over layers; keeps router logits small. The paper has none.
@@ -48,6 +49,8 @@ class GQEConfig(LlamaConfig):
     output_projection: str = "slot"
     routing: str = "learned"
     shared_head_kv: str = "mean"
+    attention_output_bias: bool | None = None
+    qk_norm: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
     output_router_logits: bool = False

@@ -16,6 +16,8 @@ from query_experts.modeling_gqe import GQEForCausalLM
 from query_experts.study.settings import check_seeds, resolve_device
 
 LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
+# what loading a checkpoint raises: damaged weights; weights of another shape; a setting that can't be
+UNLOADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError)
 
 
 def generate(
@@ -59,6 +61,5 @@ def load_checkpoint(folder: Path) -> tuple[GQEForCausalLM, AutoTokenizer]:
         return model, AutoTokenizer.from_pretrained(folder)
     except SettingError:
         raise
-    # damaged weights; weights of another shape; a setting that can't be
-    except (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError) as error:
+    except UNLOADABLE as error:
         raise SettingError(f"checkpoint is {folder}, which can't be loaded: {error}") from error

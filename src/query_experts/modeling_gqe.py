@@ -20,8 +20,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
-    LlamaRotaryEmbedding,
 )
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -59,6 +59,9 @@ class GQESelfAttention(GQEAttention):
             layer_idx=layer_idx,
             routing=config.routing,
             shared_head_kv=config.shared_head_kv,
+            output_bias=config.attention_output_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.rms_norm_eps,
             dropout=config.attention_dropout,
             _config=config,
         )
@@ -124,7 +127,7 @@ class GQEModel(GQEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(GQEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = Phi3RotaryEmbedding(config=config)  # Llama's, and partial
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -217,6 +220,13 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         self.balance_window = BalanceWindow()
         self.post_init()
 
+    def set_top_k(self, top_k: int) -> None:
+        """Wake another number of experts in each group of every layer, as `GQEAttention.set_top_k`; config follows."""
+        for module in self.modules():
+            if isinstance(module, GQEAttention):
+                module.set_top_k(top_k)
+        self.config.active_query_experts = top_k
+
     @can_return_tuple
     def forward(
         self,
@@ -279,6 +289,17 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Llama's; where longrope changes its frequencies, a cache of the old ones is computed anew, as in Phi-3."""
+        rope, past = self.config.rope_parameters, 0
+        if rope["rope_type"] == "longrope" and past_key_values is not None:
+            past = past_key_values.get_seq_length()
+        if 0 < past <= rope.get("original_max_position_embeddings", 0) < input_ids.shape[1]:
+            past_key_values = kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
 
     def _router_losses(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from itertools import chain
 from typing import Any
 
 import torch
@@ -50,9 +48,7 @@ class GQETrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        averaged = 1  # over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            averaged = self.accelerator.num_processes // self.get_tp_size()
+        averaged = self.averaged_over(num_items_in_batch)
         lm_loss = outputs.get("lm_loss")
         if lm_loss is None:
             lm_loss = outputs["loss"] / averaged
@@ -63,6 +59,12 @@ class GQETrainer(Trainer):
         else:
             loss = lm_loss * averaged
         return (loss, outputs) if return_outputs else loss
+
+    def averaged_over(self, num_items_in_batch: Any) -> int:
+        """Over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it."""
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            return self.accelerator.num_processes // self.get_tp_size()
+        return 1
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._lm_loss_sum is not None:
@@ -81,18 +83,3 @@ def count_tokens(batch: dict[str, Any]) -> int:
     """Real tokens of a batch: those that its 2D attention mask keeps, or all."""
     mask = batch.get("attention_mask")
     return int(mask.ne(0).sum()) if mask is not None and mask.ndim == 2 else batch["labels"].numel()
-
-
-@torch.no_grad()
-def initialise_by_name(model: nn.Module, seed: int, std: float) -> None:
-    """Draw every matrix from N(0, std) by a generator seeded with (seed, its name).
-
-    So models of different arms start with equal values in all tensors of equal name and shape. Vectors (norms,
-    biases) keep the constants that they were made with.
-    """
-    for name, parameter in chain(model.named_parameters(), model.named_buffers()):  # a frozen router is a buffer
-        if parameter.dim() >= 2:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            values = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(values.to(parameter.device, parameter.dtype))

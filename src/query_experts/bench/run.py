@@ -78,6 +78,13 @@ def gate(settings: BenchSettings, device: str) -> list[Check]:
             f"attn_implementation is {settings.attn_implementation!r}, which can't do what suites asks for on {device} "
             f"({str(error).splitlines()[0]})"
         ) from error
+    except RuntimeError as error:
+        if settings.sdpa_backend is None or "No viable backend" not in str(error):
+            raise
+        raise SettingError(
+            f"sdpa_backend is {settings.sdpa_backend!r}, which can't do what suites asks for on {device}; it must be "
+            "another, or none"
+        ) from error
     for check in checks:
         if not check.passed:
             raise SettingError(

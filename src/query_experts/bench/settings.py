@@ -97,14 +97,21 @@ class BenchSettings:
             for held in getattr(self, name):
                 if held not in allowed:
                     raise SettingError(f"{name} holds {held!r}; allowed are {', '.join(allowed)}")
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise SettingError(f"{name} holds {getattr(self, name)}; it must hold each once")
         if "dense" not in self.arms:
             raise SettingError(f"arms holds {self.arms}; it must hold dense, which the others are measured against")
         for name in ("lengths", "train_lengths", "cached_lengths", "batch_sizes"):
             if min(getattr(self, name), default=0) < 1:
                 raise SettingError(f"{name} holds {getattr(self, name)}; it must hold numbers of 1 or more")
-        for name in ("repeats", "chunk_size", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise SettingError(f"{name} holds {getattr(self, name)}; it must hold each number once")
+        for name in ("repeats", "chunk_size", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size",
+                     "num_attention_heads", "num_key_value_heads", "active_query_experts", "head_dim"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if not self.out:
+            raise SettingError("out is empty; it must be a folder")
         backends = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name]
         if self.attn_implementation not in backends:
             raise SettingError(
@@ -123,11 +130,17 @@ class BenchSettings:
             raise SettingError(
                 "suites holds 'parts', which times a layer's stages by themselves; with compile it can't"
             )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise SettingError(
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads, "
                 f"{self.num_key_value_heads}"
             )
+        experts = self.num_attention_heads // self.num_key_value_heads
+        if self.active_query_experts > experts:
+            raise SettingError(f"active_query_experts is {self.active_query_experts}; it must be 1 to {experts}")
+        if self.head_dim % 2:
+            raise SettingError(f"head_dim is {self.head_dim}; rotary position embedding needs an even number")
+        self._check_memory()
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16, float16 or float32")
         if "chunk" in self.suites and self.chunk_size >= min(self.cached_lengths):
@@ -137,3 +150,18 @@ class BenchSettings:
             )
         check_arms(self.arms, self.size(max(self.lengths)))
         resolve_device(self.device)
+
+    def _check_memory(self) -> None:
+        """Raises SettingError for weights, drawn in float32 on the host, that its memory can't hold for all arms."""
+        attention = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * self.hidden_size
+        numbers = attention
+        if any(suite.startswith("model") for suite in self.suites):
+            numbers = self.num_hidden_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+            numbers += 2 * self.vocab_size * self.hidden_size
+        need = 4 * numbers * len(self.arms)
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need > there:
+            raise SettingError(
+                f"hidden_size is {self.hidden_size}; with it and the other sizes the arms' weights need about "
+                f"{need / 1e9:.0f} GB, where this machine has {there / 1e9:.0f}; it must be smaller"
+            )

@@ -20,10 +20,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from query_experts.attention import GQEAttention, decodes_in_one_read
 from query_experts.bench.settings import SDPA_BACKENDS, BenchSettings
 from query_experts.configuration_gqe import GQEConfig
+from query_experts.initial_values import initialise_by_name
 from query_experts.masks import causal_mask
 from query_experts.modeling_gqe import GQESelfAttention
 from query_experts.study.arms import build
-from query_experts.training import initialise_by_name
 
 SEED = 0
 MOST_SHAPES = 64  # that one compiled subject meets, in the gate above all

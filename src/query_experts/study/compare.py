@@ -10,20 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from query_experts.callbacks import StopRequest
+from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
+from query_experts.generation import load_checkpoint
+from query_experts.study.arms import ModelSize
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
 from query_experts.study.report import print_summary, write_report
 from query_experts.study.report.text import ARMS, plural
-from query_experts.study.run import held_out, read_result, stop_after, train_arm, trained_on
+from query_experts.study.run import Start, held_out, read_result, stop_after, train_arm, trained_on
 from query_experts.study.settings import (
     CompareSettings,
     RunSettings,
@@ -129,21 +136,59 @@ def train(settings: TrainSettings, console: Console) -> bool:
     Raises SettingError where the loss diverged; that is kept as the run's result.
     """
     settings.check()
+    start, arm = None, settings.arm
+    if settings.init is not None:
+        start, arm = load_start(settings), "converted"
+        settings = of_its_size(settings, start.model.config)
     with own_folder(Path(settings.out)) as out:
         stop = stop_after(settings.stop_after_minutes)
         corpus = open_corpus(settings, out, console)
-        run = train_arm(settings, settings.arm, settings.seed, corpus, out, stop)
+        run = train_arm(settings, arm, settings.seed, corpus, out, stop, start)
     if run is None:
         return stopped(settings, stop, console)
     if run.get("diverged_at_tokens") is not None:
         raise SettingError(diverged(settings, run))
+    began = f"{run['validation_curve'][0][1]:.4f} at the start, " if start is not None else ""
+    began += f"teacher's {run['teacher_loss']:.4f}, " if "teacher_loss" in run else ""
     console.print(
         Text(
-            f"{settings.arm} seed {settings.seed}: validation loss {run['validation_loss']:.4f} after "
+            f"{arm} seed {settings.seed}: validation loss {began}{run['validation_loss']:.4f} after "
             f"{run['train_tokens']:,} tokens at {run['tokens_per_s']:,.0f} tokens/s. Model: {out / 'model'}"
         )
     )
     return True
+
+
+def load_start(settings: TrainSettings) -> Start:
+    """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
+    assert settings.init is not None
+    model, _ = load_checkpoint(Path(settings.init))
+    if settings.sparsify_fraction and (model.config.output_projection != "expert" or model.config.routing == "none"):
+        raise SettingError(
+            f"sparsify_fraction is {settings.sparsify_fraction}, which needs an init with a router and "
+            "output_projection 'expert'; it must be 0"
+        )
+    teacher = None
+    if settings.teacher is not None:
+        teacher = load_dense(settings.teacher)
+        theirs, ours = teacher.config.vocab_size, model.config.vocab_size
+        if theirs != ours:
+            raise SettingError(f"teacher has a vocabulary of {theirs}; it must be that of init, {ours}")
+    return Start(model, teacher, settings.distillation, settings.sparsify_fraction)
+
+
+def load_dense(name: str) -> PreTrainedModel:
+    """A dense checkpoint, float32. Raises SettingError for one that can't be loaded."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError) as error:
+        raise SettingError(f"teacher is {name}, which can't be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def of_its_size(settings: TrainSettings, config: GQEConfig) -> TrainSettings:
+    """The settings with the sizes of the model that is trained on, and with its tokenizer."""
+    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelSize) if hasattr(settings, f.name)}
+    return dataclasses.replace(settings, **sizes, tokenizer=settings.tokenizer or settings.init)
 
 
 def diverged(settings: RunSettings, run: dict[str, Any]) -> str:

@@ -7,8 +7,10 @@ import math
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,16 @@ from query_experts.callbacks import (
 )
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus
+from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.errors import SettingError
 from query_experts.files import full_disk_as_os_error, read_json, require_space, save_tokenizer, write_json
+from query_experts.initial_values import initialise_by_name
+from query_experts.modeling_gqe import GQEForCausalLM
 from query_experts.router import select_top_k
 from query_experts.study.arms import arm_config, build
 from query_experts.study.environment import Pieces
 from query_experts.study.settings import RunSettings, resolve_device
-from query_experts.training import GQETrainer, initialise_by_name
+from query_experts.training import GQETrainer
 
 PASSAGE_TOKENS = 192
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
@@ -44,10 +49,28 @@ ROUTING_SEQUENCES = 16
 DEAD_BELOW = 0.01  # an expert that fewer tokens than this wake counts as dead
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts that isn't an arm's: a converted model, and the dense one that it learns from, if any."""
+
+    model: GQEForCausalLM
+    teacher: PreTrainedModel | None
+    distillation: float
+    sparsify_fraction: float
+
+
 def train_arm(
-    settings: RunSettings, arm: str, seed: int, corpus: Corpus, folder: Path, stop: StopRequest
+    settings: RunSettings,
+    arm: str,
+    seed: int,
+    corpus: Corpus,
+    folder: Path,
+    stop: StopRequest,
+    start: Start | None = None,
 ) -> dict[str, Any] | None:
     """Train one arm, going on from its last checkpoint, and write model and result.json; None if asked to stop before.
+
+    start: a model to go on from in place of an arm's own; `arm` is its name then.
 
     A finished run is read back, not trained again. A run whose loss is no longer finite ends there, and that is its
     result.
@@ -55,25 +78,31 @@ def train_arm(
     result_file = folder / "result.json"
     if result_file.exists():
         return read_result(result_file)
-    model = build(arm_config(arm, settings.model_size()))
-    initialise_by_name(model, seed, model.config.initializer_range)
+    if start is None:
+        model = build(arm_config(arm, settings.model_size()))
+        initialise_by_name(model, seed, model.config.initializer_range)
+    else:
+        model = start.model
     require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
 
     validation = held_out(settings, corpus)
     progress = TokenProgress(f"{arm} seed {seed}", settings.tokens_per_step)
     where = Pieces(resolve_device(settings.device), settings.dtype)
-    trainer = GQETrainer(
+    callbacks = [ZClipCallback(), progress, where, StopAtDivergence(), StopWhenAsked(stop)]
+    arguments = training_arguments(settings, seed, folder / "checkpoints")
+    kind: Callable[..., GQETrainer] = GQETrainer
+    if start is not None:
+        arguments.eval_on_start = True
+        if start.sparsify_fraction:
+            callbacks.append(TopKSchedule(model.config.active_query_experts, start.sparsify_fraction))
+        if start.teacher is not None:
+            kind = partial(DistillationTrainer, teacher=start.teacher, weight=start.distillation)
+    trainer = kind(
         model=model,
-        args=training_arguments(settings, seed, folder / "checkpoints"),
+        args=arguments,
         train_dataset=trained_on(settings, corpus),
         eval_dataset=validation,
-        callbacks=[
-            ZClipCallback(),
-            progress,
-            where,
-            StopAtDivergence(),
-            StopWhenAsked(stop),
-        ],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     with full_disk_as_os_error(folder), clean_up(trainer), stop.listening():
@@ -81,6 +110,8 @@ def train_arm(
         if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
         result = describe(settings, arm, seed, trainer, corpus, validation)
+        if start is not None and start.teacher is not None:
+            result["teacher_loss"] = loss_of(start.teacher, validation, settings)
         if result["diverged_at_tokens"] is None:
             model.save_pretrained(folder / "model")
             save_tokenizer(corpus.tokenizer, folder / "model")
@@ -239,6 +270,20 @@ def describe(
         "routing": routing_load(model, validation) if routed and not diverged else None,
         "passage": passage(model, corpus) if routed and not diverged else None,
     }
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, sequences: Subset, settings: RunSettings) -> float:
+    """A dense model's loss in nats a token, as the Trainer validates."""
+    total, predicted = 0.0, 0
+    for begin in range(0, len(sequences), settings.batch_size):
+        chosen = range(begin, min(begin + settings.batch_size, len(sequences)))
+        ids = torch.stack([sequences[i]["input_ids"] for i in chosen]).to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+            loss = model.eval()(ids, labels=ids, use_cache=False).loss
+        count = ids[:, 1:].numel()
+        total, predicted = total + float(loss) * count, predicted + count
+    return total / predicted
 
 
 @torch.no_grad()

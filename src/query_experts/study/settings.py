@@ -120,11 +120,23 @@ class TrainSettings(RunSettings):
     out: str = field("runs/train", "folder for checkpoints, the model and its result")
     arm: str = field("gqe", f"one of {', '.join(ARMS)}")
     seed: int = field(0, "seed of initial values and data order")
+    init: str | None = field(None, "GQE checkpoint to train on, in place of an arm of the sizes above")
+    teacher: str | None = field(None, "dense checkpoint whose predictions init learns")
+    distillation: float = field(0.9, "weight of KL(teacher || model); that of the language-model loss is the rest of 1")
+    sparsify_fraction: float = field(0.0, "share of the steps in which k falls from all experts to that of init")
 
     def check(self) -> None:
         super().check()
         check_seeds("seed", [self.seed])
         check_arms([self.arm], self.model_size())
+        if not 0 <= self.distillation <= 1:
+            raise SettingError(f"distillation is {self.distillation}; it must be 0 to 1")
+        if not 0 <= self.sparsify_fraction < 1:
+            raise SettingError(f"sparsify_fraction is {self.sparsify_fraction}; it must be 0 or more and below 1")
+        if self.init is None:
+            for name in ("teacher", "sparsify_fraction"):
+                if getattr(self, name):
+                    raise SettingError(f"{name} is {getattr(self, name)!r}, which needs init; init must be given")
 
 
 @dataclass

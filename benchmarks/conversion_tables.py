@@ -1,0 +1,189 @@
+"""Puts the tables of docs/convert.md together from benchmarks/results/conversion.json, and draws its plot.
+
+python benchmarks/conversion_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from query_experts.study.report import text
+from query_experts.study.report.charts import new_figure
+from query_experts.study.report.svg import save
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
+PAGE = ROOT / "docs" / "convert.md"
+PLOTS = ROOT / "docs" / "plots"
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+WITHIN = (0.01, 0.003)  # of the teacher's loss
+
+CASES = {
+    "all-awake": "all four experts awake",
+    "static": "static: the most important head of each group, no router",
+    "expert-random": "expert, random router",
+    "expert-query_norm": "expert, router fitted to query norms",
+    "expert-calibrated": "expert, calibrated router",
+    "slot-random": "slot, random router",
+    "slot-query_norm": "slot, router fitted to query norms",
+    "slot-calibrated": "slot, calibrated router",
+    "expert-calibrated-k2": "expert, calibrated, k = 2",
+    "expert-calibrated-k3": "expert, calibrated, k = 3",
+    "expert-calibrated-gradual": "expert, calibrated, k from 4 to 1 over half the steps",
+    "expert-calibrated-undistilled": "expert, calibrated, without a teacher",
+}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+def by_case(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each case, by seed."""
+    runs = {case: [run for run in result["runs"] if run["case"] == case] for case in CASES}
+    return {case: sorted(found, key=lambda run: run["seed"]) for case, found in runs.items() if found}
+
+
+def mean_and_range(values: list[float], digits: int = 3) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def reached(run: dict[str, Any], share: float) -> float | None:
+    """Tokens after which a validation came within a share of the teacher's loss; None if none did."""
+    goal = run["teacher_loss"] * (1 + share)
+    return next((tokens for tokens, loss in run["validation_curve"] if loss <= goal), None)
+
+
+def told(counts: list[float | None]) -> str:
+    """The tokens by seed, in words."""
+    if all(count is None for count in counts):
+        return "not reached"
+    return " / ".join(text.DASH if count is None else text.short(count) if count else "0" for count in counts)
+
+
+def losses(result: dict[str, Any]) -> str:
+    """For each case: active heads, loss at the start and the end with their range over seeds, tokens to come near."""
+    head = ["conversion", "active heads", "KL at the start", "loss at the start", "loss at the end", "over the teacher",
+            *(f"tokens to {share:.1%}" for share in WITHIN)]  # fmt: skip
+    rows = [head]
+    for case, runs in by_case(result).items():
+        final = [run["validation_loss"] for run in runs]
+        over = [run["validation_loss"] / run["teacher_loss"] - 1 for run in runs]
+        rows.append(
+            [
+                CASES[case],
+                str(runs[0]["active_heads"]),
+                f"{statistics.mean(run['kl_at_start'] for run in runs):.3f}",
+                mean_and_range([run["validation_curve"][0][1] for run in runs]),
+                mean_and_range(final),
+                f"{100 * statistics.mean(over):+.2f}%",
+                *(told([reached(run, share) for run in runs]) for share in WITHIN),
+            ]
+        )
+    return markdown(rows)
+
+
+def paired(result: dict[str, Any]) -> str:
+    """Differences of final losses, seed by seed."""
+    runs = by_case(result)
+    rows = [["", "difference of the final loss, by seed", "mean"]]
+    for ours, theirs in (
+        ("expert-calibrated", "expert-random"),
+        ("expert-calibrated", "expert-query_norm"),
+        ("slot-calibrated", "slot-random"),
+        ("slot-calibrated", "slot-query_norm"),
+        ("expert-calibrated", "slot-calibrated"),
+        ("expert-calibrated", "static"),
+        ("expert-calibrated-gradual", "expert-calibrated"),
+        ("expert-calibrated", "expert-calibrated-undistilled"),
+    ):
+        if ours in runs and theirs in runs:
+            other = {run["seed"]: run["validation_loss"] for run in runs[theirs]}
+            both = [run["validation_loss"] - other[run["seed"]] for run in runs[ours] if run["seed"] in other]
+            if both:
+                name = f"{CASES[ours]}, less {CASES[theirs]}"
+                rows.append([name, " / ".join(map(text.signed, both)), text.signed(statistics.mean(both))])
+    return markdown(rows)
+
+
+def fits(result: dict[str, Any]) -> str:
+    """How much of the heads' contributions the fitted routers keep, by layer, mean over seeds."""
+    rows = [["layer", "by the fitted router", "always the same head", "the strongest of each token"]]
+    runs = by_case(result).get("expert-calibrated", [])
+    for layer in range(len(runs[0]["fits"]) if runs else 0):
+        shares = [statistics.mean(run["fits"][layer][kind] for run in runs) for kind in ("kept", "fixed", "best")]
+        rows.append([str(layer), *(f"{share:.1%}" for share in shares)])
+    return markdown(rows)
+
+
+def setting(result: dict[str, Any]) -> str:
+    held, teacher, there = result["settings"], result["teacher"], result["environment"]
+    seeds = sorted({run["seed"] for run in result["runs"]})
+    loss = result["runs"][0]["teacher_loss"]
+    tokens = max(run["train_tokens"] for run in result["runs"])
+    rows = [
+        ["what", "held"],
+        ["dense model", f"{text.short(teacher['parameters']['total'])} parameters, {teacher['heads']} query heads over "
+                        f"{held['num_key_value_heads']} KV heads, loss {loss:.4f}"],
+        ["trained on", f"{tokens:,.0f} tokens a run, {held['batch_size']} by {held['seq_len']} a step, learning rate "
+                       f"{held['learning_rate']:g}, weight of the divergence {held['distillation']:g}"],
+        ["judged on", f"{held['validation_sequences'] * held['seq_len']:,} held-out tokens"],
+        ["seeds", f"{', '.join(map(str, seeds))} of conversion and data order; one dense model"],
+        ["text", ", ".join(result["data"]["source"])],
+        ["machine", f"{there['hardware']}, torch {there['torch']}, Transformers {there['transformers']}, "
+                    f"{there['dtype']}, {there['date']}"],
+    ]  # fmt: skip
+    return markdown(rows)
+
+
+def filled(page: str) -> str:
+    """The page with every marked table made anew."""
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    tables = {"setting": setting, "losses": losses, "paired": paired, "fits": fits}
+    return MARKED.sub(lambda m: f"{m[1]}{tables[m[2]](result)}\n{m[3]}", page)
+
+
+def draw(result: dict[str, Any]) -> None:
+    """Loss against tokens of further training, and against active heads at the start and at the end."""
+    runs = by_case(result)
+    figure = new_figure(4.2, 10)
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    teacher = result["runs"][0]["teacher_loss"]
+    for axes in (left, right):
+        axes.axhline(teacher, color="0.5", linewidth=1, linestyle=":")
+    for number, case in enumerate(case for case in runs if "-k" not in case):
+        curves = [run["validation_curve"] for run in runs[case]]
+        tokens = [point[0] for point in curves[0]]
+        values = [[curve[i][1] for curve in curves] for i in range(len(tokens))]
+        colour = f"C{number % 10}"
+        dashes = "--" if case.startswith("slot") else "-"
+        left.plot(tokens, [statistics.mean(v) for v in values], dashes, color=colour, label=CASES[case])
+        left.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
+    ladder = ["expert-calibrated", "expert-calibrated-k2", "expert-calibrated-k3", "all-awake"]
+    there = [case for case in ladder if case in runs]
+    heads = [runs[case][0]["active_heads"] for case in there]
+    for label, value in (
+        ("at the start", lambda run: run["validation_curve"][0][1]),
+        ("at the end", lambda run: run["validation_loss"]),
+    ):
+        right.plot(heads, [statistics.mean(map(value, runs[case])) for case in there], "o-", label=label)
+    left.set(xlabel="tokens of further training", ylabel="validation loss (nats a token)")
+    right.set(xlabel="active query heads, the shared one included", xticks=heads)
+    left.legend(fontsize=7, frameon=False)
+    right.legend(fontsize=8, frameon=False)
+    save(figure, PLOTS, "conversion")
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(json.loads(RESULT.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""From a dense model's configuration to GQE's, and what can't be converted, each with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from query_experts.configuration_gqe import GQEConfig
+from query_experts.convert.names import LAYER
+from query_experts.errors import SettingError
+
+CARRIED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
+    "dtype",
+)  # fmt: skip
+
+# field that tells -> why such a model has no GQE form
+FOREIGN = {
+    "kv_lora_rank": "has multi-head latent attention, where no KV heads group the query heads",
+    "no_rope_layers": "has layers without rotary embedding",
+    "num_local_experts": "has a mixture of experts in place of the MLP",
+    "num_experts": "has a mixture of experts in place of the MLP",
+    "attn_logit_softcapping": "caps its attention's logits",
+}
+SINKS = ("gpt_oss",)
+
+
+def gqe_config(dense: PreTrainedConfig, top_k: int | None, output_projection: str, variant: str) -> GQEConfig:
+    """GQE's configuration of a dense model's shape; top_k None: all experts.
+
+    Raises SettingError for a dense model that can't be converted, and for settings that it can't be converted to.
+    """
+    check_convertible(dense)
+    experts = dense.num_attention_heads // dense.num_key_value_heads
+    if top_k is not None and not 1 <= top_k <= experts:
+        raise SettingError(f"top_k is {top_k}; it must be 1 to {experts}, the query heads that share a KV head")
+    if output_projection not in ("expert", "slot"):
+        raise SettingError(f"output_projection is {output_projection!r}; it must be expert or slot")
+    if variant not in ("gqe", "hard_concat"):
+        raise SettingError(f"variant is {variant!r}; it must be gqe or hard_concat, which can start equal to dense")
+    qwen2 = dense.model_type == "qwen2"
+    return GQEConfig(
+        **{name: getattr(dense, name) for name in CARRIED},
+        head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
+        attention_bias=qwen2 or getattr(dense, "attention_bias", False),
+        attention_output_bias=False if qwen2 else None,
+        mlp_bias=getattr(dense, "mlp_bias", False),
+        qk_norm=dense.model_type == "qwen3",
+        active_query_experts=experts if top_k is None else top_k,
+        output_projection=output_projection,
+        variant=variant,
+    )
+
+
+def check_convertible(dense: PreTrainedConfig) -> None:
+    """Raises SettingError, with the reason, for a model whose attention has no GQE form."""
+    kind = dense.model_type
+    if kind not in LAYER:
+        reasons = ["has attention sinks"] if kind in SINKS else []
+        reasons += [why for field, why in FOREIGN.items() if getattr(dense, field, None) is not None]
+        why = f", which {reasons[0]}" if reasons else ""
+        raise SettingError(f"model_type is {kind!r}{why}; it must be one of {', '.join(sorted(LAYER))}")
+    heads, kv_heads = dense.num_attention_heads, dense.num_key_value_heads
+    if heads == kv_heads:
+        raise SettingError(
+            f"num_attention_heads is {heads} and num_key_value_heads {kv_heads}; each KV head must serve two query "
+            "heads or more, or there is nothing to route (M = 1)"
+        )
+    window = getattr(dense, "sliding_window", None)
+    sliding = "sliding_attention" in (getattr(dense, "layer_types", None) or ())
+    if sliding or (window is not None and window < dense.max_position_embeddings):
+        raise SettingError(
+            f"sliding_window is {window} and max_position_embeddings {dense.max_position_embeddings}; GQE has no "
+            "sliding windows, so sliding_window must be null, or no smaller than max_position_embeddings"
+        )
+    if getattr(dense, "quantization_config", None) is not None:
+        raise SettingError("checkpoint is quantised; it must hold plain weights (quantise it after converting)")
+    for name in ("resid_pdrop", "embd_pdrop"):
+        held: Any = getattr(dense, name, 0)
+        if held:
+            raise SettingError(f"{name} is {held}; GQE has no such dropout, so it must be 0")

@@ -1,0 +1,241 @@
+"""`query-experts convert`: from a checkpoint's folder to another, one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from query_experts.convert import make_plan
+from query_experts.convert.calibration import HELD_OUT
+from query_experts.convert.layers import Plan
+from query_experts.convert.walk import Report, convert
+from query_experts.data.sources import find_sources
+from query_experts.data.tokenizing import load_tokenizer
+from query_experts.errors import SettingError
+from query_experts.files import full_disk_as_os_error, read_json, require_space, write_json
+
+LAYERS = "model.layers."
+# beside these, everything that a checkpoint holds (tokenizer, chat template, generation settings, licence) comes along
+NOT_COPIED = ("config.json", "README.md")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """The command's settings; the options say what each is."""
+
+    checkpoint: str
+    out: str
+    top_k: int | None
+    output_projection: str
+    router: str | None
+    calibrate: list[str]
+    calibration_tokens: int
+    calibration_length: int
+    text_field: str
+    seed: int
+    device: str
+
+
+def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
+    """Write the GQE checkpoint. It appears whole or not at all. Raises SettingError for what can't be converted."""
+    out = Path(settings.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"out is {out}, which exists; it must be a new or empty folder")
+    logging.set_verbosity_error()
+    folder = find_checkpoint(settings.checkpoint)
+    config = read_config(folder)
+    plan = make_plan(
+        config, settings.top_k, settings.output_projection, "gqe", settings.router, settings.seed,
+        bool(settings.calibrate),
+    )  # fmt: skip
+    if settings.output_projection == "slot" and not settings.calibrate:
+        raise SettingError(
+            "output_projection is 'slot', which doesn't start equal to the dense model; calibrate must be given, so "
+            "that the difference is measured"
+        )
+    text = read_text(settings, folder) if settings.calibrate else None
+    report = Report()
+    building = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        with ExitStack() as stack, full_disk_as_os_error(building):
+            source = Folder(folder, config, settings.device, stack)
+            require_space(building, 2 * source.num_bytes)
+            write_model(building, source, plan, text, report)
+        copy_beside(folder, building)
+        write_json(building / "conversion.json", describe(settings, report))
+        if out.exists():
+            out.rmdir()
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return plan, report
+
+
+def find_checkpoint(name: str) -> Path:
+    """The folder of that name, or the copy of a checkpoint on the hub."""
+    if Path(name).exists():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+    except (HFValidationError, OSError) as error:
+        raise SettingError(
+            f"checkpoint is {name}; it must be a folder with config.json and safetensors, or a model on the hub "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    if not (folder / "config.json").is_file():
+        raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a model's folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingError(
+            f"checkpoint is {folder}, whose config.json can't be read: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+class Folder:
+    """A dense checkpoint on disk, in one file of safetensors or several; tensors are read when they are asked for."""
+
+    def __init__(self, folder: Path, config: PreTrainedConfig, device: str, stack: ExitStack):
+        self.folder, self.config = folder, config
+        self.where: dict[str, Any] = {}  # tensor -> the open file that holds it
+        files = self._files()
+        self.num_bytes = sum(path.stat().st_size for path in files)
+        for path in files:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device=device))
+            except SafetensorError as error:
+                raise SettingError(f"checkpoint holds {path}, which is damaged ({error})") from error
+            self.where |= dict.fromkeys(file.keys(), file)
+        if config.tie_word_embeddings:
+            self.where.pop("lm_head.weight", None)
+
+    def _files(self) -> list[Path]:
+        index = self.folder / SAFE_WEIGHTS_INDEX_NAME
+        if not index.exists():
+            files = [self.folder / SAFE_WEIGHTS_NAME]
+        else:
+            listed = read_json(index, "it must be the index that save_pretrained wrote").get("weight_map", {})
+            files = [self.folder / name for name in sorted(set(listed.values()))]
+        for path in files:
+            if not path.is_file():
+                raise SettingError(f"checkpoint is {self.folder}, which holds no {path.name}; it must")
+        return files
+
+    def outside(self) -> dict[str, Tensor]:
+        return {name: self._read(name) for name in self.where if not name.startswith(LAYERS)}
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        prefix = f"{LAYERS}{number}."
+        return {name.removeprefix(prefix): self._read(name) for name in self.where if name.startswith(prefix)}
+
+    def _read(self, name: str) -> Tensor:
+        return self.where[name].get_tensor(name)
+
+
+def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None, report: Report) -> None:
+    """Configuration and weights: a file for each layer, and the first for what is outside of them."""
+    building.mkdir(parents=True, exist_ok=True)
+    files = plan.final.num_hidden_layers + 1
+    weight_map: dict[str, str] = {}
+    total = 0
+    parts = tqdm(convert(source, plan, text, report), desc="converting", unit="part", total=files)
+    for number, tensors in enumerate(parts, 1):
+        name = f"model-{number:05}-of-{files:05}.safetensors"
+        on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(on_cpu, building / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(on_cpu, name)
+        total += sum(tensor.nbytes for tensor in on_cpu.values())
+    write_json(building / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    config = plan.final
+    config.architectures = ["GQEForCausalLM"]
+    config.save_pretrained(building)
+
+
+def copy_beside(folder: Path, building: Path) -> None:
+    """Tokenizer, chat template, generation settings, licence: every file that is no weight and no model card."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name in NOT_COPIED or path.name.endswith(WEIGHTS):
+            continue
+        if path.is_dir():
+            if path.name == "additional_chat_templates":
+                shutil.copytree(path, building / path.name)
+        else:
+            shutil.copyfile(path, building / path.name)
+
+
+def read_text(settings: ConvertSettings, folder: Path) -> Tensor:
+    """Token ids [sequences, calibration_length] of the text's beginning, documents joined by the end-of-text token."""
+    length, tokens = settings.calibration_length, settings.calibration_tokens
+    if length < 2:
+        raise SettingError(f"calibration_length is {length}; it must be 2 or more")
+    if tokens < HELD_OUT * length:
+        raise SettingError(
+            f"calibration_tokens is {tokens}; it must be {HELD_OUT * length} or more, {HELD_OUT} sequences of "
+            f"calibration_length"
+        )
+    tokenizer = load_tokenizer(str(folder))
+    ids: list[int] = []
+    with TemporaryDirectory() as scratch:
+        for document in find_sources(settings.calibrate).texts(settings.text_field, Path(scratch)):
+            ids += [*tokenizer(document, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
+            if len(ids) >= tokens:
+                break
+    sequences = min(len(ids), tokens) // length
+    if sequences < HELD_OUT:
+        raise SettingError(
+            f"calibrate holds {len(ids)} tokens; it must hold {HELD_OUT * length} or more, {HELD_OUT} sequences of "
+            "calibration_length"
+        )
+    return torch.tensor(ids[: sequences * length]).view(sequences, length)
+
+
+def describe(settings: ConvertSettings, report: Report) -> dict[str, Any]:
+    """What conversion.json holds. The router's weights are in the checkpoint."""
+    fits = [{"kept": f.kept, "fixed": f.fixed, "best": f.best} if f is not None else None for f in report.fits]
+    held = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name != "fits"}
+    kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    kept |= {name: Path(kept[name]).name for name in ("checkpoint", "out")}
+    return {"settings": kept | {"calibrate": [Path(p).name for p in settings.calibrate]}, "fits": fits, **held}
+
+
+def print_report(plan: Plan, report: Report, console: Any) -> None:
+    """A row for each layer's router, and how far the models are apart."""
+    from rich import box
+    from rich.table import Table
+
+    if any(fit is not None for fit in report.fits):
+        k = plan.fitted_top_k
+        table = Table(
+            title=f"What the {k} woken of each group's heads contribute, on held-out tokens", box=box.SIMPLE_HEAD
+        )
+        for heading in ("layer", "by the router", "always the same", "the strongest"):
+            table.add_column(heading, justify="right")
+        for number, fit in enumerate(report.fits):
+            if fit is not None:
+                table.add_row(str(number), *(f"{share:.1%}" for share in (fit.kept, fit.fixed, fit.best)))
+        console.print(table)
+    if report.kl is not None:
+        console.print(
+            f"On {report.tokens:,} held-out tokens: loss {report.gqe_loss:.4f}, dense {report.dense_loss:.4f}; "
+            f"KL(dense || GQE) {report.kl:.4f} nats a token."
+        )

@@ -1,0 +1,167 @@
+"""Converting a model layer by layer, so that one layer is held at a time; beside it, if there is text, both run on it.
+
+The dense model's hidden states go from layer to layer as the conversion does, and so do the converted model's on the
+sequences that are held out; at the end both meet the output embedding, and their losses and divergence are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from query_experts.convert.calibration import HELD_OUT, Fit
+from query_experts.convert.layers import Observed, Plan, convert_layer
+from query_experts.convert.names import OUTSIDE, to_gqe
+from query_experts.errors import SettingError
+from query_experts.modeling_gqe import GQEForCausalLM
+
+PASS_TOKENS = 4096  # that go through a layer at once
+
+
+class Dense(Protocol):
+    """Where a dense model's tensors come from."""
+
+    config: PreTrainedConfig
+
+    def outside(self) -> dict[str, Tensor]:
+        """Embeddings and the last norm."""
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """A decoder layer's tensors, by their names behind `model.layers.N.`."""
+
+
+@dataclass
+class Report:
+    """What a conversion came to. fits: a layer's router each. Losses in nats a token, on the held-out sequences."""
+
+    fits: list[Fit | None] = field(default_factory=list)
+    tokens: int = 0
+    dense_loss: float | None = None
+    gqe_loss: float | None = None
+    kl: float | None = None
+
+
+def convert(dense: Dense, plan: Plan, text: Tensor | None, report: Report) -> Iterator[dict[str, Tensor]]:
+    """Yields the tensors outside of the layers, then each layer's, by their full names; fills the report.
+
+    text: token ids [sequences, T] to calibrate on, every fifth sequence held out.
+    """
+    with torch.device("meta"):
+        wanted = {name: t.shape for name, t in GQEForCausalLM(plan.final).state_dict().items()}
+    if plan.final.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    outside = dense.outside()
+    yield checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
+    both = Both(dense.config, plan, outside, text) if text is not None else None
+    for number in range(plan.full.num_hidden_layers):
+        tensors = dense.layer(number)
+        observed = both.observe(tensors) if both is not None else None
+        ours, fit = convert_layer(tensors, plan, number, observed)
+        report.fits.append(fit)
+        if both is not None:
+            both.follow(ours)
+        yield checked({f"model.layers.{number}.{name}": tensor for name, tensor in ours.items()}, wanted)
+    if wanted:
+        raise SettingError(f"checkpoint has no tensor {min(wanted)}; by its config.json it must have it")
+    if both is not None:
+        both.judge(report)
+
+
+def checked(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors, taken off the list of what is wanted. Raises SettingError for one that isn't, or for its shape."""
+    for name, tensor in tensors.items():
+        shape = wanted.pop(name, None)
+        if shape != tensor.shape:
+            allowed = f"have shape {list(shape)}" if shape is not None else "not be there"
+            raise SettingError(f"{name} has shape {list(tensor.shape)}; by config.json it must {allowed}")
+    return tensors
+
+
+class Both:
+    """The dense and the converted model at work on text, one layer of each at a time."""
+
+    def __init__(self, config: PreTrainedConfig, plan: Plan, outside: dict[str, Tensor], text: Tensor):
+        check_text(text, plan)
+        self.groups, self.text = plan.full.num_key_value_heads, text
+        self.held_out = torch.arange(len(text)) % HELD_OUT == HELD_OUT - 1
+        embeddings = outside["model.embed_tokens.weight"]
+        self.head = outside.get("lm_head.weight", embeddings)
+        self.hidden = F.embedding(text.to(embeddings.device), embeddings)  # [sequences, T, D]
+        self.ours = self.hidden[self.held_out.to(self.hidden.device)]
+        positions = torch.arange(text.shape[1], device=embeddings.device)[None]
+        self.dense_layer, self.norm, rotary = skeleton(config, AutoModelForCausalLM.from_config)
+        self.gqe_layer, _, _ = skeleton(plan.final, GQEForCausalLM._from_config)
+        self.norm.load_state_dict({"weight": outside["model.norm.weight"]}, assign=True)
+        self.positions = {"position_embeddings": rotary(self.hidden, positions), "position_ids": positions}
+
+    @torch.no_grad()
+    def observe(self, tensors: dict[str, Tensor]) -> Observed:
+        """Run a dense layer over the hidden states, and keep its input and its heads' outputs."""
+        layer, seen, heads = self.dense_layer, [], []
+        layer.load_state_dict({n: t for n, t in tensors.items() if n in layer.state_dict()}, assign=True)
+        attention = layer.self_attn
+        hooks = [
+            layer.input_layernorm.register_forward_hook(lambda _, __, out: seen.append(out)),
+            attention.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0])),
+        ]
+        try:
+            self.hidden = self._run(layer, self.hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        head_dim = attention.head_dim
+        rows = self.held_out.to(self.hidden.device).repeat_interleave(self.hidden.shape[1])
+        return Observed(
+            torch.cat(seen).flatten(0, 1), torch.cat(heads).flatten(0, 1).unflatten(-1, (-1, head_dim)), rows
+        )
+
+    @torch.no_grad()
+    def follow(self, ours: dict[str, Tensor]) -> None:
+        """Run the converted layer over its own hidden states of the held-out sequences."""
+        self.gqe_layer.load_state_dict(ours, assign=True)
+        self.ours = self._run(self.gqe_layer, self.ours)
+
+    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        sequences = max(1, PASS_TOKENS // hidden.shape[1])
+        return torch.cat([layer(part, attention_mask=None, **self.positions) for part in hidden.split(sequences)])
+
+    @torch.no_grad()
+    def judge(self, report: Report) -> None:
+        """Losses of both models and KL(dense || GQE), in nats a token, on the held-out sequences."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        held_out = self.text[self.held_out]
+        held_out_hidden = self.hidden[self.held_out.to(self.hidden.device)]
+        for ids, dense, ours in zip(held_out, held_out_hidden, self.ours, strict=True):
+            logs = [F.linear(self.norm(h), self.head).float().log_softmax(-1)[:-1] for h in (dense, ours)]
+            labels = ids[1:].to(self.head.device)
+            losses = [F.nll_loss(log, labels, reduction="sum") for log in logs]
+            divergence = F.kl_div(logs[1], logs[0], reduction="sum", log_target=True)
+            sums += torch.stack([*losses, divergence]).double().cpu()
+        report.tokens = held_out.shape[0] * (held_out.shape[1] - 1)
+        report.dense_loss, report.gqe_loss, report.kl = (sums / report.tokens).tolist()
+
+
+def check_text(text: Tensor, plan: Plan) -> None:
+    """Raises SettingError for text that is no [sequences, T] of token ids, or too little of it."""
+    if text.ndim != 2 or text.is_floating_point() or text.shape[0] < HELD_OUT or text.shape[1] < 2:
+        raise SettingError(
+            f"calibration has shape {list(text.shape)} and dtype {text.dtype}; it must be token ids [sequences, "
+            f"tokens], {HELD_OUT} sequences or more of 2 tokens or more"
+        )
+    highest = int(text.max())
+    if highest >= plan.full.vocab_size:
+        raise SettingError(f"calibration holds token {highest}; it must be below vocab_size, {plan.full.vocab_size}")
+
+
+def skeleton(config: PreTrainedConfig, build: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """A decoder layer and the last norm of a model, without memory, and its rotary embedding."""
+    one = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 1, "layer_types": None})
+    with torch.device("meta"):
+        model = build(one, attn_implementation="sdpa").eval()
+    return model.model.layers[0], model.model.norm, type(model.model.rotary_emb)(config=one)

@@ -1,0 +1,82 @@
+"""Making a converted model sparse: k falls from all experts to a few, while it learns a dense teacher's predictions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from query_experts.training import GQETrainer
+
+
+class DistillationTrainer(GQETrainer):
+    """`GQETrainer` whose loss is (1 - weight) * language-model loss + weight * KL(teacher || model) + router's losses.
+
+    teacher: a causal language model of the same vocabulary, whose logits are computed beside, without gradients. It is
+    put on the model's device and in eval mode. weight: 0 to 1, of the divergence. Validation is by the language-model
+    loss alone, as in GQETrainer.
+    """
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel, weight: float = 0.9, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight is {weight}; it must be 0 to 1")
+        theirs, ours = teacher.config.vocab_size, self.model.config.vocab_size
+        if theirs != ours:
+            raise ValueError(f"teacher has a vocabulary of {theirs}; it must be the model's, {ours}")
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        self.weight = weight
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]  # the model may take them out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            seen = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_logits = self.teacher(**seen, use_cache=False).logits
+            kl = divergence(outputs["logits"], teacher_logits, labels, num_items_in_batch)
+            lm_loss = outputs.get("lm_loss", outputs["loss"])
+            loss = loss + self.weight * (kl - lm_loss) * self.averaged_over(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    """KL(teacher || model) in nats, summed over predicted tokens and divided by num_items; None: by their number.
+
+    logits, teacher_logits: [B, T, V]; labels: [B, T], -100 where a token isn't predicted, as in the model's own loss.
+    """
+    predicted = labels[:, 1:].ne(-100)
+    ours, theirs = (x[:, :-1][predicted].float().log_softmax(-1) for x in (logits, teacher_logits))
+    total = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return total / (predicted.sum().clamp(min=1) if num_items is None else num_items)
+
+
+class TopKSchedule(TrainerCallback):
+    """k falls from all M experts to `top_k`, one by one, in equal parts of the first `fraction` (below 1) of the steps.
+
+    Validation and checkpoints in between are of the k of that moment.
+    """
+
+    def __init__(self, top_k: int, fraction: float):
+        self.top_k = top_k
+        self.fraction = fraction
+
+    def at(self, step: int, steps: int, experts: int) -> int:
+        """k at a step of so many, with M = `experts`."""
+        falls = experts - self.top_k
+        falling = self.fraction * steps
+        return experts - (falls if step >= falling else int(falls * step / falling))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        config = model.config
+        top_k = self.at(state.global_step, state.max_steps, config.num_attention_heads // config.num_key_value_heads)
+        if top_k != config.active_query_experts:
+            model.set_top_k(top_k)

@@ -1,0 +1,262 @@
+"""`query-experts evaluate`: a checkpoint's scores by lm-evaluation-harness, on the hub's questions or on local files.
+
+The tasks, the model's wrapper and the scores are lm-eval's; what is added here is where questions may come from
+(local_tasks.py) and how results are told.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from query_experts.errors import SettingError
+from query_experts.files import write_json
+from query_experts.generation import UNLOADABLE
+from query_experts.local_tasks import write_definitions
+from query_experts.study.environment import environment
+from query_experts.study.settings import resolve_device
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FEWSHOT_SEED = 1234  # lm-eval's own
+BOOTSTRAP_SAMPLES = 1000  # a perplexity's standard error is good to 2%; lm-eval's own 100,000 take minutes on LAMBADA
+
+
+def evaluate(
+    checkpoint: str,
+    tasks: list[str],
+    console: Console,
+    *,
+    data_dir: str | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_length: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint (any causal model of Transformers) and print a table. -> what `out` holds.
+
+    checkpoint: a folder, or a name on the hub. tasks: names of lm-eval's tasks, groups or tags. data_dir: a folder of
+    benchmark files in place of the hub. limit: questions of each task. max_length: tokens that the model is given at
+    once; by default max_position_embeddings. dtype: of the weights; auto is the checkpoint's. out: a file for the
+    results, JSON. Raises SettingError.
+    """
+    least = {"batch_size": (batch_size, 1), "limit": (limit, 1), "num_fewshot": (num_fewshot, 0)}
+    for name, (value, lowest) in (least | {"max_length": (max_length, 1)}).items():
+        if value is not None and value < lowest:
+            raise SettingError(f"{name} is {value}; it must be {lowest} or more")
+    if dtype not in DTYPES:
+        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if out is not None and Path(out).is_dir():
+        raise SettingError(f"out is {out}, which is a folder; it must be a file for the results")
+    device = resolve_device(device)
+    quiet()
+    model, tokenizer = load_model(checkpoint, dtype)
+    scorer = Scorer(
+        pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
+    )
+    with TemporaryDirectory() as folder:
+        asked, notes = load_tasks(tasks, data_dir, Path(folder), num_fewshot)
+        scored = lm_eval.evaluate(scorer, asked, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
+    dtype = str(model.dtype).removeprefix("torch.")
+    results = {
+        "checkpoint": checkpoint,
+        "model": {
+            "type": model.config.model_type,
+            "parameters": model.num_parameters(),
+            "max_length": scorer.max_length,
+        },
+        "requests": {"all": scorer.requests, "truncated": scorer.truncated},
+        "tasks": task_results(scored, notes),
+        "settings": {"data_dir": data_dir, "batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot},
+        "environment": environment(device, dtype) | {name: version(name) for name in ("lm_eval", "datasets")},
+    }
+    print_results(results, console)
+    if out is not None:
+        write_json(Path(out), results)
+    return results
+
+
+class Scorer(HFLM):
+    """lm-eval's wrapper of a model, which tells how many contexts it has cut, and in a sentence what it can't score."""
+
+    requests = 0
+    truncated = 0
+
+    def _loglikelihood_tokens(self, requests: list[Any], *options: Any, **named: Any) -> list[tuple[float, bool]]:
+        """requests: (texts, tokens of the context, tokens of the continuation)."""
+        longest = max(len(continuation) for _, _, continuation in requests)
+        if longest > self.max_length:
+            raise SettingError(
+                f"max_length is {self.max_length}, and these tasks have an answer of {longest} tokens; it must be so "
+                "many (a model with rotary embeddings takes more than it was trained on, and less well)"
+            )
+        self.requests += len(requests)
+        self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+        return super()._loglikelihood_tokens(requests, *options, **named)
+
+
+def quiet() -> None:
+    """Leave lm-eval's progress bars on the screen, and errors."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint. Raises SettingError if it has no weights, or no tokenizer, to score with."""
+    folder = Path(checkpoint)
+    if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
+        raise SettingError(f"checkpoint is {checkpoint}, which holds no config.json; it must be a model's folder")
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
+    except UNLOADABLE as error:
+        raise SettingError(f"checkpoint is {checkpoint}, which can't be loaded: {error}") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise SettingError(
+            f"checkpoint is {checkpoint}, which lacks {len(missing)} weights of {type(model).__name__}, such as "
+            f"{missing[0]}; it must hold them all"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (*UNLOADABLE, KeyError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")
+        raise SettingError(
+            f"checkpoint is {checkpoint}, whose tokenizer can't be loaded ({reason}); it must have one beside it, as "
+            "save_pretrained writes it"
+        ) from error
+    size, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if not tokenizer.vocab_size or size > rows:
+        raise SettingError(
+            f"checkpoint is {checkpoint}, whose tokenizer has {size} tokens and whose model {rows}; it must have its "
+            "own tokenizer beside it"
+        )
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise SettingError(
+            f"checkpoint is {checkpoint}, whose tokenizer has neither a bos_token nor an eos_token; it must have one, "
+            "for texts to begin with"
+        )
+    return model, tokenizer
+
+
+@cache
+def definitions() -> TaskManager:
+    """lm-eval's own task definitions, some 14,000: reading them takes seconds."""
+    return TaskManager()
+
+
+def load_tasks(
+    tasks: list[str], data_dir: str | None, folder: Path, num_fewshot: int | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """lm-eval's `TaskDict` of the tasks and groups of those names; and task -> note on its local questions."""
+    manager = definitions()
+    names = task_names(tasks, manager.task_index)
+    notes: dict[str, str] = {}
+    if data_dir is not None:
+        notes = write_definitions(names, manager.task_index, Path(data_dir), folder, num_fewshot)
+        manager = TaskManager(include_defaults=False, include_path=str(folder))
+    asked: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in names:
+        try:
+            found = manager.load([name])
+        except OSError as error:
+            raise SettingError(
+                f"tasks holds {name!r}, whose questions can't be loaded ({error}); without the hub, data_dir must be a "
+                "folder of benchmark files"
+            ) from error
+        asked = {kind: held | found.get(kind, {}) for kind, held in asked.items()}
+    for task in asked["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own != 0:  # a task that says 0 has no examples to show
+            task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    return asked, notes
+
+
+def task_names(tasks: list[str], index: dict[str, Any]) -> list[str]:
+    """The names of tasks and groups, each once, with tags resolved. Raises SettingError for one that lm-eval lacks."""
+    names: list[str] = []
+    for name in (part for word in tasks for part in word.split(",") if part):
+        if name not in index:
+            near = difflib.get_close_matches(name, index, n=3)
+            known = f", such as {', '.join(near)}" if near else ""
+            raise SettingError(f"tasks holds {name!r}; it must be a task, group or tag of lm-eval{known}")
+        entry = index[name]
+        names += sorted(entry.tags) if entry.kind.name == "TAG" else [name]
+    if not names:
+        raise SettingError("tasks is empty; it must name tasks of lm-eval, such as hellaswag,arc_easy,piqa")
+    return list(dict.fromkeys(names))
+
+
+def task_results(scored: dict[str, Any], notes: dict[str, str]) -> dict[str, Any]:
+    """Task or group -> version, items, few-shot examples, and metric -> value, standard error, higher is better.
+
+    A number that isn't finite, or a standard error that lm-eval doesn't give, is None.
+    """
+    tasks = {}
+    for name, found in scored["results"].items():
+        metrics = {}
+        for key, value in found.items():
+            metric, comma, used = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                better = scored["higher_is_better"].get(name, {}).get(metric)
+                label = metric if used == "none" else f"{metric} ({used})"
+                error = found.get(f"{metric}_stderr,{used}")
+                metrics[label] = {"value": finite(value), "stderr": finite(error), "higher_is_better": better}
+        if metrics:
+            tasks[name] = {
+                "version": scored["versions"].get(name), "items": found["sample_len"],
+                "num_fewshot": scored["n-shot"].get(name), "metrics": metrics, "note": notes.get(name),
+            }  # fmt: skip
+    return tasks
+
+
+def finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def readable(number: float | None) -> str:
+    if number is None:
+        return "-"
+    return f"{number:.4f}" if abs(number) < 1e5 else f"{number:.3e}"
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"{results['checkpoint']}, by lm-eval {results['environment']['lm_eval']}")
+    for heading in ("task", "metric"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("value", "standard error", "items"):
+        table.add_column(heading, justify="right")
+    for name, task in results["tasks"].items():
+        for metric, score in task["metrics"].items():
+            numbers = (readable(score[kind]) for kind in ("value", "stderr"))
+            table.add_row(name, metric, *numbers, f"{task['items']:,}")
+    console.print(table)
+    requests = results["requests"]
+    if requests["truncated"]:
+        console.print(
+            f"Of {requests['all']:,} requests {requests['truncated']:,} lost the start of their context: the model was "
+            f"given {results['model']['max_length']:,} tokens at most (max_length).",
+            highlight=False,
+        )
+    for name, task in results["tasks"].items():
+        if task["note"]:
+            console.print(f"{name} is not quite comparable with published scores: {task['note']}.", highlight=False)

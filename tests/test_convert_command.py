@@ -1,0 +1,198 @@
+"""`query-experts convert`, and the two commands that make a dense checkpoint sparse."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from query_experts.cli import main
+from query_experts.convert import convert_model
+from query_experts.convert.folder import Folder
+from study_helpers import TINY, write_text
+from test_cli import options, refused  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("data") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, text):
+    """A dense checkpoint that `train` made, with what people keep beside one."""
+    out = tmp_path_factory.mktemp("dense") / "run"
+    assert main(options("train", out, text, arm="dense", num_attention_heads=8)) == 0
+    (out / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    (out / "model" / "LICENSE").write_text("free")
+    (out / "model" / "README.md").write_text("a dense model's card")
+    return out / "model"
+
+
+def sharded(dense, folder, size="20KB"):
+    AutoModelForCausalLM.from_pretrained(dense).save_pretrained(folder, max_shard_size=size)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def logits(folder):
+    ids = torch.arange(40).view(2, 20)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+def test_a_checkpoint_of_one_file_or_several_converts_exactly(tmp_path, dense, capsys):
+    assert main(["convert", str(dense), str(tmp_path / "one")]) == 0
+    assert "Checkpoint: " in capsys.readouterr().out
+    many = sharded(dense, tmp_path / "shards")
+    assert len([*many.glob("*.safetensors")]) > 3
+    assert main(["convert", str(many), str(tmp_path / "many")]) == 0
+    for converted in ("one", "many"):
+        torch.testing.assert_close(logits(tmp_path / converted), logits(dense), rtol=0, atol=1e-5)
+    assert torch.equal(logits(tmp_path / "one"), logits(tmp_path / "many"))
+
+
+def test_tokenizer_template_and_licence_come_along_and_the_card_does_not(tmp_path, dense):
+    assert main(["convert", str(dense), str(tmp_path / "gqe")]) == 0
+    there = {path.name for path in dense.iterdir()}
+    here = {path.name for path in (tmp_path / "gqe").iterdir()}
+    assert there - here == {"README.md", "model.safetensors"}
+    assert (tmp_path / "gqe" / "chat_template.jinja").read_text() == "{{ messages }}"
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (dense, tmp_path / "gqe"))
+    assert ours["architectures"] == ["GQEForCausalLM"]
+    assert ours["rope_parameters"] == theirs["rope_parameters"]
+    assert ours["dtype"] == theirs["dtype"]
+
+
+def test_a_folder_is_converted_as_the_loaded_model_is(tmp_path, dense, text):
+    argv = ["--top-k", "1", "--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"]
+    assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv, "--seed", "3"]) == 0
+    kept = json.loads((tmp_path / "gqe" / "conversion.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    with open(text, encoding="utf-8") as file:
+        ids = tokenizer(file.read()).input_ids[:320]
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    converted, report = convert_model(model, 1, calibration=torch.tensor(ids).view(20, 16), seed=3)
+    folder = AutoModelForCausalLM.from_pretrained(tmp_path / "gqe", dtype=torch.float32)
+    assert folder.config.active_query_experts == 1
+    for (name, ours), theirs in zip(folder.named_parameters(), converted.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert kept["kl"] == pytest.approx(report.kl)
+    assert kept["fits"][0]["kept"] == pytest.approx(report.fits[0].kept)
+    assert kept["tokens"] == 4 * 15
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, monkeypatch):
+    alive = []
+    read = Folder.layer
+    monkeypatch.setattr(Folder, "layer", lambda self, n: alive.append(n) or read(self, n))
+    assert main(["convert", str(dense), str(tmp_path / "gqe")]) == 0
+    assert alive == [0, 1]
+    files = sorted((tmp_path / "gqe").glob("*.safetensors"))
+    assert [len({name.split(".")[2] for name in load_file(f) if "layers" in name}) for f in files] == [0, 1, 1]
+
+
+def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):  # noqa: F811
+    out = tmp_path / "out"
+    refused(["convert", tmp_path / "nowhere", out], "checkpoint is", "nowhere")
+    refused(["convert", dense, out, "--top_k", 5], "top_k is 5; it must be 1 to 4")
+    refused(["convert", dense, out, "--output_projection", "slot"], "calibrate must be given")
+    refused(["convert", dense, out, "--router", "calibrated"], "router is 'calibrated'")
+    refused(["convert", dense, out, "--router", "best"], "router is 'best'; it must be one of")
+    refused(["convert", dense, out, "--calibrate", text, "--calibration_length", 1], "calibration_length is 1")
+    refused(["convert", dense, out, "--calibrate", text, "--calibration_tokens", 9], "calibration_tokens is 9")
+    few = tmp_path / "few.txt"
+    few.write_text("few words")
+    refused(["convert", dense, out, "--calibrate", few], "calibrate holds", "it must hold 2560 or more")
+    refused(["convert", dense, out, "--calibrate", tmp_path / "none.txt"], "none.txt")
+    refused(["convert", dense, dense], "out is", "it must be a new or empty folder")
+    refused(["convert", dense, out, "--seed", -1], "seed holds -1")
+    refused(["convert", dense, out, "--device", "tpu"], "device is 'tpu'")
+    refused(["convert", dense], "the following arguments are required: out")
+    assert not out.exists()
+    assert not [*tmp_path.glob(".*part")]
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, refused):  # noqa: F811
+    def copy():
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        return shutil.copytree(dense, tmp_path / "copy")
+
+    out, weights = tmp_path / "out", tmp_path / "copy" / "model.safetensors"
+    copy()
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(["convert", tmp_path / "copy", out], "model.safetensors", "damaged")
+    copy()
+    weights.unlink()
+    refused(["convert", tmp_path / "copy", out], "holds no model.safetensors")
+    copy()
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    refused(["convert", tmp_path / "copy", out], "no tensor model.layers.1.mlp.up_proj.weight")
+    copy()
+    save_file(load_file(weights) | {"model.layers.0.self_attn.sinks": torch.zeros(8)}, weights)
+    refused(["convert", tmp_path / "copy", out], "self_attn.sinks, for which GQE has no place")
+    copy()
+    config = json.loads((dense / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 8}))
+    refused(["convert", tmp_path / "copy", out], "nothing to route")
+    (tmp_path / "copy" / "config.json").write_text("{")
+    refused(["convert", tmp_path / "copy", out], "config.json can't be read")
+    sharded(dense, tmp_path / "shards")
+    next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
+    refused(["convert", tmp_path / "shards", out], "which holds no model-00002-of-")
+    assert not out.exists()
+    assert not [*tmp_path.glob(".*part")]
+
+
+def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, capsys):
+    argv = ["--top_k", "1", "--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"]
+    assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv]) == 0
+    argv = ["train", "--preset", "distill", "--init", tmp_path / "gqe", "--teacher", dense, "--data", text]
+    argv += ["--out", tmp_path / "run", "--device", "cpu", "--dtype", "float32", "--seq_len", 16, "--steps", 6]
+    argv += ["--batch_size", 2, "--gradient_accumulation_steps", 1, "--evaluations", 2, "--sparsify_fraction", 0.5]
+    assert main([str(word) for word in argv]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at the start, teacher's" in said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["arm"] == "converted"
+    assert [tokens for tokens, _ in result["validation_curve"]] == [0, 96, 192]
+    assert result["teacher_loss"] > 0
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert trained.config.model_type == "gqe"
+    assert trained.config.active_query_experts == 1
+    assert main(["generate", str(tmp_path / "run" / "model"), "--prompt", "a", "--max_new_tokens", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": "x"}, "teacher is 'x', which needs init"),
+        ({"sparsify_fraction": 0.5}, "sparsify_fraction is 0.5, which needs init"),
+        ({"init": "nowhere"}, "checkpoint is nowhere"),
+        ({"init": "GQE", "teacher": "no/where/there"}, "teacher is no/where/there, which can't be loaded"),
+        ({"init": "GQE", "distillation": 2.0}, "distillation is 2.0; it must be 0 to 1"),
+        ({"init": "GQE", "sparsify_fraction": 1.0}, "sparsify_fraction is 1.0; it must be 0 or more and below 1"),
+        ({"init": "DENSE"}, "whose model_type is 'llama'; it must be 'gqe'"),
+    ],
+)
+def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, changes, words):  # noqa: F811
+    gqe = tmp_path / "gqe"
+    if changes.get("init") == "GQE":
+        assert main(["convert", str(dense), str(gqe), "--top_k", "1"]) == 0
+    changes = {k: {"GQE": gqe, "DENSE": dense}.get(v, v) for k, v in changes.items()}
+    refused(options("train", tmp_path / "run", text, **changes), words)
+
+
+def test_as_a_process_a_refusal_is_one_line(tmp_path):
+    argv = [sys.executable, "-m", "query_experts.cli", "convert", str(tmp_path / "no"), str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("query-experts: checkpoint is ")
+    assert done.stderr.count("\n") == 1
+    assert TINY

@@ -1,0 +1,142 @@
+"""Distillation: what the loss is made of, however a step is cut, and how k falls."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import default_data_collator
+
+from query_experts.convert import from_dense
+from query_experts.distillation import DistillationTrainer, TopKSchedule, divergence
+from study_helpers import Rows
+from test_training import LENGTHS, arguments, logged, model_of
+
+
+def test_the_divergence_is_that_of_the_predicted_tokens_alone():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    labels = torch.tensor([[1, 2, -100, 3, 4], [-100, 5, 6, -100, -100]])
+    total, count = 0.0, 0
+    for b in range(2):
+        for t in range(4):
+            if labels[b, t + 1] != -100:
+                p, q = theirs[b, t].softmax(-1), ours[b, t].softmax(-1)
+                total, count = total + float((p * (p / q).log()).sum()), count + 1
+    assert float(divergence(ours, theirs, labels, None)) == pytest.approx(total / count, rel=1e-5)
+    assert float(divergence(ours, theirs, labels, 20)) == pytest.approx(total / 20, rel=1e-5)
+    assert float(divergence(ours, ours, labels, None)) == pytest.approx(0, abs=1e-6)
+
+
+def trainer_of(tmp_path, teacher, model, weight, **changes):
+    rows = Rows(8, lengths=LENGTHS[:8])
+    return DistillationTrainer(
+        model=model, args=arguments(tmp_path, **changes), train_dataset=rows, eval_dataset=rows,
+        teacher=teacher, weight=weight,
+    )  # fmt: skip
+
+
+def stepped(tmp_path, weight, balance=0.01, **changes):
+    """Teacher, and trainer after one SGD step from a conversion, on eight rows of different lengths."""
+    teacher = model_of("dense").eval()
+    student = from_dense(teacher, 1)
+    student.config.router_aux_loss_coef = balance
+    options = {"learning_rate": 1.0, "optim": "sgd", "data_seed": 0, "seed": 0} | changes
+    trainer = trainer_of(tmp_path, teacher, student, weight, **options)
+    trainer.train()
+    return teacher, trainer
+
+
+def test_a_steps_gradient_is_of_both_losses_by_their_weights_and_of_the_routers(tmp_path):
+    teacher, trainer = stepped(tmp_path, 0.7, per_device_train_batch_size=8)
+    expected = from_dense(teacher, 1).train()
+    batch = default_data_collator([trainer.train_dataset[i] for i in range(8)])
+    outputs = expected(**batch, output_router_logits=True)
+    predicted = batch["labels"][:, 1:].ne(-100)
+    with torch.no_grad():
+        target = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][predicted]
+    kl = F.kl_div(
+        outputs.logits[:, :-1][predicted].log_softmax(-1),
+        target.log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    (0.3 * outputs.lm_loss + 0.7 * kl + expected.config.router_aux_loss_coef * outputs.aux_loss).backward()
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), expected.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.data, theirs.data - theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_step_in_micro_batches_is_that_of_the_whole_batch(tmp_path):
+    """Without the balance loss, which sees no more than the micro-batches so far."""
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    whole = stepped(tmp_path / "a", 0.7, balance=0.0, per_device_train_batch_size=8)[1].model
+    cut = stepped(tmp_path / "b", 0.7, balance=0.0, **small)[1].model
+    for (name, one), other in zip(whole.named_parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_the_teacher_stays_as_it_is_and_validation_is_the_language_model_loss(tmp_path):
+    teacher = model_of("dense")
+    before = copy.deepcopy(teacher.state_dict())
+    trainer = trainer_of(tmp_path, teacher, from_dense(teacher), 1.0, max_steps=2)
+    trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert not teacher.training
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.weight = 0.0
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss)
+    assert len(logged(trainer, "lm_loss")) == 2
+
+
+def test_a_converted_model_learns_its_teacher(tmp_path):
+    """With all experts awake the divergence is zero at first; with one it is not, and falls."""
+    teacher = model_of("dense").eval()
+    student = from_dense(teacher, 1)
+    batch = default_data_collator([*Rows(8, lengths=LENGTHS[:8])])
+    seen = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    @torch.no_grad()
+    def apart():
+        return float(divergence(student.eval()(**seen).logits, teacher(**seen).logits, batch["labels"], None))
+
+    before = apart()
+    trainer_of(tmp_path, teacher, student, 1.0, max_steps=40, learning_rate=3e-3).train()
+    assert apart() < 0.8 * before
+
+
+def test_teachers_that_do_not_fit_are_refused(tmp_path):
+    teacher = model_of("dense")
+    with pytest.raises(ValueError, match=r"weight is 1.5; it must be 0 to 1"):
+        trainer_of(tmp_path, teacher, from_dense(teacher), 1.5)
+    other = copy.deepcopy(teacher)
+    other.config.vocab_size = 301
+    with pytest.raises(ValueError, match="teacher has a vocabulary of 301; it must be the model's, 300"):
+        trainer_of(tmp_path, other, from_dense(teacher), 0.5)
+
+
+def test_k_falls_one_by_one_and_reaches_its_end_in_time():
+    schedule = TopKSchedule(1, 0.5)
+    assert [schedule.at(step, 12, 4) for step in range(12)] == [4, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert [TopKSchedule(2, 0.0).at(step, 3, 4) for step in range(3)] == [2, 2, 2]
+    for steps in (1, 7, 100):
+        for fraction in (0.1, 0.9, 0.99):
+            assert TopKSchedule(1, fraction).at(steps - 1, steps, 2) in (1, 2)
+    assert TopKSchedule(1, 0.9).at(99, 100, 8) == 1
+
+
+def test_the_schedule_sets_the_models_k(tmp_path):
+    teacher = model_of("dense")
+    model = from_dense(teacher, 1)
+    trainer = trainer_of(tmp_path, teacher, model, 0.5, max_steps=4)
+    trainer.add_callback(TopKSchedule(1, 0.5))
+    seen = []
+    original = model.forward
+
+    def watched(*args, **kwargs):
+        seen.append((model.config.active_query_experts, model.model.layers[1].self_attn.top_k))
+        return original(*args, **kwargs)
+
+    model.forward = watched
+    trainer.train()
+    assert seen == [(2, 2), (2, 2), (1, 1), (1, 1)]

@@ -1,0 +1,505 @@
+"""Scores by lm-eval: local files ask what its own tasks ask, and the score is what a calculation by hand gives."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install query-experts[evaluate]")
+
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from model_helpers import tiny_llama_config, tiny_model  # noqa: E402
+from query_experts import evaluation  # noqa: E402
+from query_experts.cli import main  # noqa: E402
+from query_experts.errors import SettingError  # noqa: E402
+from query_experts.local_tasks import SOURCES, read_rows, write_definitions  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/eval, with the real questions, is absent")
+TASKS = Path(lm_eval.__file__).parent / "tasks"
+FOLDERS = ("arc", "blimp", "hellaswag", "lambada", "piqa", "super_glue", "wikitext", "winogrande")
+BLIMP = {
+    "field": "syntax", "linguistics_term": "agreement", "simple_LM_method": True, "one_prefix_method": False,
+    "two_prefix_method": False, "lexically_identical": False,
+}  # fmt: skip
+
+
+def hellaswag_item(number, label, split="val"):
+    context = f"A woman lifts pot {number}. She"
+    return {
+        "ind": number,
+        "activity_label": "Cooking soup",
+        "ctx_a": context[:-4],
+        "ctx_b": "she",
+        "ctx": f"{context[:-4]} she",
+        "endings": ["[step] stirs it.", "sings loudly.", "sleeps  there.", "eats the pot [title] whole."],
+        "label": label,
+        "source_id": "activitynet~v_x",
+        "split": split,
+        "split_type": "indomain",
+    }
+
+
+def prepared(item, *endings):
+    """The item with cleaned texts and the query, as some give it."""
+    query = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
+    return {k: item[k] for k in ("ind", "activity_label", "ctx", "label")} | {
+        "endings": endings,
+        "query_lm_eval": query,
+    }
+
+
+def arc_item(number, answer, labels="ABCD"):
+    choices = [{"text": f"stone {label}{number}", "label": label} for label in labels]
+    return {"id": f"Q{number}", "question": {"stem": f"What sinks, {number}?", "choices": choices}, "answerKey": answer}
+
+
+FILES = {
+    "hellaswag/hellaswag_val.jsonl": [hellaswag_item(n, n % 4) for n in range(5)],
+    "hellaswag/hellaswag_train.jsonl": [hellaswag_item(n, 1, "train") for n in range(90, 93)],
+    "piqa/valid.jsonl": [{"goal": f"Open jar {n}", "sol1": "Turn the lid.", "sol2": "Eat the lid."} for n in range(3)],
+    "piqa/valid-labels.lst": "0\n1\n0\n",
+    "arc/ARC-Easy-Test.jsonl": [arc_item(1, "B"), arc_item(2, "3", "1234"), arc_item(3, "C", "ABC")],
+    "winogrande/dev.jsonl": [
+        {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"}
+    ],
+    "lambada/lambada_test.jsonl": [{"text": 'He took the boat.\n\n"Row," she said to the man in the boat'}],
+    "blimp/adjunct_island.jsonl": [
+        {"sentence_good": "Who sat?", "sentence_bad": "Who did sat?", "UID": "adjunct_island", "pairID": "7", **BLIMP}
+    ],
+    "wikitext2/wiki.test.raw": " \n = One = \n \n A b c . \n = = Part = = \n \n D @-@ e . \n \n = Two = \n \n F . \n",
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name, content in FILES.items():
+        write(tmp_path / "data" / name, content)
+    return tmp_path / "data"
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else "".join(json.dumps(row) + "\n" for row in content)
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def definitions():
+    """lm-eval's own definitions of a few tasks: reading all 14,000 takes many seconds."""
+    return TaskManager(include_defaults=False, include_path=[TASKS / folder for folder in FOLDERS])
+
+
+@pytest.fixture(autouse=True)
+def few_definitions(monkeypatch, definitions):
+    monkeypatch.setattr(evaluation, "definitions", lambda: definitions)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Random models, one GQE and one stock Llama, with a tokenizer of single bytes."""
+    alphabet = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**alphabet, "<|endoftext|>": 256}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    size = {"vocab_size": 257, "max_position_embeddings": 512}
+    held = {"gqe": tiny_model(dtype=torch.float32, **size), "llama": LlamaForCausalLM(tiny_llama_config(**size))}
+    folders = {}
+    for name, model in held.items():
+        folders[name] = tmp_path_factory.mktemp("checkpoints") / name
+        model.save_pretrained(folders[name])
+        fast.save_pretrained(folders[name])
+    return folders
+
+
+def local_task(name, data, folder, definitions, shots=None):
+    folder.mkdir(exist_ok=True)
+    write_definitions([name], definitions.task_index, data, folder, shots)
+    task = TaskManager(include_defaults=False, include_path=str(folder)).load([name])["tasks"][name]
+    task.set_config("num_fewshot", shots or 0)
+    task.set_fewshot_seed(1234)
+    task.build_all_requests()
+    return task
+
+
+def requests(task, item=0):
+    return [instance.args for instance in task.instances if instance.doc_id == item]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Local files ask what lm-eval's own tasks ask
+# ---------------------------------------------------------------------------------------------------------------------
+
+ASKED = {
+    "hellaswag": [
+        ("Cooking soup: A woman lifts pot 0. She", ending)
+        for ending in ("  stirs it.", " sings loudly.", " sleeps there.", " eats the pot. whole.")
+    ],
+    "piqa": [("Question: Open jar 0\nAnswer:", " Turn the lid."), ("Question: Open jar 0\nAnswer:", " Eat the lid.")],
+    "arc_easy": [("Question: What sinks, 1?\nAnswer:", f" stone {label}1") for label in "ABCD"],
+    "winogrande": [(f"Ann thanked Eve because {name}", " had helped.") for name in ("Ann", "Eve")],
+    "lambada_openai": [('He took the boat.\n\n"Row," she said to the man in the', " boat")],
+    "blimp_adjunct_island": [("", " Who sat?"), ("", " Who did sat?")],
+    "wikitext": [(" = One =\n\nA b c.\n== Part ==\n\nD-e.\n",)],
+}
+HUB = {
+    "Rowan/hellaswag": "ind activity_label ctx_a ctx_b ctx endings source_id split split_type label",
+    "baber/piqa": "goal sol1 sol2 label",
+    "allenai/ai2_arc": "id question choices answerKey",
+    "allenai/winogrande": "sentence option1 option2 answer",
+    "EleutherAI/lambada_openai": "text",
+    "nyu-mll/blimp": "sentence_good sentence_bad field linguistics_term UID simple_LM_method one_prefix_method "
+    "two_prefix_method lexically_identical pair_id",
+    "EleutherAI/wikitext_document_level": "page",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_requests_are_those_of_lm_evals_own_task(name, data, tmp_path, definitions):
+    task = local_task(name, data, tmp_path / "tasks", definitions)
+    assert requests(task) == ASKED[name]
+    assert {"task": name, "version": task.VERSION} == {
+        "task": task.task_name,
+        "version": definitions.task_index[name].cfg["metadata"]["version"],
+    }
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_local_rows_have_the_hubs_columns(name, data, tmp_path, definitions):
+    task = local_task(name, data, tmp_path / "tasks", definitions)
+    hub = definitions.task_index[name].cfg["dataset_path"]
+    columns = set(HUB[hub].split())
+    assert columns == set(SOURCES[hub].features)
+    assert columns <= set(task.eval_docs.column_names)  # process_docs may add some
+
+
+def test_labels_keep_the_hubs_encoding(data, tmp_path, definitions):
+    rows = {name: local_task(name, data, tmp_path / name, definitions).eval_docs for name in ASKED}
+    assert rows["hellaswag"]["label"][:] == ["0", "1", "2", "3", "0"]
+    assert rows["piqa"]["label"][:] == [0, 1, 0]
+    assert rows["arc_easy"]["answerKey"][:] == ["B", "3", "C"]
+    assert rows["arc_easy"]["choices"][1] == {"text": [f"stone {n}2" for n in "1234"], "label": list("1234")}
+    assert rows["winogrande"]["answer"][:] == ["2"]
+    assert rows["blimp_adjunct_island"]["pair_id"][:] == [7]
+
+
+def test_cleaned_hellaswag_texts_ask_the_given_query(data, tmp_path, definitions):
+    endings = ("stirs it.", "sings loudly.", "sleeps there.", "eats the pot. whole.")
+    whole = {
+        **hellaswag_item(1, 2),
+        "ctx_a": "How to boil. Take water.",
+        "ctx_b": "",
+        "ctx": "How to boil. Take water.",
+    }
+    last = {**hellaswag_item(2, 2), "ctx_b": "the tall Cook", "ctx": "A woman lifts pot 2. the tall Cook"}
+    items = [prepared(item, *endings) for item in (hellaswag_item(0, 0), whole, last)]
+    items[1]["query_lm_eval"] = "Cooking soup: How to boil. Take water."
+    write(data / "hellaswag" / "hellaswag_val.jsonl", items)
+    task = local_task("hellaswag", data, tmp_path / "tasks", definitions)
+    assert task.eval_docs["query"][:] == [item["query_lm_eval"] for item in items]
+    assert task.eval_docs["ctx_b"][:] == ["she", "", "the tall Cook"]
+
+
+def test_wikitext_is_cut_into_pages_and_counts_the_words_before_detokenizing(data, tmp_path, definitions):
+    task = local_task("wikitext", data, tmp_path / "tasks", definitions)
+    pages = task.eval_docs["page"][:]
+    assert pages == [" = One = \n \n A b c . \n = = Part = = \n \n D @-@ e . \n ", " = Two = \n \n F . \n"]
+    words = [task.process_results({"page": page}, (-1.0,))["word_perplexity"][1] for page in pages]
+    assert words == [len(page.split()) + 2 for page in pages]  # lm-eval counts the empty words at both ends
+
+
+def test_examples_come_from_the_training_file(data, tmp_path, definitions):
+    (context, _), *_ = requests(local_task("hellaswag", data, tmp_path / "tasks", definitions, shots=2))
+    shown = re.findall(r"pot (9\d)\. She sings loudly\.\n\n", context)
+    assert len(set(shown)) == 2
+    assert context.endswith(ASKED["hellaswag"][0][0])
+
+
+@needs_shared
+def test_every_hellaswag_query_is_the_one_that_lm_eval_builds(tmp_path, definitions):
+    write_definitions(["hellaswag"], definitions.task_index, SHARED, tmp_path, None)
+    task = TaskManager(include_defaults=False, include_path=str(tmp_path)).load(["hellaswag"])["tasks"]["hellaswag"]
+    given = [json.loads(line) for line in (SHARED / "hellaswag" / "hellaswag_val.jsonl").read_text().splitlines()]
+    assert len(given) == 10_042
+    assert task.eval_docs["query"][:] == [item["query_lm_eval"] for item in given]
+    assert task.eval_docs["gold"][:] == [item["label"] for item in given]
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("hub", "split", "subset", "items"),
+    [
+        ("baber/piqa", "validation", None, 1838),
+        ("allenai/ai2_arc", "test", "ARC-Easy", 2376),
+        ("allenai/winogrande", "validation", "winogrande_xl", 1267),
+        ("EleutherAI/lambada_openai", "test", "default", 5153),
+        ("nyu-mll/blimp", "train", "wh_island", 1000),
+        ("EleutherAI/wikitext_document_level", "test", "wikitext-2-raw-v1", 62),
+    ],
+)
+def test_the_real_files_are_read_whole(hub, split, subset, items):
+    rows = read_rows(SOURCES[hub], SOURCES[hub].path(SHARED, split, subset))
+    assert len(rows) == items
+    if "page" in rows[0]:
+        assert sum(len(row["page"].split()) for row in rows) == 241_211
+
+
+@needs_shared
+def test_every_blimp_task_has_its_file(definitions):
+    subsets = [definitions.task_index[name].cfg["dataset_name"] for name in definitions.task_index["blimp"].cfg["task"]]
+    assert len(subsets) == 67
+    assert {f"{subset}.jsonl" for subset in subsets} == {path.name for path in (SHARED / "blimp").glob("*.jsonl")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def log_likelihood(model, tokenizer, context, answer):
+    before, after = (tokenizer(text, return_tensors="pt").input_ids for text in (context, answer))
+    logits = model(torch.cat([before, after], 1), use_cache=False).logits[0, before.shape[1] - 1 : -1]
+    return logits.log_softmax(-1).gather(1, after[0][:, None]).sum().item()
+
+
+@pytest.mark.parametrize("name", ["gqe", "llama"])
+def test_the_score_is_what_a_calculation_by_hand_gives(name, checkpoints, data, tmp_path):
+    out = tmp_path / "scores.json"
+    argv = ["evaluate", str(checkpoints[name]), "--tasks", "hellaswag", "--data-dir", str(data), "--out", str(out)]
+    assert main([*argv, "--batch-size", "3", "--device", "cpu"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints[name])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[name])
+    assert type(model).__name__ == {"gqe": "GQEForCausalLM", "llama": "LlamaForCausalLM"}[name]
+    right = {"acc": 0, "acc_norm": 0}
+    for number in range(5):
+        answers = [answer for _, answer in ASKED["hellaswag"]]
+        context = f"Cooking soup: A woman lifts pot {number}. She"
+        sums = [log_likelihood(model, tokenizer, context, answer) for answer in answers]
+        by_length = [total / len(answer[1:]) for total, answer in zip(sums, answers, strict=True)]
+        right["acc"] += sums.index(max(sums)) == number % 4
+        right["acc_norm"] += by_length.index(max(by_length)) == number % 4
+    results = json.loads(out.read_text())
+    scores = results["tasks"]["hellaswag"]["metrics"]
+    assert {metric: score["value"] for metric, score in scores.items()} == {m: n / 5 for m, n in right.items()}
+    share = scores["acc"]["value"]
+    assert scores["acc"]["stderr"] == pytest.approx((share * (1 - share) / 4) ** 0.5)
+    assert (results["tasks"]["hellaswag"]["items"], results["model"]["type"]) == (5, name)
+    assert results["requests"] == {"all": 20, "truncated": 0}
+
+
+def test_perplexity_is_what_a_calculation_by_hand_gives(checkpoints, data, tmp_path):
+    out = tmp_path / "scores.json"
+    argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "wikitext", "--data_dir", str(data), "--out", str(out)]
+    assert main([*argv, "--limit", "1"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["gqe"])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["gqe"])
+    total = log_likelihood(model, tokenizer, "<|endoftext|>", ASKED["wikitext"][0][0])
+    page = " = One = \n \n A b c . \n = = Part = = \n \n D @-@ e . \n "
+    bits = json.loads(out.read_text())["tasks"]["wikitext"]["metrics"]["bits_per_byte"]["value"]
+    assert bits == pytest.approx(-total / len(page.encode()) / torch.tensor(2.0).log().item(), rel=1e-5)
+
+
+def test_the_command_prints_a_table_and_writes_what_ran(checkpoints, data, tmp_path, capsys):
+    out = tmp_path / "new" / "scores.json"
+    tasks = ["arc_easy,piqa", "winogrande", "lambada_openai,", "blimp_adjunct_island"]
+    argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", *tasks, "--data_dir", str(data), "--out", str(out)]
+    assert main([*argv, "--dtype", "bfloat16", "--limit", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "Running loglikelihood requests: 100%" in shown.err
+    for word in ("standard error", "arc_easy", "piqa", "winogrande", "lambada_openai", "acc_norm", "perplexity"):
+        assert word in shown.out
+    results = json.loads(out.read_text())
+    assert {name: task["items"] for name, task in results["tasks"].items()} == {
+        "arc_easy": 2, "piqa": 2, "winogrande": 1, "lambada_openai": 1, "blimp_adjunct_island": 1,
+    }  # fmt: skip
+    assert results["environment"]["dtype"] == "bfloat16"
+    assert {"torch", "transformers", "lm_eval", "datasets", "hardware"} <= set(results["environment"])
+    assert results["tasks"]["arc_easy"]["version"] == 1.0
+    assert results["tasks"]["winogrande"]["metrics"]["acc"]["stderr"] is None  # of one item there is none
+    assert results["tasks"]["lambada_openai"]["metrics"]["perplexity"]["higher_is_better"] is False
+
+
+def test_a_group_is_scored_with_its_members(checkpoints, data, tmp_path, monkeypatch):
+    """A group of two of BLiMP's tasks, defined as BLiMP is."""
+    group = (TASKS / "blimp" / "_blimp.yaml").read_text().split("task:")[0].replace("blimp", "two")
+    scores = "aggregate_metric_list:\n  - metric: acc\n    aggregation: mean\n    weight_by_size: false\n"
+    write(tmp_path / "two" / "two.yaml", f"{group}task: [blimp_adjunct_island, blimp_causative]\n{scores}")
+    two = TaskManager(include_defaults=False, include_path=[TASKS / "blimp", tmp_path / "two"])
+    monkeypatch.setattr(evaluation, "definitions", lambda: two)
+    write(data / "blimp" / "causative.jsonl", FILES["blimp/adjunct_island.jsonl"])
+    argv = ["evaluate", str(checkpoints["llama"]), "--tasks", "two", "--data-dir", str(data), "--num-fewshot", "3"]
+    assert main([*argv, "--out", str(tmp_path / "scores.json")]) == 0
+    tasks = json.loads((tmp_path / "scores.json").read_text())["tasks"]
+    assert list(tasks) == ["blimp_adjunct_island", "blimp_causative", "two"]
+    assert tasks["two"]["items"] == 2
+    assert tasks["two"]["metrics"]["acc"]["value"] == tasks["blimp_causative"]["metrics"]["acc"]["value"]
+    assert tasks["blimp_causative"]["num_fewshot"] == 0  # the task forbids examples
+
+
+def test_texts_that_differ_from_the_published_ones_are_named(checkpoints, data, capsys):
+    write(data / "hellaswag" / "hellaswag_val.jsonl", [prepared(hellaswag_item(0, 0), "a.", "b.", "c.", "d.")])
+    write(data / "wikitext2" / "wiki.test.raw", FILES["wikitext2/wiki.test.raw"].replace(" \n \n", " \n"))
+    argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "hellaswag,wikitext,piqa", "--data-dir", str(data)]
+    assert main(argv) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "hellaswag is not quite comparable with published scores: the file's texts are cleaned already" in words
+    assert "wikitext is not quite comparable with published scores: the file has lost the blank lines" in words
+    assert "piqa is not" not in words
+
+
+def test_contexts_that_a_short_window_cuts_are_counted(checkpoints, data, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "piqa", "--data-dir", str(data), "--out", str(out)]
+    assert main([*argv, "--max-length", "41"]) == 0  # context 28, answers 13 and 14, whose last token isn't read
+    assert json.loads(out.read_text())["requests"] == {"all": 6, "truncated": 0}
+    assert main([*argv, "--max_length", "40"]) == 0
+    assert json.loads(out.read_text())["requests"] == {"all": 6, "truncated": 3}
+    assert "Of 6 requests 3 lost the start of their context" in " ".join(capsys.readouterr().out.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(capsys, checkpoints, data):
+    """Runs the command on local files; its one line on stderr after exit status 2 has all these words."""
+
+    def check(words, *options, checkpoint=None, local=True):
+        argv = ["evaluate", str(checkpoint or checkpoints["gqe"]), *(["--data-dir", str(data)] if local else [])]
+        assert main([*argv, *options]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("query-experts: ")
+        assert "Traceback" not in last
+        for word in words:
+            assert word in last
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", "hellaswga"], ["tasks holds 'hellaswga'", "such as hellaswag"]),
+        (["--tasks", ","], ["tasks is empty"]),
+        (["--tasks", "boolq"], ["tasks holds 'boolq'", "no local form", "Rowan/hellaswag"]),
+        (["--tasks", "ai2_arc"], ["ARC-Challenge-Test.jsonl", "arc_challenge asks"]),
+        (["--tasks", "piqa", "--num_fewshot", "1"], ["train.jsonl", "num_fewshot"]),
+        (["--tasks", "piqa", "--num_fewshot", "-1"], ["num_fewshot is -1", "0 or more"]),
+        (["--tasks", "piqa", "--limit", "0"], ["limit is 0", "1 or more"]),
+        (["--tasks", "piqa", "--batch_size", "0"], ["batch_size is 0"]),
+        (["--tasks", "piqa", "--batch-size", "many"], ["batch", "many"]),
+        (["--tasks", "piqa", "--max_length", "0"], ["max_length is 0"]),
+        (["--tasks", "piqa", "--max_length", "10"], ["max_length is 10", "an answer of 14 tokens"]),
+        (["--tasks", "piqa", "--dtype", "int8"], ["dtype is 'int8'", "bfloat16"]),
+        (["--tasks", "piqa", "--device", "tpu"], ["device is 'tpu'"]),
+        (["--tasks", "piqa", "--out", "."], ["out is .", "folder"]),
+        (["--tasks", "piqa", "--data-dir", "nowhere"], ["data_dir is nowhere"]),
+        ([], ["--tasks"]),
+    ],
+)
+def test_a_setting_that_cannot_be_used_ends_in_a_sentence(options, words, refused):
+    refused(words, *options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("piqa/valid.jsonl", None, ["piqa/valid.jsonl", "validation split"]),
+        ("piqa/valid-labels.lst", None, ["valid-labels.lst", "the labels of"]),
+        ("piqa/valid-labels.lst", "0\n1\n", ["2 labels", "must hold 3"]),
+        ("piqa/valid-labels.lst", "0\n1\n2\n", ["line 3 is '2'"]),
+        ("piqa/valid.jsonl", "", ["valid.jsonl"]),
+        ("piqa/valid.jsonl", '{"goal": "a", "sol1": "b", "sol2": "c"}\n{"goal": "a"', ["valid.jsonl", "line 2"]),
+        ("piqa/valid.jsonl", '{"goal": "a", "sol1": "b"}\n', ["line 1", "no field 'sol2'"]),
+        ("piqa/valid.jsonl", '{"goal": 1, "sol1": "b", "sol2": "c"}\n', ["line 1", "goal is 1"]),
+        ("piqa/valid.jsonl", "[]\n", ["line 1"]),
+        ("hellaswag/hellaswag_val.jsonl", [{**hellaswag_item(0, 4)}], ["line 1", "label is '4'"]),
+        ("hellaswag/hellaswag_val.jsonl", [{**hellaswag_item(0, 0), "endings": ["a"]}], ["line 1", "four texts"]),
+        ("arc/ARC-Easy-Test.jsonl", [arc_item(0, "E")], ["line 1", "answerKey is 'E'"]),
+        ("winogrande/dev.jsonl", [{"sentence": "A.", "option1": "B", "option2": "C", "answer": "1"}], ["gap"]),
+        ("lambada/lambada_test.jsonl", [{"text": "word"}], ["line 1", "text is 'word'"]),
+        ("blimp/adjunct_island.jsonl", [{"sentence_good": "A"}], ["adjunct_island.jsonl", "line 1"]),
+        ("wikitext2/wiki.test.raw", " \n", ["wiki.test.raw", "empty"]),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named_with_its_line(name, content, words, refused, data):
+    if content is None:
+        (data / name).unlink()
+    else:
+        write(data / name, content)
+    tasks = {"arc": "arc_easy", "lambada": "lambada_openai", "blimp": "blimp_adjunct_island", "wikitext2": "wikitext"}
+    folder = name.split("/")[0]
+    refused(["data_dir holds", *words], "--tasks", tasks.get(folder, folder))
+
+
+def test_a_file_that_is_no_text_is_named(refused, data):
+    (data / "piqa" / "valid.jsonl").write_bytes(b'{"goal": "\xff"}\n')
+    refused(["valid.jsonl", "no UTF-8"], "--tasks", "piqa")
+
+
+def copy(folder, target, *without, **changes):
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.name not in without:
+            (target / path.name).write_bytes(path.read_bytes())
+    for name, content in changes.items():
+        (target / name.replace("__", ".")).write_text(content)
+    return target
+
+
+@pytest.mark.parametrize("name", ["gqe", "llama"])
+def test_a_checkpoint_that_cannot_be_scored_is_named(name, refused, checkpoints, tmp_path):
+    whole = checkpoints[name]
+    weightless = copy(whole, tmp_path / "weightless", "model.safetensors")
+    config = json.loads((whole / "config.json").read_text())
+    deeper = json.dumps({**config, "num_hidden_layers": 3, "layer_types": None})
+    refused(["no config.json"], "--tasks", "piqa", checkpoint=tmp_path / "nothing")
+    refused(["can't be loaded"], "--tasks", "piqa", checkpoint=weightless)
+    refused(
+        ["tokenizer can't be loaded"], "--tasks", "piqa",
+        checkpoint=copy(whole, tmp_path / "mute", "tokenizer.json", "tokenizer_config.json"),
+    )  # fmt: skip
+    refused(
+        ["lacks", "model.layers.2"], "--tasks", "piqa",
+        checkpoint=copy(whole, tmp_path / "short", config__json=deeper),
+    )  # fmt: skip
+
+
+def test_a_tokenizer_of_another_model_is_refused(refused, tmp_path, checkpoints):
+    small = LlamaForCausalLM(tiny_llama_config())  # 31 tokens
+    small.save_pretrained(tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "small" / name).write_bytes((checkpoints["llama"] / name).read_bytes())
+    refused(["257 tokens", "model 31"], "--tasks", "piqa", checkpoint=tmp_path / "small")
+
+
+def test_a_hub_out_of_reach_is_told_with_the_way_around_it(refused, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub")
+
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", unreachable)
+    refused(["tasks holds 'piqa'", "Couldn't reach", "data_dir"], "--tasks", "piqa", local=False)
+
+
+def test_without_lm_eval_the_extra_is_named(refused, monkeypatch):
+    monkeypatch.delitem(__import__("sys").modules, "query_experts.evaluation")
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    refused(["lm_eval is not installed", "query-experts[evaluate]"], "--tasks", "piqa")
+
+
+def test_a_context_is_cut_where_the_query_has_a_capital_letter():
+    from query_experts.local_tasks import context_parts
+
+    assert context_parts("A man sits. he", "A man sits. He") == ("A man sits.", "he")
+    assert context_parts("A man sits. He", "A man sits. He") == ("A man sits. He", "")
+    with pytest.raises(SettingError, match="dtype"):
+        evaluation.evaluate("nowhere", ["piqa"], None, dtype="int8")
