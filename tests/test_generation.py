@@ -1,13 +1,11 @@
 """Generation and cached decoding: whatever the cache, the chunks and the strategy, the logits are those of one pass."""
 
-import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, GenerationConfig
-from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers import CompileConfig, DynamicCache
 
 from model_helpers import (
     EXACT,
@@ -297,16 +295,3 @@ def test_generation_with_a_compiled_step_over_a_static_cache_is_greedy_decoding(
     )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert_same_generation(compiled, expected)
-
-
-@pytest.mark.skipif(
-    "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters,
-    reason="this Transformers' paged cache has another interface",
-)
-def test_continuous_batching_generates_what_generate_does():
-    model = tiny_model(dtype=torch.float32)
-    ids = random_tokens(3, 9)
-    expected = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1)[:, 9:]
-    asked = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    out = model.generate_batch(inputs=[row.tolist() for row in ids], generation_config=asked, progress_bar=False)
-    assert [result.generated_tokens for result in out.values()] == expected.tolist()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
 from transformers import initialization as init
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -333,6 +336,14 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
         return balance, statistics.z_sum.sum() / here, share
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers', which `generate_batch` goes through.
+
+        Raises ValueError, ahead of the thread that generates, where the paged cache can't serve the shared head.
+        """
+        check_paged_cache(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(
         config: GQEConfig,
@@ -347,6 +358,23 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             config, inputs_embeds, attention_mask, past_key_values, position_ids,
             materialise=decodes_in_one_read(config, inputs_embeds.shape[1], past_key_values),
         )  # fmt: skip
+
+
+def check_paged_cache(config: GQEConfig) -> None:
+    """Raises ValueError unless continuous batching's paged cache can be written once and read by two calls."""
+    if config.variant != "gqe":  # no shared head, so one call
+        return
+    if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+        raise ValueError(
+            f"transformers is {transformers.__version__}, whose paged cache can't serve the shared head: continuous "
+            "batching of variant 'gqe' needs a newer one (5.23 works)"
+        )
+    backend = config._attn_implementation.removeprefix("paged|")
+    if backend == "eager":
+        raise ValueError(
+            "attn_implementation is 'eager', which writes the paged cache in every call and can't serve the shared "
+            "head; continuous batching of variant 'gqe' needs 'sdpa'"
+        )
 
 
 def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Cache | None) -> Tensor | None:
