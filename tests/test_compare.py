@@ -23,7 +23,7 @@ from query_experts.study import run as run_module
 from query_experts.study.compare import compare, train
 from query_experts.study.environment import Pieces
 from query_experts.study.report import missing_parts
-from query_experts.study.settings import FREE_TO_CHANGE, CompareSettings, TrainSettings
+from query_experts.study.settings import FREE_TO_CHANGE, CompareSettings, TrainSettings, fingerprint
 from study_helpers import SIZE, quiet, said, tiny_compare, tiny_train, write_text
 
 RUN_KEYS = {
@@ -227,8 +227,9 @@ def test_changed_data_is_refused(folder):
 
 def test_every_setting_but_those_of_place_and_number_is_kept_from_changing(folder):
     held = json.loads((folder / "out" / "settings.json").read_text())
-    names = set(vars(tiny_compare(folder))) | set(vars(tiny_train(folder)))
-    assert names - held.keys() == FREE_TO_CHANGE - {"device"}
+    compared, trained = set(vars(tiny_compare(folder))), set(vars(tiny_train(folder)))
+    assert compared - held.keys() == FREE_TO_CHANGE & compared - {"device"}
+    assert trained - fingerprint(tiny_train(folder)).keys() == FREE_TO_CHANGE & trained - {"device"}
     assert held["device"] == "cpu"
 
 

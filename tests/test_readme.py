@@ -16,6 +16,7 @@ from query_experts.study import compare as study
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def script(name):
@@ -36,7 +37,7 @@ def test_the_tables_of_the_page_on_performance_are_those_of_the_committed_result
     assert page == script("performance_tables").filled(page)
 
 
-@pytest.mark.parametrize("page", [README, PERFORMANCE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_a_page_links_to_exists(page):
     links = [part.split(")")[0] for part in page.read_text(encoding="utf-8").split("](")[1:]]
     local = [link.split("#")[0] for link in links if not link.startswith(("http", "#"))]

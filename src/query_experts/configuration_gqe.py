@@ -79,16 +79,17 @@ class GQEConfig(LlamaConfig):
             if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
 
-    @property
-    def num_experts(self) -> int:
-        """Not a field: whoever reads it (TRL) is about to balance one list of experts a layer, as in Mixtral.
+    def __getattr__(self, name: str) -> Any:
+        """Of what isn't there. Whoever reads num_experts (TRL) is about to balance one list of experts a layer.
 
-        Raises AttributeError, as for any field that isn't there.
+        (Not a property: vLLM, to record routing, sets a field of this name.) Raises AttributeError.
         """
-        raise AttributeError(
-            "GQEConfig has no num_experts: its experts are balanced within each group, by the model's own loss. With "
-            "TRL, use query_experts.sft.GQESFTTrainer, or SFTConfig(router_aux_loss_coef=0.0) for no balance loss"
-        )
+        if name == "num_experts":
+            raise AttributeError(
+                "GQEConfig has no num_experts: its experts are balanced within each group, by the model's loss. With "
+                "TRL, use query_experts.sft.GQESFTTrainer, or SFTConfig(router_aux_loss_coef=0.0) for no balance loss"
+            )
+        raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As Transformers', and the shim beside it by which `trust_remote_code` loads the checkpoint anywhere.
