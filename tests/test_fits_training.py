@@ -163,6 +163,7 @@ def test_sft_trains_with_the_models_own_loss(tmp_path, tokenizer, changes):
     trainer = sft(tmp_path, tokenizer, **changes)
     trainer.train()
     losses, lm_losses = logged(trainer, "loss"), logged(trainer, "lm_loss")
+    assert not logged(trainer, "aux_loss") + logged(trainer, "mean_token_accuracy")  # TRL's, of a loss of its own
     assert lm_losses[-1] < 0.8 * lm_losses[0]
     layers, top_k, coefficient = 2, 2, 0.01
     for loss, lm_loss in zip(losses, lm_losses, strict=True):  # a balanced layer's term is k, a collapsed one's up to M
@@ -192,6 +193,7 @@ def test_stock_sft_trains_without_a_balance_loss_and_says_so_where_it_would_be_w
     trainer = sft(tmp_path, tokenizer, trl.SFTTrainer, router_aux_loss_coef=0.0)
     trainer.train()
     assert logged(trainer, "loss")[-1] < 0.8 * logged(trainer, "loss")[0]
+    assert trainer.model.config.router_aux_loss_coef == 0.0  # and so it is saved
     with pytest.raises(AttributeError, match=r"within each group.*GQESFTTrainer"):
         sft(tmp_path, tokenizer, trl.SFTTrainer).train()
 
