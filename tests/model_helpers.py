@@ -13,10 +13,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import Cache, DynamicCache, LlamaConfig, StaticCache, logging, masking_utils
+from transformers import (
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    logging,
+    masking_utils,
+)
 from transformers.integrations import flex_attention as flex_integration
 
 from query_experts import GQEConfig, GQEForCausalLM
@@ -53,6 +62,14 @@ SETTINGS = [
     {"active_query_experts": 2, "variant": "hard_concat"},
     {"active_query_experts": 2, "variant": "weighted_concat", "output_projection": "expert"},
 ]
+
+
+def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A token for each of the words w0, w1, ...; special: keyword arguments such as padding_side."""
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 2))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", **special)
 
 
 def setting_id(setting: dict[str, Any]) -> str:

@@ -6,14 +6,12 @@ another.
 """
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -119,11 +117,11 @@ def test_in_float32_its_error_is_at_most_twice_the_dense_models(family):
 @each_family
 @torch.no_grad()
 def test_it_generates_what_the_dense_model_does(family):
-    if family == "phi3-longrope" and "5.17" in transformers.__version__:
-        pytest.skip("Phi-3 of Transformers 5.17 goes on otherwise where longrope changes its frequencies")
+    """Beyond the original length of longrope, too. (There, Phi-3 of Transformers 5.17 goes wrong with a cache.)"""
     dense = dense_model(family)
-    options = {"max_new_tokens": 40, "do_sample": False}  # beyond the original length of longrope
-    assert torch.equal(from_dense(dense).generate(tokens(2, 9), **options), dense.generate(tokens(2, 9), **options))
+    options = {"max_new_tokens": 40, "do_sample": False}
+    expected = dense.generate(tokens(2, 9), use_cache=False, **options)
+    assert torch.equal(from_dense(dense).generate(tokens(2, 9), **options), expected)
 
 
 @each_family
@@ -413,7 +411,6 @@ def test_tensors_that_are_no_reference_layer_are_refused():
         from_reference(weights | {"o_proj.weight": weights["o_proj.weight"][:, :-1]})
     with pytest.raises(SettingError, match="no gqe layer"):
         from_reference(weights | {"gate.weight": torch.zeros(2)})
-    assert math.prod(weights["router.weight"].shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

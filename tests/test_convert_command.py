@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from query_experts.cli import main
 from query_experts.convert import convert_model
-from query_experts.convert.folder import Folder
-from study_helpers import TINY, write_text
+from query_experts.convert.folder import ConvertSettings, Folder, convert_folder
+from query_experts.errors import SettingError
+from study_helpers import write_text
 from test_cli import options, refused  # noqa: F401 - a fixture
 
 
@@ -86,6 +87,16 @@ def test_a_folder_is_converted_as_the_loaded_model_is(tmp_path, dense, text):
     assert kept["tokens"] == 4 * 15
 
 
+def test_a_tied_output_embedding_that_was_stored_all_the_same_is_left_out(tmp_path, dense):
+    copy = shutil.copytree(dense, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    stored = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(stored, copy / "model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", str(copy), str(tmp_path / "gqe")]) == 0
+    torch.testing.assert_close(logits(tmp_path / "gqe"), logits(dense), rtol=0, atol=1e-5)
+
+
 def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, monkeypatch):
     alive = []
     read = Folder.layer
@@ -117,7 +128,7 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):  # 
     assert not [*tmp_path.glob(".*part")]
 
 
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, refused):  # noqa: F811
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, text, refused):  # noqa: F811
     def copy():
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         return shutil.copytree(dense, tmp_path / "copy")
@@ -143,11 +154,30 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, re
     refused(["convert", tmp_path / "copy", out], "nothing to route")
     (tmp_path / "copy" / "config.json").write_text("{")
     refused(["convert", tmp_path / "copy", out], "config.json can't be read")
+    calibrated = ["--calibrate", text, "--calibration_tokens", 320, "--calibration_length", 16]
+    copy()
+    del tensors["model.layers.0.input_layernorm.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    refused(["convert", tmp_path / "copy", out, *calibrated], "no tensor model.layers.0.input_layernorm.weight")
+    copy()
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"intermediate_size": 49}))
+    refused(
+        ["convert", tmp_path / "copy", out, *calibrated], "tensors model.layers.0.* aren't those of its config.json"
+    )
+    refused(["convert", tmp_path / "copy", out], "mlp.gate_proj.weight has shape", "by config.json it must have shape")
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
+    refused(["convert", tmp_path / "copy", out], "config.json can't be read")
     sharded(dense, tmp_path / "shards")
     next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
     refused(["convert", tmp_path / "shards", out], "which holds no model-00002-of-")
     assert not out.exists()
     assert not [*tmp_path.glob(".*part")]
+
+
+def test_a_device_without_float64_is_refused_for_the_fit(tmp_path, dense, text):
+    asked = ConvertSettings(str(dense), str(tmp_path / "out"), 1, "expert", None, [text], 320, 16, "text", 0, "mps")
+    with pytest.raises(SettingError, match="device is 'mps'"):
+        convert_folder(asked)
 
 
 def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, capsys):
@@ -195,4 +225,3 @@ def test_as_a_process_a_refusal_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("query-experts: checkpoint is ")
     assert done.stderr.count("\n") == 1
-    assert TINY

@@ -4,20 +4,19 @@ import inspect
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, pipeline
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from model_helpers import (
     EXACT,
     SETTINGS,
-    VOCABULARY,
     no_router_warning,
     positions_of,
     random_tokens,
     setting_id,
     tiny_model,
+    word_tokenizer,
 )
 
 PAGED_ONCE = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
@@ -27,10 +26,7 @@ SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # by defaul
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 2))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", padding_side="left")
+    return word_tokenizer(padding_side="left")
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=setting_id)

@@ -6,19 +6,17 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from model_helpers import (
     EXACT,
     SETTINGS,
-    VOCABULARY,
     assert_same_tensors,
     new_cache,
     no_router_warning,
     random_tokens,
     setting_id,
     tiny_model,
+    word_tokenizer,
 )
 from query_experts import GQEForCausalLM
 from query_experts.router import Router
@@ -126,10 +124,7 @@ def test_the_router_is_no_target_of_all_linear():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(VOCABULARY - 2))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer(eos_token="<eos>")
 
 
 def sft(tmp_path, tokenizer, trainer=GQESFTTrainer, model=None, trainer_arguments=None, **changes):

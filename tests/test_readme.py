@@ -37,6 +37,19 @@ def test_the_tables_of_the_page_on_performance_are_those_of_the_committed_result
     assert page == script("performance_tables").filled(page)
 
 
+def test_the_agreement_that_the_page_on_serving_tells_is_that_of_the_committed_result():
+    found = json.loads((ROOT / "benchmarks" / "results" / "serve-agreement-cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    told = page.split("<!-- numbers: benchmarks/results/serve-agreement-cpu.json -->")[1].split("<!-- end")[0]
+    share = found["flipped"] / found["woken_experts"]
+    expected = [str(found["flipped"]), f"{found['woken_experts']:,}", f"{100 * share:.3f}"]
+    expected += [f"{found['difference']:.4f}", f"{found['difference_before_a_flip']:.4f}"]
+    expected += [str(found["tokens_before_a_flip"]), f"{found['difference_replayed']:.4f}"]
+    expected += [f"{found['vllm_error_replayed']:.4f}", f"{found['transformers_error_replayed']:.4f}"]
+    assert re.findall(r"\d[\d,.]*\d", told.replace("float64", "")) == expected
+    assert f"{found['tokens']:,} tokens" in page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_a_page_links_to_exists(page):
     links = [part.split(")")[0] for part in page.read_text(encoding="utf-8").split("](")[1:]]

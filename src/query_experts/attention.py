@@ -31,15 +31,12 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 
+from query_experts.layout import check_layout
 from query_experts.masks import AttentionBackend, causal_mask
 from query_experts.ops.select import row_numbers, scatter_experts, select_experts
 from query_experts.ops.shared_decode import shared_decode
 from query_experts.router import Router, balance_loss, routing_statistics, select_top_k
 
-VARIANTS = ("gqe", "hard_concat", "weighted_concat")
-OUTPUT_PROJECTIONS = ("slot", "expert")
-ROUTINGS = ("learned", "frozen", "none")
-SHARED_HEAD_KV = ("mean", "first")
 SPARSE_FROM = 8  # experts for each woken one
 DECODE_TOKENS = 8  # up to so many new tokens, forming all their scores costs less than a mean over the cache
 
@@ -57,58 +54,6 @@ class Routing:
     def scores(self) -> Tensor:
         """Probabilities of the woken experts, [B, T, G, k]."""
         return self.probs.gather(-1, self.indices)
-
-
-def check_layout(
-    hidden_size: int,
-    num_query_experts: int,
-    num_kv_heads: int,
-    top_k: int,
-    head_dim: int,
-    rope: bool,
-    variant: str,
-    output_projection: str,
-    routing: str,
-    shared_head_kv: str,
-) -> None:
-    """Raises ValueError, naming the field, what it held and what is allowed, for a layer that can't be built."""
-    for name, held, allowed in (
-        ("variant", variant, VARIANTS),
-        ("output_projection", output_projection, OUTPUT_PROJECTIONS),
-        ("routing", routing, ROUTINGS),
-        ("shared_head_kv", shared_head_kv, SHARED_HEAD_KV),
-    ):
-        if held not in allowed:
-            raise ValueError(f"{name} is {held!r}; it must be one of {', '.join(allowed)}")
-    counts = {
-        "hidden_size": hidden_size,
-        "num_query_experts (num_attention_heads)": num_query_experts,
-        "num_kv_heads (num_key_value_heads)": num_kv_heads,
-        "head_dim": head_dim,
-    }
-    for name, count in [*counts.items(), ("top_k (active_query_experts)", top_k)]:
-        if not isinstance(count, Integral) or isinstance(count, bool):
-            raise ValueError(f"{name} is {count!r}; it must be a whole number")
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be 1 or more")
-    if num_query_experts % num_kv_heads:
-        raise ValueError(
-            f"num_query_experts (num_attention_heads) is {num_query_experts}; it must be a multiple of "
-            f"num_kv_heads (num_key_value_heads), {num_kv_heads}"
-        )
-    experts_per_group = num_query_experts // num_kv_heads
-    if not 1 <= top_k <= experts_per_group:
-        raise ValueError(
-            f"top_k (active_query_experts) is {top_k}; it must be 1 to {experts_per_group}, the experts in a group"
-        )
-    if routing == "none" and top_k != experts_per_group:
-        raise ValueError(
-            f"routing is 'none' and top_k (active_query_experts) {top_k} of {experts_per_group} experts in a group; "
-            f"without a router it must be all of them"
-        )
-    if rope and head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}; rotary position embedding needs an even number")
 
 
 def rotary_cos_sin(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

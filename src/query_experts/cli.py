@@ -125,13 +125,17 @@ def run_bench(argv: list[str]) -> int:
     return 0
 
 
-def run_convert(argv: list[str]) -> int:
+def options_of(command: str) -> argparse.ArgumentParser:
     from query_experts.options import Options
 
-    parser = Options(
-        prog="query-experts convert", description=COMMANDS["convert"],
+    return Options(
+        prog=f"query-experts {command}", description=COMMANDS[command],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
+
+
+def run_convert(argv: list[str]) -> int:
+    parser = options_of("convert")
     parser.add_argument("checkpoint", help="folder of a dense checkpoint, or its name on the hub")
     parser.add_argument("out", help="new folder for the GQE checkpoint")
     parser.add_argument("--top_k", "--top-k", type=int, help="experts that a token wakes in a group; default: all")
@@ -167,12 +171,7 @@ def run_convert(argv: list[str]) -> int:
 
 
 def run_generate(argv: list[str]) -> int:
-    from query_experts.options import Options
-
-    parser = Options(
-        prog="query-experts generate", description=COMMANDS["generate"],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = options_of("generate")
     parser.add_argument("checkpoint", help="folder of a GQE checkpoint, with its tokenizer")
     parser.add_argument("--prompt", default="def ", help="text to go on from")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=100, help="length of the text")
@@ -191,12 +190,7 @@ def run_generate(argv: list[str]) -> int:
 
 
 def run_evaluate(argv: list[str]) -> int:
-    from query_experts.options import Options
-
-    parser = Options(
-        prog="query-experts evaluate", description=COMMANDS["evaluate"],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+    parser = options_of("evaluate")
     parser.add_argument(
         "checkpoint", help="a causal model as Transformers saves it, with its tokenizer; or its name on the hub"
     )
@@ -228,9 +222,7 @@ def run_evaluate(argv: list[str]) -> int:
 
 
 def run_report(argv: list[str]) -> int:
-    from query_experts.options import Options
-
-    parser = Options(prog="query-experts report", description=COMMANDS["report"])
+    parser = options_of("report")
     parser.add_argument("folder", help="a compared folder, with comparison.json")
     folder = Path(parser.parse_args(argv).folder)
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from query_experts.attention import check_layout
 from query_experts.hub import AUTO_MAP, write_shim
+from query_experts.layout import check_layout
 
 LAYERS_NAMES = {
     "num_query_experts": "num_attention_heads",

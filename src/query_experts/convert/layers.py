@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.convert.calibration import Fit, contributions, fit_router, importance, rank_shares
-from query_experts.convert.names import LAYER, O_PROJ, to_gqe, with_extra_slots
-from query_experts.errors import SettingError
+from query_experts.convert.names import O_PROJ, with_extra_slots
 from query_experts.initial_values import named_generator
+from query_experts.ops.select import row_numbers
+from query_experts.router import select_top_k
 
 ROUTERS = ("random", "query_norm", "calibrated", "none")
 Q_PROJ, ROUTER, SHARED = "self_attn.q_proj", "self_attn.router.weight", "self_attn.q_shared"
@@ -55,23 +56,24 @@ class Observed:
 
 
 def convert_layer(
-    dense: dict[str, Tensor], plan: Plan, number: int, observed: Observed | None
+    ours: dict[str, Tensor], plan: Plan, where: str, observed: Observed | None
 ) -> tuple[dict[str, Tensor], Fit | None]:
-    """A dense layer's tensors (names behind `model.layers.N.`) -> GQE's, and how the router's fit came out."""
-    config, where = plan.full, f"model.layers.{number}."
-    ours = to_gqe(dense, LAYER[plan.model_type], config, where)
-    fit, score = None, None
-    if observed is not None:
-        strength = strength_of(observed, ours, plan)
-        if plan.router == "none":
-            score = importance(strength[~observed.held_out]).expand_as(strength)
-        elif plan.router != "random":
-            fit = fit_router(observed.x, strength, config.num_key_value_heads, plan.fitted_top_k, observed.held_out)
+    """A layer as the map of names gives it -> as the plan has it, and how the router's fit came out.
+
+    where: what stands before the layer's names. observed: the dense layer at work, which all but `random` need.
+    """
     if plan.router == "none":
-        if score is None:
-            raise SettingError("router is 'none', which keeps the most important heads; it needs text to find them")
-        return with_new_shared_head(keep_heads(ours, score[0], plan), plan, where), None
-    ours[ROUTER] = fit.weight if fit is not None else drawn(plan, where + ROUTER, plan.full.num_attention_heads)
+        assert observed is not None
+        strength = strength_of(observed, ours, plan)[~observed.held_out]
+        return with_new_shared_head(keep_heads(ours, importance(strength), plan), plan, where), None
+    fit = None
+    if plan.router == "random":
+        ours[ROUTER] = drawn(plan, where + ROUTER, plan.full.num_attention_heads).to(ours[O_PROJ].device)
+    else:
+        assert observed is not None
+        strength = strength_of(observed, ours, plan)
+        fit = fit_router(observed.x, strength, plan.full.num_key_value_heads, plan.fitted_top_k, observed.held_out)
+        ours[ROUTER] = fit.weight
     if plan.final.output_projection == "slot":
         ours[O_PROJ] = by_slot(ours, plan, observed)
     ours[ROUTER] = ours[ROUTER].to(ours[O_PROJ])
@@ -95,10 +97,8 @@ def keep_heads(ours: dict[str, Tensor], score: Tensor, plan: Plan) -> dict[str, 
     """The layer with the k heads of the highest score [N] in each group alone, in their order."""
     config, k = plan.full, plan.final.active_query_experts
     groups, d = config.num_key_value_heads, config.head_dim
-    kept = score.view(groups, -1).topk(k).indices.sort(-1).values  # [G, k]
-    heads = (
-        kept + torch.arange(groups, device=kept.device)[:, None] * (config.num_attention_heads // groups)
-    ).flatten()
+    kept = select_top_k(score.view(groups, -1), k).sort(-1).values  # [G, k]
+    heads = row_numbers(kept, config.num_attention_heads // groups)
     for name in (f"{Q_PROJ}.weight", f"{Q_PROJ}.bias"):
         if name in ours:
             ours[name] = ours[name].unflatten(0, (-1, d))[heads].flatten(0, 1)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from query_experts.convert.calibration import HELD_OUT, Fit
 from query_experts.convert.layers import Observed, Plan, convert_layer
-from query_experts.convert.names import OUTSIDE, to_gqe
+from query_experts.convert.names import LAYER, LEFT_OUT, OUTSIDE, to_gqe
 from query_experts.errors import SettingError
 from query_experts.modeling_gqe import GQEForCausalLM
 
@@ -60,13 +60,18 @@ def convert(dense: Dense, plan: Plan, text: Tensor | None, report: Report) -> It
     yield checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
     both = Both(dense.config, plan, outside, text) if text is not None else None
     for number in range(plan.full.num_hidden_layers):
+        where = f"model.layers.{number}."
         tensors = dense.layer(number)
-        observed = both.observe(tensors) if both is not None else None
-        ours, fit = convert_layer(tensors, plan, number, observed)
+        mapped = to_gqe(tensors, LAYER[plan.model_type], plan.full, where)
+        observed = both.observe(tensors, where) if both is not None else None
+        ours, fit = convert_layer(mapped, plan, where, observed)
+        complete = checked({where + name: tensor for name, tensor in ours.items()}, wanted)
+        if missing := [name for name in wanted if name.startswith(where)]:
+            raise SettingError(f"checkpoint has no tensor {min(missing)}; by its config.json it must have it")
         report.fits.append(fit)
         if both is not None:
             both.follow(ours)
-        yield checked({f"model.layers.{number}.{name}": tensor for name, tensor in ours.items()}, wanted)
+        yield complete
     if wanted:
         raise SettingError(f"checkpoint has no tensor {min(wanted)}; by its config.json it must have it")
     if both is not None:
@@ -88,7 +93,7 @@ class Both:
 
     def __init__(self, config: PreTrainedConfig, plan: Plan, outside: dict[str, Tensor], text: Tensor):
         check_text(text, plan)
-        self.groups, self.text = plan.full.num_key_value_heads, text
+        self.text = text
         self.held_out = torch.arange(len(text)) % HELD_OUT == HELD_OUT - 1
         embeddings = outside["model.embed_tokens.weight"]
         self.head = outside.get("lm_head.weight", embeddings)
@@ -101,10 +106,17 @@ class Both:
         self.positions = {"position_embeddings": rotary(self.hidden, positions), "position_ids": positions}
 
     @torch.no_grad()
-    def observe(self, tensors: dict[str, Tensor]) -> Observed:
-        """Run a dense layer over the hidden states, and keep its input and its heads' outputs."""
+    def observe(self, tensors: dict[str, Tensor], where: str) -> Observed:
+        """Run a dense layer over the hidden states, and keep its input and its heads' outputs.
+
+        Raises SettingError for tensors that aren't those of the configuration; where: what stands before their names.
+        """
         layer, seen, heads = self.dense_layer, [], []
-        layer.load_state_dict({n: t for n, t in tensors.items() if n in layer.state_dict()}, assign=True)
+        try:
+            layer.load_state_dict({n: t for n, t in tensors.items() if not n.endswith(LEFT_OUT)}, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise SettingError(f"checkpoint's tensors {where}* aren't those of its config.json: {reason}") from error
         attention = layer.self_attn
         hooks = [
             layer.input_layernorm.register_forward_hook(lambda _, __, out: seen.append(out)),

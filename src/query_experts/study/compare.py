@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.text import Text
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -24,7 +22,7 @@ from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
-from query_experts.generation import load_checkpoint
+from query_experts.generation import UNLOADABLE, load_checkpoint
 from query_experts.study.arms import ModelSize
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
@@ -181,7 +179,7 @@ def load_dense(name: str) -> PreTrainedModel:
     """A dense checkpoint, float32. Raises SettingError for one that can't be loaded."""
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError) as error:
+    except UNLOADABLE as error:
         raise SettingError(f"teacher is {name}, which can't be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
