@@ -25,7 +25,7 @@ from query_experts.convert import convert_model
 from query_experts.data import Corpus
 from query_experts.files import write_json
 from query_experts.options import parse_settings
-from query_experts.study.compare import load_dense, open_corpus, own_folder
+from query_experts.study.compare import load_teacher, open_corpus, own_folder
 from query_experts.study.environment import environment
 from query_experts.study.run import Start, train_arm
 from query_experts.study.settings import TrainSettings, resolve_device
@@ -85,7 +85,14 @@ def main() -> None:
     parser.add_argument("--cache_dir", help="folder for tokenised data")
     parser.add_argument("--result", type=Path, default=RESULT)
     options, rest = parser.parse_known_args()
-    recipe = ["--recipe", str(ROOT / "benchmarks" / "conversion.yaml"), "--tokenizer", options.teacher]
+    recipe = [
+        "--init",
+        "in memory",
+        "--recipe",
+        str(ROOT / "benchmarks" / "conversion.yaml"),
+        "--tokenizer",
+        options.teacher,
+    ]
     recipe += ["--out", options.out, "--data", *options.data]
     recipe += ["--cache_dir", options.cache_dir] if options.cache_dir else []
     settings = parse_settings(
@@ -94,7 +101,7 @@ def main() -> None:
     console = Console()
     with own_folder(Path(options.out)) as out:
         corpus = open_corpus(settings, out, console)
-        teacher = load_dense(options.teacher)
+        teacher = load_teacher(options.teacher)
         for seed in options.seeds:
             for case in options.cases:
                 file = out / "results" / f"{case}-seed{seed}.json"

@@ -1,6 +1,7 @@
 """`query-experts convert`, and the two commands that make a dense checkpoint sparse."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,7 @@ from query_experts.cli import main
 from query_experts.convert import convert_model
 from query_experts.convert.folder import ConvertSettings, Folder, convert_folder
 from query_experts.errors import SettingError
-from study_helpers import write_text
-from test_cli import options, refused  # noqa: F401 - a fixture
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("data") / "text.txt")
+from test_cli import options
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +27,11 @@ def dense(tmp_path_factory, text):
     (out / "model" / "LICENSE").write_text("free")
     (out / "model" / "README.md").write_text("a dense model's card")
     return out / "model"
+
+
+# what `options` sets of the model's sizes, left out: init brings its own
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+WITHOUT_SIZES = dict.fromkeys([*SIZES, "num_key_value_heads", "head_dim"])
 
 
 def sharded(dense, folder, size="20KB"):
@@ -107,7 +107,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, monkeypatch):
     assert [len({name.split(".")[2] for name in load_file(f) if "layers" in name}) for f in files] == [0, 1, 1]
 
 
-def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):  # noqa: F811
+def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
     out = tmp_path / "out"
     refused(["convert", tmp_path / "nowhere", out], "checkpoint is", "nowhere")
     refused(["convert", dense, out, "--top_k", 5], "top_k is 5; it must be 1 to 4")
@@ -118,8 +118,8 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):  # 
     refused(["convert", dense, out, "--calibrate", text, "--calibration_tokens", 9], "calibration_tokens is 9")
     few = tmp_path / "few.txt"
     few.write_text("few words")
-    refused(["convert", dense, out, "--calibrate", few], "calibrate holds", "it must hold 2560 or more")
-    refused(["convert", dense, out, "--calibrate", tmp_path / "none.txt"], "none.txt")
+    refused(["convert", dense, out, "--calibrate", few], "calibrate holds", "it must hold 80 or more")
+    refused(["convert", dense, out, "--calibrate", tmp_path / "none.txt"], "query-experts: calibrate holds", "none.txt")
     refused(["convert", dense, dense], "out is", "it must be a new or empty folder")
     refused(["convert", dense, out, "--seed", -1], "seed holds -1")
     refused(["convert", dense, out, "--device", "tpu"], "device is 'tpu'")
@@ -128,7 +128,7 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):  # 
     assert not [*tmp_path.glob(".*part")]
 
 
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, text, refused):  # noqa: F811
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, text, refused):
     def copy():
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         return shutil.copytree(dense, tmp_path / "copy")
@@ -152,6 +152,9 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     config = json.loads((dense / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 8}))
     refused(["convert", tmp_path / "copy", out], "nothing to route")
+    for count in (0, 3):
+        (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": count}))
+        refused(["convert", tmp_path / "copy", out], f"num_key_value_heads {count}; the former must be a multiple")
     (tmp_path / "copy" / "config.json").write_text("{")
     refused(["convert", tmp_path / "copy", out], "config.json can't be read")
     calibrated = ["--calibrate", text, "--calibration_tokens", 320, "--calibration_length", 16]
@@ -204,19 +207,58 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
     [
         ({"teacher": "x"}, "teacher is 'x', which needs init"),
         ({"sparsify_fraction": 0.5}, "sparsify_fraction is 0.5, which needs init"),
-        ({"init": "nowhere"}, "checkpoint is nowhere"),
+        ({"init": "nowhere"}, "init is nowhere"),
+        ({"init": ""}, "init is empty"),
+        ({"distillation": 0.5}, "distillation is 0.5, which needs teacher"),
+        ({"init": "GQE", "arm": "static"}, "arm is 'static', and init brings its own"),
+        ({"init": "GQE", "hidden_size": 64}, "hidden_size is 64, and init brings its own"),
+        ({"init": "GQE", "tokenizer": "DENSE"}, "tokenizer is"),
+        ({"init": "GQE", "seq_len": 32}, "seq_len is 32; it must be at most init's max_position_embeddings, 16"),
+        ({"init": "NAN"}, "q_proj.weight holds numbers that aren't finite"),
+        ({"init": "GQE", "teacher": "NAN"}, "q_proj.weight holds numbers that aren't finite"),
+        ({"init": "GQE", "teacher": "OTHER"}, "whose tokenizer isn't that of init"),
         ({"init": "GQE", "teacher": "no/where/there"}, "teacher is no/where/there, which can't be loaded"),
         ({"init": "GQE", "distillation": 2.0}, "distillation is 2.0; it must be 0 to 1"),
         ({"init": "GQE", "sparsify_fraction": 1.0}, "sparsify_fraction is 1.0; it must be 0 or more and below 1"),
         ({"init": "DENSE"}, "whose model_type is 'llama'; it must be 'gqe'"),
     ],
 )
-def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, changes, words):  # noqa: F811
-    gqe = tmp_path / "gqe"
-    if changes.get("init") == "GQE":
-        assert main(["convert", str(dense), str(gqe), "--top_k", "1"]) == 0
-    changes = {k: {"GQE": gqe, "DENSE": dense}.get(v, v) for k, v in changes.items()}
-    refused(options("train", tmp_path / "run", text, **changes), words)
+def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, changes, words):
+    folders = {name: tmp_path / name for name in ("GQE", "NAN", "OTHER")} | {"DENSE": dense}
+    assert main(["convert", str(dense), str(folders["GQE"]), "--top_k", "1"]) == 0
+    copy_with_nan(folders["GQE"] if changes.get("init") == "NAN" else dense, folders["NAN"])
+    shutil.copytree(dense, folders["OTHER"])
+    tokenizer = folders["OTHER"] / "tokenizer.json"
+    held = json.loads(tokenizer.read_text())
+    vocabulary = held["model"]["vocab"]
+    vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
+    tokenizer.write_text(json.dumps(held))
+    changes = {k: folders.get(v, v) for k, v in changes.items()}
+    refused(options("train", tmp_path / "run", text, **WITHOUT_SIZES | changes), words)
+
+
+def copy_with_nan(checkpoint, folder):
+    """A copy of a checkpoint with one NaN in a query projection."""
+    shutil.copytree(checkpoint, folder)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith("layers.0.self_attn.q_proj.weight"):
+                tensors[name][0, 0] = math.nan
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path, dense, text, refused):
+    assert main(["convert", str(dense), str(tmp_path / "gqe"), "--top_k", "1"]) == 0
+    copy_with_nan(dense, tmp_path / "dense")
+    copy_with_nan(tmp_path / "gqe", tmp_path / "nan")
+    calibrated = ["--calibrate", text, "--calibration_tokens", 320, "--calibration_length", 16]
+    for flags in ([], calibrated):
+        refused(
+            ["convert", tmp_path / "dense", tmp_path / "out", *flags], "layers.0.self_attn.q_proj.weight holds numbers"
+        )
+    refused(["generate", tmp_path / "nan"], "checkpoint is", "q_proj.weight holds numbers that aren't finite")
+    assert not (tmp_path / "out").exists()
 
 
 def test_as_a_process_a_refusal_is_one_line(tmp_path):

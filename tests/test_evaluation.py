@@ -1,11 +1,14 @@
 """Scores by lm-eval: local files ask what its own tasks ask, and the score is what a calculation by hand gives."""
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -503,3 +506,20 @@ def test_a_context_is_cut_where_the_query_has_a_capital_letter():
     assert context_parts("A man sits. He", "A man sits. He") == ("A man sits. He", "")
     with pytest.raises(SettingError, match="dtype"):
         evaluation.evaluate("nowhere", ["piqa"], None, dtype="int8")
+
+
+def with_numbers(folder, target, change):
+    """A copy of a checkpoint with its output norm's weight changed."""
+    shutil.copytree(folder, target)
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] = change(tensors["model.norm.weight"])
+    save_file(tensors, file, metadata={"format": "pt"})
+    return target
+
+
+def test_scores_that_are_no_numbers_are_refused_and_not_taken_for_the_best(refused, checkpoints, tmp_path):
+    broken = with_numbers(checkpoints["gqe"], tmp_path / "nan", lambda weight: weight * math.nan)
+    refused(["model.norm.weight holds numbers that aren't finite"], "--tasks", "piqa", checkpoint=broken)
+    huge = with_numbers(checkpoints["gqe"], tmp_path / "huge", lambda weight: torch.full_like(weight, 3e38))
+    refused(["dtype is float32, in which", "aren't numbers"], "--tasks", "piqa", checkpoint=huge)

@@ -148,8 +148,8 @@ def run_convert(argv: list[str]) -> int:
                              "observed and the difference is measured")  # fmt: skip
     parser.add_argument("--calibration_tokens", "--calibration-tokens", type=int, default=16_384,
                         help="read so many tokens of it")  # fmt: skip
-    parser.add_argument("--calibration_length", "--calibration-length", type=int, default=512,
-                        help="tokens in a sequence")  # fmt: skip
+    parser.add_argument("--calibration_length", "--calibration-length", type=int,
+                        help="tokens in a sequence; default: 512, or as many as the model takes")  # fmt: skip
     parser.add_argument("--text_field", "--text-field", default="text",
                         help="field of a jsonl line or parquet column that holds the text")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from query_experts.errors import SettingError
 from query_experts.files import write_json
-from query_experts.generation import UNLOADABLE
+from query_experts.generation import UNLOADABLE, require_finite
 from query_experts.local_tasks import write_definitions
 from query_experts.study.environment import environment
 from query_experts.study.settings import resolve_device
@@ -109,7 +109,13 @@ class Scorer(HFLM):
             )
         self.requests += len(requests)
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        return super()._loglikelihood_tokens(requests, *options, **named)
+        scores = super()._loglikelihood_tokens(requests, *options, **named)
+        if any(math.isnan(log_likelihood) for log_likelihood, _ in scores):  # argmax would take it for the best
+            raise SettingError(
+                f"dtype is {str(self.model.dtype).removeprefix('torch.')}, in which the checkpoint gives "
+                "log-likelihoods that aren't numbers; it must be a wider one"
+            )
+        return scores
 
 
 def quiet() -> None:
@@ -135,6 +141,7 @@ def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
             f"checkpoint is {checkpoint}, which lacks {len(missing)} weights of {type(model).__name__}, such as "
             f"{missing[0]}; it must hold them all"
         )
+    require_finite(model, f"checkpoint is {checkpoint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (*UNLOADABLE, KeyError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TextStreamer, set_seed
 from transformers.utils import logging
 
 from query_experts.errors import SettingError
@@ -47,19 +47,28 @@ def generate(
     )
 
 
-def load_checkpoint(folder: Path) -> tuple[GQEForCausalLM, AutoTokenizer]:
-    """Model and tokenizer of a checkpoint folder. Raises SettingError if it isn't a GQE checkpoint."""
+def load_checkpoint(folder: Path, field: str = "checkpoint") -> tuple[GQEForCausalLM, AutoTokenizer]:
+    """Model and tokenizer of a folder. Raises SettingError, naming the field, if it is no usable GQE checkpoint."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if not (folder / "config.json").is_file():
-        raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a GQE checkpoint's folder")
+        raise SettingError(f"{field} is {folder}, which holds no config.json; it must be a GQE checkpoint's folder")
     try:
         model_type = AutoConfig.from_pretrained(folder).model_type
         if model_type != "gqe":
-            raise SettingError(f"checkpoint is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
+            raise SettingError(f"{field} is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
         model = GQEForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except SettingError:
         raise
     except UNLOADABLE as error:
-        raise SettingError(f"checkpoint is {folder}, which can't be loaded: {error}") from error
+        raise SettingError(f"{field} is {folder}, which can't be loaded: {error}") from error
+    require_finite(model, f"{field} is {folder}")
+    return model, tokenizer
+
+
+def require_finite(model: PreTrainedModel, which: str) -> None:
+    """Raises SettingError for weights that hold NaN or infinity, from which scores and losses would be nonsense."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise SettingError(f"{which}, whose {name} holds numbers that aren't finite; all must be")

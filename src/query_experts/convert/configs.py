@@ -64,6 +64,11 @@ def check_convertible(dense: PreTrainedConfig) -> None:
         why = f", which {reasons[0]}" if reasons else ""
         raise SettingError(f"model_type is {kind!r}{why}; it must be one of {', '.join(sorted(LAYER))}")
     heads, kv_heads = dense.num_attention_heads, dense.num_key_value_heads
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise SettingError(
+            f"num_attention_heads is {heads} and num_key_value_heads {kv_heads}; the former must be a multiple of the "
+            "latter, and both 1 or more"
+        )
     if heads == kv_heads:
         raise SettingError(
             f"num_attention_heads is {heads} and num_key_value_heads {kv_heads}; each KV head must serve two query "

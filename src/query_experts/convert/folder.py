@@ -32,6 +32,7 @@ from query_experts.files import full_disk_as_os_error, read_json, require_space,
 from query_experts.generation import UNLOADABLE
 
 LAYERS = "model.layers."
+LENGTH = 512  # of a sequence of text, where nothing else is asked for and the model takes so many
 # beside these, everything that a checkpoint holds (tokenizer, chat template, generation settings, licence) comes along
 NOT_COPIED = ("config.json", "README.md")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
@@ -48,7 +49,7 @@ class ConvertSettings:
     router: str | None
     calibrate: list[str]
     calibration_tokens: int
-    calibration_length: int
+    calibration_length: int | None
     text_field: str
     seed: int
     device: str
@@ -75,7 +76,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
         raise SettingError(
             "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
         )
-    text = read_text(settings, folder) if settings.calibrate else None
+    text = read_text(settings, folder, config.max_position_embeddings) if settings.calibrate else None
     report = Report()
     building = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
@@ -101,8 +102,8 @@ def find_checkpoint(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
     except (HFValidationError, OSError) as error:
         raise SettingError(
-            f"checkpoint is {name}; it must be a folder with config.json and safetensors, or a model on the hub "
-            f"({' '.join(str(error).split())[:200]})"
+            f"checkpoint is {name}, which is no folder and can't be had from the hub ({type(error).__name__}); it must "
+            "be a folder with config.json and safetensors, or the name of a model on the hub"
         ) from error
 
 
@@ -143,7 +144,9 @@ class Folder:
             files = [self.folder / name for name in sorted(set(listed.values()))]
         for path in files:
             if not path.is_file():
-                raise SettingError(f"checkpoint is {self.folder}, which holds no {path.name}; it must")
+                raise SettingError(
+                    f"checkpoint is {self.folder}, which holds no {path.name}; it must hold weights as safetensors"
+                )
         return files
 
     def outside(self) -> dict[str, Tensor]:
@@ -188,11 +191,17 @@ def copy_beside(folder: Path, building: Path) -> None:
             shutil.copyfile(path, building / path.name)
 
 
-def read_text(settings: ConvertSettings, folder: Path) -> Tensor:
-    """Token ids [sequences, calibration_length] of the text's beginning, documents joined by the end-of-text token."""
-    length, tokens = settings.calibration_length, settings.calibration_tokens
-    if length < 2:
-        raise SettingError(f"calibration_length is {length}; it must be 2 or more")
+def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
+    """Token ids [sequences, calibration_length] of the text's beginning, documents joined by the end-of-text token.
+
+    longest: max_position_embeddings of the model.
+    """
+    tokens = settings.calibration_tokens
+    length = min(LENGTH, longest) if settings.calibration_length is None else settings.calibration_length
+    if not 2 <= length <= longest:
+        raise SettingError(
+            f"calibration_length is {length}; it must be 2 to {longest}, the checkpoint's max_position_embeddings"
+        )
     if tokens < HELD_OUT * length:
         raise SettingError(
             f"calibration_tokens is {tokens}; it must be {HELD_OUT * length} or more, {HELD_OUT} sequences of "
@@ -200,8 +209,12 @@ def read_text(settings: ConvertSettings, folder: Path) -> Tensor:
         )
     tokenizer = load_tokenizer(str(folder))
     ids: list[int] = []
+    try:
+        sources = find_sources(settings.calibrate)
+    except SettingError as error:  # which calls it by the setting's name in training
+        raise SettingError(str(error).replace("`data`", "calibrate")) from error
     with TemporaryDirectory() as scratch:
-        for document in find_sources(settings.calibrate).texts(settings.text_field, Path(scratch)):
+        for document in sources.texts(settings.text_field, Path(scratch)):
             ids += [*tokenizer(document, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
             if len(ids) >= tokens:
                 break

@@ -56,12 +56,12 @@ def convert(dense: Dense, plan: Plan, text: Tensor | None, report: Report) -> It
         wanted = {name: t.shape for name, t in GQEForCausalLM(plan.final).state_dict().items()}
     if plan.final.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    outside = dense.outside()
+    outside = finite(dense.outside())
     yield checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
     both = Both(dense.config, plan, outside, text) if text is not None else None
     for number in range(plan.full.num_hidden_layers):
         where = f"model.layers.{number}."
-        tensors = dense.layer(number)
+        tensors = finite(dense.layer(number), where)
         mapped = to_gqe(tensors, LAYER[plan.model_type], plan.full, where)
         observed = both.observe(tensors, where) if both is not None else None
         ours, fit = convert_layer(mapped, plan, where, observed)
@@ -76,6 +76,14 @@ def convert(dense: Dense, plan: Plan, text: Tensor | None, report: Report) -> It
         raise SettingError(f"checkpoint has no tensor {min(wanted)}; by its config.json it must have it")
     if both is not None:
         both.judge(report)
+
+
+def finite(tensors: dict[str, Tensor], where: str = "") -> dict[str, Tensor]:
+    """The tensors as they are. Raises SettingError for one that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SettingError(f"checkpoint's {where}{name} holds numbers that aren't finite; all must be")
+    return tensors
 
 
 def checked(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from query_experts.callbacks import StopRequest
@@ -22,7 +22,7 @@ from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
-from query_experts.generation import UNLOADABLE, load_checkpoint
+from query_experts.generation import UNLOADABLE, load_checkpoint, require_finite
 from query_experts.study.arms import ModelSize
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
@@ -33,6 +33,7 @@ from query_experts.study.settings import (
     CompareSettings,
     RunSettings,
     TrainSettings,
+    default_of,
     fingerprint,
     refuse_change,
     resolve_device,
@@ -160,7 +161,7 @@ def train(settings: TrainSettings, console: Console) -> bool:
 def load_start(settings: TrainSettings) -> Start:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
     assert settings.init is not None
-    model, _ = load_checkpoint(Path(settings.init))
+    model, tokenizer = load_checkpoint(Path(settings.init), "init")
     if settings.sparsify_fraction and (model.config.output_projection != "expert" or model.config.routing == "none"):
         raise SettingError(
             f"sparsify_fraction is {settings.sparsify_fraction}, which needs an init with a router and "
@@ -168,25 +169,52 @@ def load_start(settings: TrainSettings) -> Start:
         )
     teacher = None
     if settings.teacher is not None:
-        teacher = load_dense(settings.teacher)
+        teacher = load_teacher(settings.teacher)
         theirs, ours = teacher.config.vocab_size, model.config.vocab_size
         if theirs != ours:
             raise SettingError(f"teacher has a vocabulary of {theirs}; it must be that of init, {ours}")
+        if vocabulary_of(settings.teacher) not in (None, tokenizer.get_vocab()):
+            raise SettingError(f"teacher is {settings.teacher}, whose tokenizer isn't that of init; they must agree")
     return Start(model, teacher, settings.distillation, settings.sparsify_fraction)
 
 
-def load_dense(name: str) -> PreTrainedModel:
-    """A dense checkpoint, float32. Raises SettingError for one that can't be loaded."""
+def load_teacher(name: str) -> PreTrainedModel:
+    """A causal language model, float32. Raises SettingError for a checkpoint that can't be loaded."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except UNLOADABLE as error:
-        raise SettingError(f"teacher is {name}, which can't be loaded: {' '.join(str(error).split())[:300]}") from error
+        where = "" if Path(name).exists() else " (no folder here has this name)"
+        reason = " ".join(str(error).split())[:300]
+        raise SettingError(f"teacher is {name}, which can't be loaded{where}: {reason}") from error
+    require_finite(teacher, f"teacher is {name}")
+    return teacher
+
+
+def vocabulary_of(checkpoint: str) -> dict[str, int] | None:
+    """Token -> id of the tokenizer beside a checkpoint; None without one."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint).get_vocab()
+    except (*UNLOADABLE, KeyError, TypeError, AttributeError):
+        return None
 
 
 def of_its_size(settings: TrainSettings, config: GQEConfig) -> TrainSettings:
-    """The settings with the sizes of the model that is trained on, and with its tokenizer."""
+    """The settings with the sizes of the model that is trained on, and with its tokenizer.
+
+    Raises SettingError for a size that was set to something else, another tokenizer, an arm, and sequences that are
+    longer than the model takes.
+    """
     sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelSize) if hasattr(settings, f.name)}
-    return dataclasses.replace(settings, **sizes, tokenizer=settings.tokenizer or settings.init)
+    for name, own in (sizes | {"arm": default_of(settings, "arm"), "tokenizer": None}).items():
+        held = getattr(settings, name)
+        if held not in (own, default_of(settings, name)):
+            raise SettingError(f"{name} is {held!r}, and init brings its own; it must be left out")
+    if settings.seq_len > config.max_position_embeddings:
+        raise SettingError(
+            f"seq_len is {settings.seq_len}; it must be at most init's max_position_embeddings, "
+            f"{config.max_position_embeddings}"
+        )
+    return dataclasses.replace(settings, **sizes, tokenizer=settings.init)
 
 
 def diverged(settings: RunSettings, run: dict[str, Any]) -> str:

@@ -274,13 +274,14 @@ def describe(
 
 @torch.no_grad()
 def loss_of(model: PreTrainedModel, sequences: Subset, settings: RunSettings) -> float:
-    """A dense model's loss in nats a token, as the Trainer validates."""
+    """A model's language-model loss in nats a token, as the Trainer validates."""
     total, predicted = 0.0, 0
     for begin in range(0, len(sequences), settings.batch_size):
         chosen = range(begin, min(begin + settings.batch_size, len(sequences)))
         ids = torch.stack([sequences[i]["input_ids"] for i in chosen]).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-            loss = model.eval()(ids, labels=ids, use_cache=False).loss
+            outputs = model.eval()(ids, labels=ids, use_cache=False)
+        loss = outputs.get("lm_loss", outputs.loss)
         count = ids[:, 1:].numel()
         total, predicted = total + float(loss) * count, predicted + count
     return total / predicted

@@ -121,7 +121,7 @@ class TrainSettings(RunSettings):
     arm: str = field("gqe", f"one of {', '.join(ARMS)}")
     seed: int = field(0, "seed of initial values and data order")
     init: str | None = field(None, "GQE checkpoint to train on, in place of an arm of the sizes above")
-    teacher: str | None = field(None, "dense checkpoint whose predictions init learns")
+    teacher: str | None = field(None, "checkpoint whose predictions init learns: the dense model that it was made of")
     distillation: float = field(0.9, "weight of KL(teacher || model); that of the language-model loss is the rest of 1")
     sparsify_fraction: float = field(0.0, "share of the steps in which k falls from all experts to that of init")
 
@@ -133,10 +133,19 @@ class TrainSettings(RunSettings):
             raise SettingError(f"distillation is {self.distillation}; it must be 0 to 1")
         if not 0 <= self.sparsify_fraction < 1:
             raise SettingError(f"sparsify_fraction is {self.sparsify_fraction}; it must be 0 or more and below 1")
+        if self.init == "":  # as the preset has it
+            raise SettingError("init is empty; it must be a GQE checkpoint's folder")
+        if self.teacher is None and self.distillation != default_of(self, "distillation"):
+            raise SettingError(f"distillation is {self.distillation}, which needs teacher; teacher must be given")
         if self.init is None:
             for name in ("teacher", "sparsify_fraction"):
                 if getattr(self, name):
                     raise SettingError(f"{name} is {getattr(self, name)!r}, which needs init; init must be given")
+
+
+def default_of(settings: Any, name: str) -> Any:
+    """The default of a setting that isn't a list."""
+    return next(f.default for f in fields(settings) if f.name == name)
 
 
 @dataclass
