@@ -33,6 +33,7 @@ from query_experts.study.settings import TrainSettings, resolve_device
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
 CALIBRATION_SEQUENCES = 64
+LONG = {"steps": 600, "evaluations": 20}
 
 # case -> options of the conversion, then of the training where they aren't the recipe's
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -48,6 +49,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "expert-calibrated-k3": ({"router": "calibrated", "top_k": 3}, {}),
     "expert-calibrated-gradual": ({"router": "calibrated"}, {"sparsify_fraction": 0.5}),
     "expert-calibrated-undistilled": ({"router": "calibrated"}, {"distillation": 0.0}),
+    "static-long": ({"router": "none"}, LONG),
+    "expert-random-long": ({"router": "random"}, LONG),
+    "expert-calibrated-long": ({"router": "calibrated"}, LONG),
 }
 
 

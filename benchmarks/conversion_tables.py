@@ -36,15 +36,16 @@ CASES = {
     "expert-calibrated-gradual": "expert, calibrated, k from 4 to 1 over half the steps",
     "expert-calibrated-undistilled": "expert, calibrated, without a teacher",
 }
+LONG = "-long"  # of a case's name: the same for longer
 
 
 def markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
-def by_case(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each case, by seed."""
-    runs = {case: [run for run in result["runs"] if run["case"] == case] for case in CASES}
+def by_case(result: dict[str, Any], suffix: str = "") -> dict[str, list[dict[str, Any]]]:
+    """The runs of each case, by seed; with a suffix, those of its longer form."""
+    runs = {case: [run for run in result["runs"] if run["case"] == case + suffix] for case in CASES}
     return {case: sorted(found, key=lambda run: run["seed"]) for case, found in runs.items() if found}
 
 
@@ -67,12 +68,12 @@ def told(counts: list[float | None]) -> str:
     return " / ".join(text.DASH if count is None else text.short(count) if count else "0" for count in counts)
 
 
-def losses(result: dict[str, Any]) -> str:
+def losses(result: dict[str, Any], suffix: str = "") -> str:
     """For each case: active heads, loss at the start and the end with their range over seeds, tokens to come near."""
     head = ["conversion", "active heads", "KL at the start", "loss at the start", "loss at the end", "over the teacher",
             *(f"tokens to {share:.1%}" for share in WITHIN)]  # fmt: skip
     rows = [head]
-    for case, runs in by_case(result).items():
+    for case, runs in by_case(result, suffix).items():
         final = [run["validation_loss"] for run in runs]
         over = [run["validation_loss"] / run["teacher_loss"] - 1 for run in runs]
         rows.append(
@@ -126,13 +127,14 @@ def setting(result: dict[str, Any]) -> str:
     held, teacher, there = result["settings"], result["teacher"], result["environment"]
     seeds = sorted({run["seed"] for run in result["runs"]})
     loss = result["runs"][0]["teacher_loss"]
-    tokens = max(run["train_tokens"] for run in result["runs"])
+    tokens = sorted({run["train_tokens"] for run in result["runs"]})
     rows = [
         ["what", "held"],
         ["dense model", f"{text.short(teacher['parameters']['total'])} parameters, {teacher['heads']} query heads over "
                         f"{held['num_key_value_heads']} KV heads, loss {loss:.4f}"],
-        ["trained on", f"{tokens:,.0f} tokens a run, {held['batch_size']} by {held['seq_len']} a step, learning rate "
-                       f"{held['learning_rate']:g}, weight of the divergence {held['distillation']:g}"],
+        ["trained on", f"{' or '.join(f'{n:,.0f}' for n in tokens)} tokens a run, {held['batch_size']} by "
+                       f"{held['seq_len']} a step, learning rate {held['learning_rate']:g}, weight of the "
+                       f"divergence {held['distillation']:g}"],
         ["judged on", f"{held['validation_sequences'] * held['seq_len']:,} held-out tokens"],
         ["seeds", f"{', '.join(map(str, seeds))} of conversion and data order; one dense model"],
         ["text", ", ".join(result["data"]["source"])],
@@ -145,39 +147,55 @@ def setting(result: dict[str, Any]) -> str:
 def filled(page: str) -> str:
     """The page with every marked table made anew."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    tables = {"setting": setting, "losses": losses, "paired": paired, "fits": fits}
-    return MARKED.sub(lambda m: f"{m[1]}{tables[m[2]](result)}\n{m[3]}", page)
+    tables = {
+        "setting": setting(result), "losses": losses(result), "longer": losses(result, LONG), "paired": paired(result),
+        "fits": fits(result),
+    }  # fmt: skip
+    return MARKED.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", page)
 
 
 def draw(result: dict[str, Any]) -> None:
-    """Loss against tokens of further training, and against active heads at the start and at the end."""
+    """Loss against tokens of further training, against active heads at the start and at the end, and for longer."""
     runs = by_case(result)
-    figure = new_figure(4.2, 10)
-    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    teacher = result["runs"][0]["teacher_loss"]
-    for axes in (left, right):
-        axes.axhline(teacher, color="0.5", linewidth=1, linestyle=":")
-    for number, case in enumerate(case for case in runs if "-k" not in case):
-        curves = [run["validation_curve"] for run in runs[case]]
-        tokens = [point[0] for point in curves[0]]
-        values = [[curve[i][1] for curve in curves] for i in range(len(tokens))]
-        colour = f"C{number % 10}"
-        dashes = "--" if case.startswith("slot") else "-"
-        left.plot(tokens, [statistics.mean(v) for v in values], dashes, color=colour, label=CASES[case])
-        left.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
+    figure = new_figure(4.4, 13)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[3, 2, 3])
+    goal = result["runs"][0]["teacher_loss"]
+    for axes in (left, middle, right):
+        axes.axhline(goal, color="0.5", linewidth=1, linestyle=":")
+    curves(left, {case: found for case, found in runs.items() if "-k" not in case})
+    curves(right, by_case(result, LONG))
+    for share in WITHIN:
+        right.axhline(goal * (1 + share), color="0.8", linewidth=1, linestyle=":")
+        right.annotate(f"{share:+.1%}", (0, goal * (1 + share)), fontsize=7, color="0.4", va="bottom")
     ladder = ["expert-calibrated", "expert-calibrated-k2", "expert-calibrated-k3", "all-awake"]
     there = [case for case in ladder if case in runs]
     heads = [runs[case][0]["active_heads"] for case in there]
     for label, value in (
-        ("at the start", lambda run: run["validation_curve"][0][1]),
-        ("at the end", lambda run: run["validation_loss"]),
+        ("before training", lambda run: run["validation_curve"][0][1]),
+        ("after it", lambda run: run["validation_loss"]),
     ):
-        right.plot(heads, [statistics.mean(map(value, runs[case])) for case in there], "o-", label=label)
-    left.set(xlabel="tokens of further training", ylabel="validation loss (nats a token)")
-    right.set(xlabel="active query heads, the shared one included", xticks=heads)
+        middle.plot(heads, [statistics.mean(map(value, runs[case])) for case in there], "o-", label=label)
+    left.set(ylabel="validation loss (nats a token)", title="all conversions")
+    middle.set(xlabel="active query heads, the shared one included", xticks=heads, title="calibrated, by k")
+    right.set(title="for longer")
+    for axes in (left, right):
+        axes.set(xlabel="tokens of further training")
+        axes.xaxis.set_major_formatter(lambda tokens, _: text.short(tokens) if tokens else "0")
     left.legend(fontsize=7, frameon=False)
-    right.legend(fontsize=8, frameon=False)
+    for axes in (middle, right):
+        axes.legend(fontsize=8, frameon=False)
     save(figure, PLOTS, "conversion")
+
+
+def curves(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Mean and range over seeds of each case's validations; a case has its colour in every panel."""
+    for case, found in runs.items():
+        tokens = [point[0] for point in found[0]["validation_curve"]]
+        values = list(zip(*([loss for _, loss in run["validation_curve"]] for run in found), strict=True))
+        colour = f"C{[*CASES].index(case) % 10}"
+        dashes = "--" if case.startswith("slot") else "-"
+        axes.plot(tokens, [statistics.mean(v) for v in values], dashes, color=colour, label=CASES[case])
+        axes.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
 
 
 def main() -> None:

@@ -15,6 +15,9 @@ from query_experts.cli import main
 from query_experts.convert import convert_model
 from query_experts.convert.folder import ConvertSettings, Folder, convert_folder
 from query_experts.errors import SettingError
+from query_experts.evaluation import load_model
+from query_experts.generation import require_folder
+from query_experts.study.compare import load_teacher
 from test_cli import options
 
 
@@ -105,6 +108,18 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, monkeypatch):
     assert alive == [0, 1]
     files = sorted((tmp_path / "gqe").glob("*.safetensors"))
     assert [len({name.split(".")[2] for name in load_file(f) if "layers" in name}) for f in files] == [0, 1, 1]
+
+
+def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/gpe", "./gpe", "some/other/folder", tmp_path / "gpe"):
+        refused(["convert", name, "out"], f"checkpoint is {name}, which doesn't exist")
+    require_folder("gpt2", "checkpoint")
+    require_folder("meta-llama/Llama-3.2-1B", "checkpoint")
+    for load in (load_teacher, lambda name: load_model(name, "float32")):
+        with pytest.raises(SettingError, match=r"is runs/gpe, which doesn't exist"):
+            load("runs/gpe")
 
 
 def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):

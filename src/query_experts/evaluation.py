@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from query_experts.errors import SettingError
 from query_experts.files import write_json
-from query_experts.generation import UNLOADABLE, require_finite
+from query_experts.generation import UNLOADABLE, require_finite, require_folder
 from query_experts.local_tasks import write_definitions
 from query_experts.study.environment import environment
 from query_experts.study.settings import resolve_device
@@ -128,8 +128,9 @@ def quiet() -> None:
 
 def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint. Raises SettingError if it has no weights, or no tokenizer, to score with."""
+    require_folder(checkpoint, "checkpoint")
     folder = Path(checkpoint)
-    if (folder.is_dir() or folder.is_absolute()) and not (folder / "config.json").is_file():
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise SettingError(f"checkpoint is {checkpoint}, which holds no config.json; it must be a model's folder")
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)

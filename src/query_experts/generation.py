@@ -67,6 +67,15 @@ def load_checkpoint(folder: Path, field: str = "checkpoint") -> tuple[GQEForCaus
     return model, tokenizer
 
 
+def require_folder(name: str, field: str) -> None:
+    """Raises SettingError for what can only be a folder's name, and not a model's on the hub, if there is none."""
+    path = Path(name)
+    local = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
+    local = local or (len(path.parts) == 2 and path.parent.is_dir())
+    if local and not path.exists():
+        raise SettingError(f"{field} is {name}, which doesn't exist; it must be a folder, or a model on the hub")
+
+
 def require_finite(model: PreTrainedModel, which: str) -> None:
     """Raises SettingError for weights that hold NaN or infinity, from which scores and losses would be nonsense."""
     for name, parameter in model.named_parameters():

@@ -29,7 +29,7 @@ from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_tokenizer
 from query_experts.errors import SettingError
 from query_experts.files import full_disk_as_os_error, read_json, require_space, write_json
-from query_experts.generation import UNLOADABLE
+from query_experts.generation import UNLOADABLE, require_folder
 
 LAYERS = "model.layers."
 LENGTH = 512  # of a sequence of text, where nothing else is asked for and the model takes so many
@@ -96,6 +96,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
 
 def find_checkpoint(name: str) -> Path:
     """The folder of that name, or the copy of a checkpoint on the hub."""
+    require_folder(name, "checkpoint")
     if Path(name).exists():
         return Path(name)
     try:

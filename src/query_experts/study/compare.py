@@ -22,7 +22,7 @@ from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
-from query_experts.generation import UNLOADABLE, load_checkpoint, require_finite
+from query_experts.generation import UNLOADABLE, load_checkpoint, require_finite, require_folder
 from query_experts.study.arms import ModelSize
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
@@ -180,6 +180,7 @@ def load_start(settings: TrainSettings) -> Start:
 
 def load_teacher(name: str) -> PreTrainedModel:
     """A causal language model, float32. Raises SettingError for a checkpoint that can't be loaded."""
+    require_folder(name, "teacher")
     try:
         teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except UNLOADABLE as error:
