@@ -33,12 +33,13 @@ from query_experts.study.settings import TrainSettings, resolve_device
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
 CALIBRATION_SEQUENCES = 64
-LONG = {"steps": 600, "evaluations": 20}
+LONG = {"steps": 400, "evaluations": 16}
 
 # case -> options of the conversion, then of the training where they aren't the recipe's
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all-awake": ({"router": "random", "top_k": None}, {}),
     "static": ({"router": "none"}, {}),
+    "static-k2": ({"router": "none", "top_k": 2}, {}),
     "expert-random": ({"router": "random"}, {}),
     "expert-query_norm": ({"router": "query_norm"}, {}),
     "expert-calibrated": ({"router": "calibrated"}, {}),
@@ -49,9 +50,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "expert-calibrated-k3": ({"router": "calibrated", "top_k": 3}, {}),
     "expert-calibrated-gradual": ({"router": "calibrated"}, {"sparsify_fraction": 0.5}),
     "expert-calibrated-undistilled": ({"router": "calibrated"}, {"distillation": 0.0}),
+    "expert-calibrated-unbalanced": ({"router": "calibrated"}, {"router_aux_loss_coef": 0.0}),
     "static-long": ({"router": "none"}, LONG),
-    "expert-random-long": ({"router": "random"}, LONG),
     "expert-calibrated-long": ({"router": "calibrated"}, LONG),
+    "slot-calibrated-long": ({"router": "calibrated", "output_projection": "slot"}, LONG),
 }
 
 
@@ -63,6 +65,7 @@ def run(case: str, seed: int, teacher: Any, settings: TrainSettings, corpus: Cor
     chosen = torch.randperm(len(corpus.train))[:CALIBRATION_SEQUENCES].tolist()
     text = torch.stack([corpus.train[i]["input_ids"] for i in chosen])
     model, report = convert_model(teacher, **{"top_k": 1} | conversion, calibration=text, seed=seed)
+    model.config.router_aux_loss_coef = settings.router_aux_loss_coef
     heads = costs.heads(model.config).active
     start = Start(model, teacher, settings.distillation, settings.sparsify_fraction)
     result = train_arm(settings, case, seed, corpus, folder, StopRequest(), start)

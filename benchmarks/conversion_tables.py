@@ -6,11 +6,12 @@ python benchmarks/conversion_tables.py
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
+import conversion
+from page_tables import markdown, with_tables
 from query_experts.study.report import text
 from query_experts.study.report.charts import new_figure
 from query_experts.study.report.svg import save
@@ -19,12 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
 PAGE = ROOT / "docs" / "convert.md"
 PLOTS = ROOT / "docs" / "plots"
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 WITHIN = (0.01, 0.003)  # of the teacher's loss
 
 CASES = {
     "all-awake": "all four experts awake",
     "static": "static: the most important head of each group, no router",
+    "static-k2": "static: the two most important heads of each group",
     "expert-random": "expert, random router",
     "expert-query_norm": "expert, router fitted to query norms",
     "expert-calibrated": "expert, calibrated router",
@@ -35,12 +36,10 @@ CASES = {
     "expert-calibrated-k3": "expert, calibrated, k = 3",
     "expert-calibrated-gradual": "expert, calibrated, k from 4 to 1 over half the steps",
     "expert-calibrated-undistilled": "expert, calibrated, without a teacher",
+    "expert-calibrated-unbalanced": "expert, calibrated, without the balance loss",
 }
+COLOURED = ["static", *(case for case in CASES if case != "static" and "-k" not in case)]  # in the plot
 LONG = "-long"  # of a case's name: the same for longer
-
-
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def by_case(result: dict[str, Any], suffix: str = "") -> dict[str, list[dict[str, Any]]]:
@@ -56,9 +55,12 @@ def mean_and_range(values: list[float], digits: int = 3) -> str:
 
 
 def reached(run: dict[str, Any], share: float) -> float | None:
-    """Tokens after which a validation came within a share of the teacher's loss; None if none did."""
+    """Tokens after which a validation, at the final k, came within a share of the teacher's loss; None if none did."""
     goal = run["teacher_loss"] * (1 + share)
-    return next((tokens for tokens, loss in run["validation_curve"] if loss <= goal), None)
+    _, training = conversion.CASES[run["case"]]
+    sparse_from = training.get("sparsify_fraction", 0) * run["train_tokens"]
+    judged = [(tokens, loss) for tokens, loss in run["validation_curve"] if not sparse_from or tokens > sparse_from]
+    return next((tokens for tokens, loss in judged if loss <= goal), None)
 
 
 def told(counts: list[float | None]) -> str:
@@ -80,7 +82,7 @@ def losses(result: dict[str, Any], suffix: str = "") -> str:
             [
                 CASES[case],
                 str(runs[0]["active_heads"]),
-                f"{statistics.mean(run['kl_at_start'] for run in runs):.3f}",
+                f"{max(0, statistics.mean(run['kl_at_start'] for run in runs)):.3f}",  # of equals, rounding alone
                 mean_and_range([run["validation_curve"][0][1] for run in runs]),
                 mean_and_range(final),
                 f"{100 * statistics.mean(over):+.2f}%",
@@ -101,6 +103,9 @@ def paired(result: dict[str, Any]) -> str:
         ("slot-calibrated", "slot-query_norm"),
         ("expert-calibrated", "slot-calibrated"),
         ("expert-calibrated", "static"),
+        ("slot-calibrated", "static"),
+        ("expert-calibrated-k2", "static-k2"),
+        ("expert-calibrated", "expert-calibrated-unbalanced"),
         ("expert-calibrated-gradual", "expert-calibrated"),
         ("expert-calibrated", "expert-calibrated-undistilled"),
     ):
@@ -151,7 +156,7 @@ def filled(page: str) -> str:
         "setting": setting(result), "losses": losses(result), "longer": losses(result, LONG), "paired": paired(result),
         "fits": fits(result),
     }  # fmt: skip
-    return MARKED.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[3]}", page)
+    return with_tables(page, tables.__getitem__)
 
 
 def draw(result: dict[str, Any]) -> None:
@@ -161,29 +166,32 @@ def draw(result: dict[str, Any]) -> None:
     left, middle, right = figure.subplots(1, 3, width_ratios=[3, 2, 3])
     goal = result["runs"][0]["teacher_loss"]
     for axes in (left, middle, right):
-        axes.axhline(goal, color="0.5", linewidth=1, linestyle=":")
-    curves(left, {case: found for case, found in runs.items() if "-k" not in case})
+        axes.axhline(goal, color="0.5", linewidth=1, linestyle=":", label="the dense model")
+    curves(left, {case: found for case, found in runs.items() if case in COLOURED})
     curves(right, by_case(result, LONG))
     for share in WITHIN:
         right.axhline(goal * (1 + share), color="0.8", linewidth=1, linestyle=":")
         right.annotate(f"{share:+.1%}", (0, goal * (1 + share)), fontsize=7, color="0.4", va="bottom")
-    ladder = ["expert-calibrated", "expert-calibrated-k2", "expert-calibrated-k3", "all-awake"]
-    there = [case for case in ladder if case in runs]
-    heads = [runs[case][0]["active_heads"] for case in there]
-    for label, value in (
-        ("before training", lambda run: run["validation_curve"][0][1]),
-        ("after it", lambda run: run["validation_loss"]),
+    for name, colour, ladder in (
+        ("calibrated", "C3", ["expert-calibrated", "expert-calibrated-k2", "expert-calibrated-k3", "all-awake"]),
+        ("static", "k", ["static", "static-k2"]),
     ):
-        middle.plot(heads, [statistics.mean(map(value, runs[case])) for case in there], "o-", label=label)
+        there = [case for case in ladder if case in runs]
+        heads = [runs[case][0]["active_heads"] for case in there]
+        before = [statistics.mean(run["validation_curve"][0][1] for run in runs[case]) for case in there]
+        after = [statistics.mean(run["validation_loss"] for run in runs[case]) for case in there]
+        middle.plot(heads, before, "o--", color=colour, label=f"{name}, before training")
+        middle.plot(heads, after, "o-", color=colour, label=f"{name}, after it")
     left.set(ylabel="validation loss (nats a token)", title="all conversions")
-    middle.set(xlabel="active query heads, the shared one included", xticks=heads, title="calibrated, by k")
+    middle.set(xlabel="active query heads, the shared one included", title="k = 1 to 4")
     right.set(title="for longer")
     for axes in (left, right):
         axes.set(xlabel="tokens of further training")
         axes.xaxis.set_major_formatter(lambda tokens, _: text.short(tokens) if tokens else "0")
     left.legend(fontsize=7, frameon=False)
     for axes in (middle, right):
-        axes.legend(fontsize=8, frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
     save(figure, PLOTS, "conversion")
 
 
@@ -192,7 +200,7 @@ def curves(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
     for case, found in runs.items():
         tokens = [point[0] for point in found[0]["validation_curve"]]
         values = list(zip(*([loss for _, loss in run["validation_curve"]] for run in found), strict=True))
-        colour = f"C{[*CASES].index(case) % 10}"
+        colour = "k" if case == "static" else f"C{COLOURED.index(case) - 1}"
         dashes = "--" if case.startswith("slot") else "-"
         axes.plot(tokens, [statistics.mean(v) for v in values], dashes, color=colour, label=CASES[case])
         axes.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)

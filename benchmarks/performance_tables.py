@@ -6,13 +6,13 @@ python benchmarks/performance_tables.py
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
 
+from page_tables import markdown, with_tables
 from query_experts import GQEConfig, costs
 from query_experts.bench.report import speedup, write_plot
 from query_experts.study.report import text
@@ -20,7 +20,6 @@ from query_experts.study.report import text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 SUITES = {  # table -> its suite, and the result files that hold it
     "prefill": ("prefill", "bench-cpu"),
     "chunk": ("chunk", "bench-cpu"),
@@ -39,10 +38,6 @@ SHAPES = {  # as their published configurations give them: D, N, G, d, F, layers
     "Llama-3.2-1B": (2048, 32, 8, 64, 8192, 16, 128_256, True),
     "Llama-3.1-8B": (4096, 32, 8, 128, 14_336, 32, 128_256, False),
 }
-
-
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def result(name: str) -> dict[str, Any]:
@@ -133,13 +128,7 @@ def woken() -> str:
 def filled(page: str) -> str:
     """The page with every table anew."""
     tables = {"parts": parts, "shapes": shapes, "where": where, "woken": woken}
-
-    def table(match: re.Match) -> str:
-        name = match[2]
-        made = tables[name]() if name in tables else speeds(*SUITES[name])
-        return f"{match[1]}{made}\n{match[3]}"
-
-    return MARKED.sub(table, page)
+    return with_tables(page, lambda name: tables[name]() if name in tables else speeds(*SUITES[name]))
 
 
 def main() -> None:

@@ -70,9 +70,12 @@ def test_every_table_is_made_of_the_runs_and_the_plot_is_drawn(result, tmp_path,
 
 
 def test_tokens_to_come_near_are_those_of_the_first_validation_that_does():
-    run = {"teacher_loss": 4.0, "validation_curve": [[0, 4.5], [10, 4.03], [20, 4.05], [30, 4.01]]}
+    run = {"case": "static", "train_tokens": 30, "teacher_loss": 4.0}
+    run["validation_curve"] = [[0, 4.5], [10, 4.03], [20, 4.05], [30, 4.01]]
     assert conversion_tables.reached(run, 0.01) == 10
     assert conversion_tables.reached(run, 0.003) == 30
     assert conversion_tables.reached(run, 0.001) is None
+    gradual = run | {"case": "expert-calibrated-gradual", "train_tokens": 20}  # of the final k after half of them
+    assert conversion_tables.reached(gradual, 0.02) == 20
     assert conversion_tables.told([10.0, None]) == f"10 / {text.DASH}"
     assert conversion_tables.told([None, None]) == "not reached"
