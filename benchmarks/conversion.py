@@ -51,6 +51,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "expert-calibrated-gradual": ({"router": "calibrated"}, {"sparsify_fraction": 0.5}),
     "expert-calibrated-undistilled": ({"router": "calibrated"}, {"distillation": 0.0}),
     "expert-calibrated-unbalanced": ({"router": "calibrated"}, {"router_aux_loss_coef": 0.0}),
+    "slot-calibrated-unbalanced": (
+        {"router": "calibrated", "output_projection": "slot"},
+        {"router_aux_loss_coef": 0.0},
+    ),
+    "all-awake-long": ({"router": "random", "top_k": None}, LONG),
     "static-long": ({"router": "none"}, LONG),
     "expert-calibrated-long": ({"router": "calibrated"}, LONG),
     "slot-calibrated-long": ({"router": "calibrated", "output_projection": "slot"}, LONG),

@@ -37,8 +37,12 @@ CASES = {
     "expert-calibrated-gradual": "expert, calibrated, k from 4 to 1 over half the steps",
     "expert-calibrated-undistilled": "expert, calibrated, without a teacher",
     "expert-calibrated-unbalanced": "expert, calibrated, without the balance loss",
+    "slot-calibrated-unbalanced": "slot, calibrated, without the balance loss",
 }
-COLOURED = ["static", *(case for case in CASES if case != "static" and "-k" not in case)]  # in the plot
+COLOURS = {  # in the plot; by slot, the same and dashed
+    "static": "k", "all-awake": "C0", "random": "C1", "query_norm": "C2", "calibrated": "C3",
+    "calibrated-gradual": "C4", "calibrated-undistilled": "C8", "calibrated-unbalanced": "C5",
+}  # fmt: skip
 LONG = "-long"  # of a case's name: the same for longer
 
 
@@ -106,6 +110,8 @@ def paired(result: dict[str, Any]) -> str:
         ("slot-calibrated", "static"),
         ("expert-calibrated-k2", "static-k2"),
         ("expert-calibrated", "expert-calibrated-unbalanced"),
+        ("slot-calibrated", "slot-calibrated-unbalanced"),
+        ("slot-calibrated-unbalanced", "static"),
         ("expert-calibrated-gradual", "expert-calibrated"),
         ("expert-calibrated", "expert-calibrated-undistilled"),
     ):
@@ -167,7 +173,7 @@ def draw(result: dict[str, Any]) -> None:
     goal = result["runs"][0]["teacher_loss"]
     for axes in (left, middle, right):
         axes.axhline(goal, color="0.5", linewidth=1, linestyle=":", label="the dense model")
-    curves(left, {case: found for case, found in runs.items() if case in COLOURED})
+    curves(left, {case: found for case, found in runs.items() if "-k" not in case})
     curves(right, by_case(result, LONG))
     for share in WITHIN:
         right.axhline(goal * (1 + share), color="0.8", linewidth=1, linestyle=":")
@@ -200,7 +206,7 @@ def curves(axes: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
     for case, found in runs.items():
         tokens = [point[0] for point in found[0]["validation_curve"]]
         values = list(zip(*([loss for _, loss in run["validation_curve"]] for run in found), strict=True))
-        colour = "k" if case == "static" else f"C{COLOURED.index(case) - 1}"
+        colour = COLOURS[case.removeprefix("expert-").removeprefix("slot-")]
         dashes = "--" if case.startswith("slot") else "-"
         axes.plot(tokens, [statistics.mean(v) for v in values], dashes, color=colour, label=CASES[case])
         axes.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)

@@ -201,9 +201,12 @@ def test_a_device_without_float64_is_refused_for_the_fit(tmp_path, dense, text):
 def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, capsys):
     argv = ["--top_k", "1", "--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"]
     assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv]) == 0
+    config = json.loads((tmp_path / "gqe" / "config.json").read_text())
+    (tmp_path / "gqe" / "config.json").write_text(json.dumps(config | {"router_z_loss_coef": 0.25}))
     argv = ["train", "--preset", "distill", "--init", tmp_path / "gqe", "--teacher", dense, "--data", text]
     argv += ["--out", tmp_path / "run", "--device", "cpu", "--dtype", "float32", "--seq_len", 16, "--steps", 6]
     argv += ["--batch_size", 2, "--gradient_accumulation_steps", 1, "--evaluations", 2, "--sparsify_fraction", 0.5]
+    argv += ["--router_aux_loss_coef", 0]
     assert main([str(word) for word in argv]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "at the start, teacher's" in said
@@ -214,6 +217,8 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.model_type == "gqe"
     assert trained.config.active_query_experts == 1
+    assert trained.config.router_aux_loss_coef == 0  # as it was told; the other is init's own
+    assert trained.config.router_z_loss_coef == 0.25
     assert main(["generate", str(tmp_path / "run" / "model"), "--prompt", "a", "--max_new_tokens", "3"]) == 0
 
 
@@ -232,7 +237,7 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
         ({"init": "NAN"}, "q_proj.weight holds numbers that aren't finite"),
         ({"init": "GQE", "teacher": "NAN"}, "q_proj.weight holds numbers that aren't finite"),
         ({"init": "GQE", "teacher": "OTHER"}, "whose tokenizer isn't that of init"),
-        ({"init": "GQE", "teacher": "no/where/there"}, "teacher is no/where/there, which can't be loaded"),
+        ({"init": "GQE", "teacher": "no/where/there"}, "teacher is no/where/there, which doesn't exist"),
         ({"init": "GQE", "distillation": 2.0}, "distillation is 2.0; it must be 0 to 1"),
         ({"init": "GQE", "sparsify_fraction": 1.0}, "sparsify_fraction is 1.0; it must be 0 or more and below 1"),
         ({"init": "DENSE"}, "whose model_type is 'llama'; it must be 'gqe'"),

@@ -162,6 +162,9 @@ def load_start(settings: TrainSettings) -> Start:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
     assert settings.init is not None
     model, tokenizer = load_checkpoint(Path(settings.init), "init")
+    for name in ("router_aux_loss_coef", "router_z_loss_coef"):  # of the training, not of the model that comes
+        if getattr(settings, name) != default_of(settings, name):
+            setattr(model.config, name, getattr(settings, name))
     if settings.sparsify_fraction and (model.config.output_projection != "expert" or model.config.routing == "none"):
         raise SettingError(
             f"sparsify_fraction is {settings.sparsify_fraction}, which needs an init with a router and "

@@ -50,8 +50,8 @@ class RunSettings:
     active_query_experts: int = field(1, "experts that a token wakes in a group, k")
     head_dim: int = field(32, "head dim")
     tie_word_embeddings: bool = field(True, "one table for input and output embeddings")
-    router_aux_loss_coef: float = field(0.01, "weight of the balance loss")
-    router_z_loss_coef: float = field(0.0, "weight of the router z-loss")
+    router_aux_loss_coef: float = field(0.01, "weight of the balance loss; left at this, init's own")
+    router_z_loss_coef: float = field(0.0, "weight of the router z-loss; left at this, init's own")
 
     steps: int = field(240, "optimizer steps")
     batch_size: int = field(4, "sequences in a micro-batch")
