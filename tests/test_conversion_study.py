@@ -60,8 +60,8 @@ def test_runs_start_where_their_conversion_does(result):
 def test_every_table_is_made_of_the_runs_and_the_plot_is_drawn(result, tmp_path, monkeypatch):
     losses = conversion_tables.losses(result).splitlines()
     assert len(losses) == 2 + 5
-    assert "static: the most important head" in losses[3]
-    assert conversion_tables.paired(result).count("static: the most important") == 1
+    assert "static, the strongest head" in losses[3]
+    assert conversion_tables.paired(result).count("static, the strongest") == 1
     assert conversion_tables.fits(result).count("%") == 2 * 3
     assert "dense model" in conversion_tables.setting(result)
     monkeypatch.setattr(conversion_tables, "PLOTS", tmp_path)

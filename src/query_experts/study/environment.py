@@ -15,7 +15,9 @@ from transformers.trainer_callback import ExportableState
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
     """device: cpu, cuda or mps. -> Python and package versions, hardware, dtype and today's date (UTC), JSON-able."""
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    processor = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else processor
     return {
         "python": platform.python_version(),
         **{name.replace("-", "_"): version(name) for name in ("torch", "transformers", "query-experts")},
