@@ -74,7 +74,7 @@ def setting(result: dict[str, Any]) -> str:
                   f"{size['head_dim']}, bf16"],
         ["server", f"vLLM for CPUs {there['vllm']}, its own benchmark client; {rounds} rounds, a new server for each "
                    "arm and round, the arms taking turns"],
-        ["machine", f"{there['hardware']}, {there['threads']} threads, torch {there['torch']}, Transformers "
+        ["machine", f"{there['hardware']}, torch {there['torch']}, Transformers "
                     f"{there['transformers']}, {there['date']}"],
     ]  # fmt: skip
     return markdown(rows)

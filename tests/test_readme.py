@@ -37,6 +37,24 @@ def test_the_tables_of_the_page_on_performance_are_those_of_the_committed_result
     assert page == script("performance_tables").filled(page)
 
 
+def test_the_tables_and_figures_of_the_page_on_converting_are_those_of_the_committed_result():
+    tables = script("conversion_tables")
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    assert page == tables.filled(page)
+    result = json.loads(tables.RESULT.read_text(encoding="utf-8"))
+    paired = tables.paired(result) + tables.paired(result, tables.LONG)
+    means = [abs(float(text)) for text in re.findall(r"[+\N{MINUS SIGN}](\d\.\d+) \|$", paired, re.MULTILINE)]
+    prose = re.sub(r"^\|.*$", "", page.split("## What it costs")[1], flags=re.MULTILINE)
+    told = re.findall(r"\b0\.0\d\d\b", prose)
+    assert len(told) > 8
+    assert not [number for number in told if min(abs(float(number) - mean) for mean in means) > 5.5e-4]
+
+
+def test_the_tables_of_the_page_on_serving_are_those_of_the_committed_result():
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    assert page == script("serve_tables").filled(page)
+
+
 def test_the_agreement_that_the_page_on_serving_tells_is_that_of_the_committed_result():
     found = json.loads((ROOT / "benchmarks" / "results" / "serve-agreement-cpu.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
