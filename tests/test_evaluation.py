@@ -465,7 +465,7 @@ def test_a_checkpoint_that_cannot_be_scored_is_named(name, refused, checkpoints,
     weightless = copy(whole, tmp_path / "weightless", "model.safetensors")
     config = json.loads((whole / "config.json").read_text())
     deeper = json.dumps({**config, "num_hidden_layers": 3, "layer_types": None})
-    refused(["no config.json"], "--tasks", "piqa", checkpoint=tmp_path / "nothing")
+    refused(["nothing", "doesn't exist"], "--tasks", "piqa", checkpoint=tmp_path / "nothing")
     refused(["can't be loaded"], "--tasks", "piqa", checkpoint=weightless)
     refused(
         ["tokenizer can't be loaded"], "--tasks", "piqa",

@@ -42,7 +42,7 @@ def test_the_tables_and_figures_of_the_page_on_converting_are_those_of_the_commi
     page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
     assert page == tables.filled(page)
     result = json.loads(tables.RESULT.read_text(encoding="utf-8"))
-    paired = tables.paired(result) + tables.paired(result, tables.LONG)
+    paired = tables.paired(result) + "\n" + tables.paired(result, tables.LONG)
     means = [abs(float(text)) for text in re.findall(r"[+\N{MINUS SIGN}](\d\.\d+) \|$", paired, re.MULTILINE)]
     prose = re.sub(r"^\|.*$", "", page.split("## What it costs")[1], flags=re.MULTILINE)
     told = re.findall(r"\b0\.0\d\d\b", prose)
