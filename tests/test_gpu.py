@@ -1,20 +1,31 @@
-"""What only a CUDA device can show: FlexAttention backwards, bf16 kernels, compiled decoding. Skipped without one."""
+"""What only a CUDA device can show: FlexAttention backwards, bf16 kernels, compiled decoding, converting and distilling
+there. Skipped without one.
+"""
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, TrainingArguments
 
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM
+from query_experts.convert import convert_model, from_dense
+from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.ops.shared_decode import shared_decode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+SIZE = {"vocab_size": 101, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}  # fmt: skip
+
+
 def tiny(**changes):
     torch.manual_seed(0)
-    settings = {"vocab_size": 101, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}  # fmt: skip
-    return GQEForCausalLM(GQEConfig(**settings | changes)).cuda()
+    return GQEForCausalLM(GQEConfig(**SIZE | changes)).cuda()
+
+
+def dense():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZE, initializer_range=0.1)).cuda().eval()
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -78,3 +89,51 @@ def test_the_decode_kernel_errs_at_most_twice_as_much_as_the_plain_one(shape, dt
     for ours, usual, reference in zip(fused.fused_decode(*inputs, mask, d**-0.5), plain, exact, strict=True):
         error, allowed = ((t.double() - reference).abs().max() for t in (ours, usual))
         assert error <= 2 * allowed
+
+
+@torch.no_grad()
+def test_a_converted_model_is_the_dense_one_and_generates_what_it_does():
+    model = dense().double()
+    converted = from_dense(model)
+    tokens = torch.randint(1, 101, (2, 63), device="cuda")
+    torch.testing.assert_close(converted(tokens).logits, model(tokens).logits, rtol=0, atol=1e-9)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(converted.generate(tokens, **options), model.generate(tokens, **options))
+
+
+@pytest.mark.parametrize("output_projection", ["expert", "slot"])
+def test_calibrating_there_finds_what_it_finds_on_the_processor(output_projection):
+    text = torch.randint(1, 101, (10, 128))
+    models, reports = {}, {}
+    for device in ("cuda", "cpu"):
+        models[device], reports[device] = convert_model(
+            dense().double().to(device), 1, output_projection=output_projection, calibration=text
+        )
+    assert reports["cuda"].kl == pytest.approx(reports["cpu"].kl, rel=1e-4)
+    theirs = models["cpu"].state_dict()
+    for name, tensor in models["cuda"].state_dict().items():
+        torch.testing.assert_close(tensor.cpu(), theirs[name], rtol=1e-4, atol=1e-4, msg=name)  # fitted in float32
+
+
+def test_distilling_in_bf16_brings_a_sparse_model_nearer_to_its_teacher(tmp_path):
+    teacher = dense()
+    student = from_dense(teacher, 1)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 101, (32, 64))]
+    trainer = DistillationTrainer(
+        model=student, teacher=teacher, weight=1.0, train_dataset=rows, callbacks=[TopKSchedule(1, 0.25)],
+        args=TrainingArguments(
+            str(tmp_path), bf16=True, max_steps=40, learning_rate=3e-3, per_device_train_batch_size=8,
+            logging_steps=10, report_to="none", save_strategy="no", disable_tqdm=True,
+        ),
+    )  # fmt: skip
+    tokens = torch.stack([row["input_ids"] for row in rows]).cuda()
+
+    @torch.no_grad()
+    def apart(model):
+        logs = [m.eval()(tokens).logits.log_softmax(-1) for m in (model, teacher)]
+        return float(torch.nn.functional.kl_div(*logs, reduction="batchmean", log_target=True))
+
+    before = apart(from_dense(teacher, 1))
+    trainer.train()
+    assert student.config.active_query_experts == 1
+    assert apart(student) < 0.8 * before

@@ -12,6 +12,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from query_experts import __version__
+
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
     """device: cpu, cuda or mps. -> Python and package versions, hardware, dtype and today's date (UTC), JSON-able."""
@@ -20,7 +22,8 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
     hardware = torch.cuda.get_device_name() if device == "cuda" else processor
     return {
         "python": platform.python_version(),
-        **{name.replace("-", "_"): version(name) for name in ("torch", "transformers", "query-experts")},
+        **{name: version(name) for name in ("torch", "transformers")},
+        "query_experts": __version__,
         "device": device,
         "hardware": hardware,
         "dtype": dtype,
