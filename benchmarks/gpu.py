@@ -23,20 +23,23 @@ LONG = [4096, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
 PREFILL = ["--suites", "prefill", "--repeats", "3", "--lengths"]
 DECODE = ["--suites", "decode", "--repeats", "9", "--caches", "static", "--batch_sizes", "1", "8", "32",
           "--cached_lengths", "1024", "4096", "16384", "65536"]  # fmt: skip
+GRAPH = ["--cuda_graph", "True"]
 PARTS = {  # name -> options of `query-experts bench`, most wanted first
     "prefill-flash": [*PREFILL, *map(str, LONG[:6]), "--sdpa_backend", "flash"],
+    "prefill-graph": [*PREFILL, "1024", *map(str, LONG[:3]), "--sdpa_backend", "flash", *GRAPH],
     "decode": DECODE,
-    "decode-fused": [*DECODE, "--fused_decode", "True"],
+    "decode-graph": [*DECODE, *GRAPH],
+    "decode-fused": [*DECODE, "--fused_decode", "True", *GRAPH],
     "train": ["--suites", "train", "--repeats", "5", "--train_lengths", "2048", "8192", "32768"],
-    "model": ["--suites", "model", "model-train", "--repeats", "5", "--lengths", "2048", "8192", "16384",
+    "model": ["--suites", "model", "model-train", "--repeats", "3", "--lengths", "4096", "16384", "65536", "131072",
               "--train_lengths", "2048"],
-    "decode-compiled": [*DECODE[:-2], "--compile", "True"],
     "prefill-cudnn": [*PREFILL, *map(str, LONG[:5]), "--sdpa_backend", "cudnn"],
     "prefill-flex": [*PREFILL, *map(str, LONG[:4]), "--attn_implementation", "flex_attention"],
     "parts": ["--suites", "parts", "--repeats", "5", "--lengths", "8192", "65536"],
     "wide": [*PREFILL, "16384", "65536", "--num_attention_heads", "32"],
     "chunk": ["--suites", "chunk", "--repeats", "3", "--chunk_size", "8192", "--cached_lengths", *map(str, LONG[3:])],
     "prefill-long": [*PREFILL, *map(str, LONG[6:]), "--sdpa_backend", "flash"],
+    "decode-compiled": [*DECODE[:-2], "--compile", "True"],
 }  # fmt: skip
 TINY = ["--preset", "tiny", "--device", "cpu", "--repeats", "1"]
 

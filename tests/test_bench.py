@@ -17,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 from query_experts import attention, costs
 from query_experts.attention import CausalKernel, GQEAttention
 from query_experts.bench import run as bench_module
+from query_experts.bench import settings as bench_settings
 from query_experts.bench import timing
 from query_experts.bench.gate import check_layer
 from query_experts.bench.parts import uniform_routing
@@ -330,6 +331,7 @@ def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_j
         ({"arms": ["gqe"]}, "must hold dense"),
         ({"arms": ["dense", "moe"]}, "arms holds 'moe'"),
         ({"caches": ["paged"]}, "caches holds 'paged'; allowed are static, dynamic"),
+        ({"cuda_graph": True}, "cuda_graph is True, which needs a CUDA device; it must be False"),
         ({"lengths": []}, "lengths holds"),
         ({"batch_sizes": [0]}, "batch_sizes holds"),
         ({"repeats": 0}, "repeats is 0"),
@@ -374,14 +376,28 @@ def test_tables_fit_eighty_columns(tmp_path):
     assert not any("…" in line for line in lines)
 
 
-def test_every_part_of_the_gpu_command_asks_for_what_bench_takes():
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"suites": ["decode", "train"]}, r"suites holds \['decode', 'train'\]; with cuda_graph it must hold prefill"),
+        ({"suites": ["decode"]}, r"caches holds \['static', 'dynamic'\]; with cuda_graph it must be static"),
+    ],
+)
+def test_what_a_cuda_graph_cannot_replay_is_refused(monkeypatch, changes, sentence):
+    monkeypatch.setattr(bench_settings, "resolve_device", lambda device: device)
+    with pytest.raises(SettingError, match=sentence):
+        replace(SMALL, device="cuda", cuda_graph=True, **changes).check()
+
+
+def test_every_part_of_the_gpu_command_asks_for_what_bench_takes(monkeypatch):
+    monkeypatch.setattr(bench_settings, "resolve_device", lambda device: device)  # as where there is a GPU
     path = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
     spec = importlib.util.spec_from_file_location("gpu", path)
     gpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gpu)
     suites = set()
     for options in gpu.PARTS.values():
-        for argv in (["--device", "cpu", *options], gpu.dry(options)):
+        for argv in (["--device", "cuda", *options], gpu.dry(options)):
             settings = parse_settings(BenchSettings, argv, prog="bench", about="", folder="recipes/bench", preset="cpu")
             settings.check()
             assert list(points_of(settings))

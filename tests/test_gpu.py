@@ -7,6 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, TrainingArguments
 
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM
+from query_experts.bench.settings import BenchSettings
+from query_experts.bench.subjects import Layer
+from query_experts.bench.timing import replayed
 from query_experts.convert import convert_model, from_dense
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.ops.shared_decode import shared_decode
@@ -72,6 +75,18 @@ def test_compiled_decoding_over_a_static_cache_equals_uncached_logits():
         logits = [model(tokens[:, :20], past_key_values=cache).logits]
         logits += [step(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(20, 40)]
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_replayed_as_a_cuda_graph_is_that_of_the_call(fused):
+    settings = BenchSettings(device="cuda", dtype="float32", fused_decode=fused)
+    layer = Layer(settings, "gqe", "cuda", 300)
+    call = layer.cached("static", 2, 256, 1)
+    outputs = []
+    replay = replayed(lambda: outputs.append(call()))
+    outputs[-1].zero_()
+    replay()
+    torch.testing.assert_close(outputs[-1], call())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -18,7 +18,7 @@ from query_experts.bench.parts import time_parts
 from query_experts.bench.report import print_tables, write_plot
 from query_experts.bench.settings import BenchSettings
 from query_experts.bench.subjects import Layer, Model
-from query_experts.bench.timing import peak_bytes, time_in_turn
+from query_experts.bench.timing import peak_bytes, replayed, time_in_turn
 from query_experts.errors import SettingError
 from query_experts.files import write_json
 from query_experts.study.environment import environment
@@ -121,7 +121,9 @@ def measure(point: Point, settings: BenchSettings, device: str) -> dict[str, Any
         arm: call_of(point, kind(settings, arm, device, point.length + settings.chunk_size), settings)
         for arm in settings.arms
     }
-    seconds = time_in_turn(calls, settings.repeats, device)
+    timed = {arm: replayed(call) for arm, call in calls.items()} if settings.cuda_graph else calls
+    seconds = time_in_turn(timed, settings.repeats, device)
+    del timed  # and with it what the graphs hold
     peaks = {arm: peak_bytes(call, device) for arm, call in calls.items()}
     return held | {
         "seconds": {arm: [round(s, 7) for s in times] for arm, times in seconds.items()},

@@ -46,6 +46,7 @@ class BenchSettings:
     sdpa_backend: str | None = field(None, f"kernel of sdpa: {', '.join(SDPA_BACKENDS)}; none: torch chooses")
     fused_decode: bool = field(False, "decode gqe's single tokens by its Triton kernel")
     compile: bool = field(False, "compile every call with torch.compile")
+    cuda_graph: bool = field(False, "time replays of a CUDA graph of every call, as serving engines decode")
     repeats: int = field(7, "timings of each arm at each point, arms taking turns")
 
     hidden_size: int = field(1024, "hidden size D")
@@ -126,6 +127,14 @@ class BenchSettings:
             raise SettingError(
                 "fused_decode is True, which needs a GPU (on a CPU, TRITON_INTERPRET=1); it must be False"
             )
+        if self.cuda_graph and resolve_device(self.device) != "cuda":
+            raise SettingError("cuda_graph is True, which needs a CUDA device; it must be False")
+        if self.cuda_graph and not {"prefill", "decode", "model"} >= set(self.suites):
+            raise SettingError(
+                f"suites holds {self.suites}; with cuda_graph it must hold prefill, decode or model alone"
+            )
+        if self.cuda_graph and "decode" in self.suites and self.caches != ["static"]:
+            raise SettingError(f"caches holds {self.caches}; with cuda_graph it must be static, as a graph can't grow")
         if self.compile and "parts" in self.suites:
             raise SettingError(
                 "suites holds 'parts', which times a layer's stages by themselves; with compile it can't"

@@ -98,10 +98,10 @@ class Layer:
         if kind == "static":
             cache = StaticCache(config=self.config, max_cache_len=cached + new)
         heads, d = self.config.num_key_value_heads, self.config.head_dim
-        generator = torch.Generator().manual_seed(cached)
+        generator = torch.Generator(self.device).manual_seed(cached)
         for start in range(0, cached, 4096):  # in pieces: the whole in float32 would be twice the cache
             shape = (batch, heads, min(4096, cached - start), d)
-            key, value = (torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(2))
+            key, value = (torch.randn(shape, generator=generator, device=self.device).to(self.dtype) for _ in range(2))
             cache.update(key, value, 0)
         x = self.hidden(batch, new)
         arguments = self.prepare(x, cached, cache)

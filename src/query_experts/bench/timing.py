@@ -42,6 +42,20 @@ def _seconds(call: Call, loops: int, synchronise: Call) -> float:
     return (time.perf_counter() - started) / loops
 
 
+def replayed(call: Call) -> Call:
+    """The call as a CUDA graph: all of its kernels at one launch, on the tensors that they were captured with."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels that are compiled or tuned at their first calls, before capturing
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def peak_bytes(call: Call, device: str) -> int:
     """Bytes of tensors, scratch space of torch's kernels included, that one call holds at most beyond those before it.
 
