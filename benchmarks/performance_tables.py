@@ -1,4 +1,4 @@
-"""Puts the tables of docs/performance.md together from benchmarks/results/, and the plot of the layer into docs/plots/.
+"""Puts the tables of docs/performance.md together from benchmarks/results/, and its plots into docs/plots/.
 
 python benchmarks/performance_tables.py
 """
@@ -28,6 +28,22 @@ SUITES = {  # table -> its suite, and the result files that hold it
     "decode-short": ("decode", "bench-cpu-decode-short"),
     "wide": ("prefill", "bench-cpu-wide"),
     "model": ("model", "bench-cpu-model", "bench-cpu-model-long"),
+    "gpu-prefill": ("prefill", "bench-h100-prefill-flash"),
+    "gpu-prefill-graph": ("prefill", "bench-h100-prefill-graph"),
+    "gpu-prefill-cudnn": ("prefill", "bench-h100-prefill-cudnn"),
+    "gpu-prefill-flex": ("prefill", "bench-h100-prefill-flex"),
+    "gpu-wide": ("prefill", "bench-h100-wide"),
+    "gpu-chunk": ("chunk", "bench-h100-chunk"),
+    "gpu-train": ("train", "bench-h100-train"),
+    "gpu-model": ("model", "bench-h100-model"),
+    "gpu-model-train": ("model-train", "bench-h100-model"),
+    "gpu-decode": ("decode", "bench-h100-decode-fused"),
+}
+GPU_PLOT = ("bench-h100-prefill-flash", "bench-h100-train", "bench-h100-model", "bench-h100-decode-fused")
+GPU_DECODE = {
+    "eager": "bench-h100-decode",
+    "graph": "bench-h100-decode-graph",
+    "graph, fused": "bench-h100-decode-fused",
 }
 LENGTHS = [2048, 8192, 32768, 131072]
 PAYS = 1.1
@@ -69,9 +85,9 @@ def speeds(suite: str, *names: str) -> str:
     return markdown(rows)
 
 
-def parts() -> str:
+def parts(name: str = "bench-cpu") -> str:
     """Median time of each stage of the gqe layer and its share of the whole layer."""
-    points = [point for point in result("bench-cpu")["points"] if point["suite"] == "parts"]
+    points = [point for point in result(name)["points"] if point["suite"] == "parts"]
     rows = [["stage", *(f"{text.length_name(point['length'])} tokens" for point in points)]]
     for stage in points[0]["seconds"]:
         cells = []
@@ -79,6 +95,19 @@ def parts() -> str:
             median, whole = (statistics.median(point["seconds"][name]) for name in (stage, "layer"))
             cells.append(f"{text.duration(median)} ({median / whole:.1%})")
         rows.append([stage, *cells])
+    return markdown(rows)
+
+
+def gpu_decode_ways() -> str:
+    """Speed of `gqe` over dense in decoding: eager, as a CUDA graph, and as one with the fused kernel."""
+    held = {way: result(name)["points"] for way, name in GPU_DECODE.items()}
+    rows = [["cached tokens", "batch", *held]]
+    for points in zip(*held.values(), strict=True):
+        cells = [
+            f"{text.times(median)} ({low:.2f} to {high:.2f})"
+            for median, low, high in (speedup(point, "gqe") for point in points)
+        ]
+        rows.append([text.length_name(points[0]["length"]), str(points[0]["batch"]), *cells])
     return markdown(rows)
 
 
@@ -103,7 +132,8 @@ def shapes() -> str:
 def where() -> str:
     """Hardware, versions and repeats of each result file."""
     rows = [["file", "hardware", "torch", "Transformers", "repeats", "date"]]
-    for name in sorted({file for _, *files in SUITES.values() for file in files}):
+    files = {file for _, *files in SUITES.values() for file in files}
+    for name in sorted({*files, *GPU_DECODE.values(), "bench-h100-parts"}):
         held, ran = result(name), result(name)["environment"]
         link = f"[{name}.json](../benchmarks/results/{name}.json)"
         rows.append(
@@ -127,13 +157,16 @@ def woken() -> str:
 
 def filled(page: str) -> str:
     """The page with every table anew."""
-    tables = {"parts": parts, "shapes": shapes, "where": where, "woken": woken}
+    tables = {"parts": parts, "shapes": shapes, "where": where, "woken": woken, "gpu-decode-ways": gpu_decode_ways}
+    tables["gpu-parts"] = lambda: parts("bench-h100-parts")
     return with_tables(page, lambda name: tables[name]() if name in tables else speeds(*SUITES[name]))
 
 
 def main() -> None:
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     write_plot(result("bench-cpu"), ROOT / "docs" / "plots")
+    points = [point for name in GPU_PLOT for point in result(name)["points"] if point["suite"] != "model-train"]
+    write_plot({"points": points}, ROOT / "docs" / "plots", "bench-h100")
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ class GQEAttention(nn.Module):
     attn_implementation: `sdpa`, `eager` or `flex_attention`.
 
     forced_indices, an attribute: the experts [B, T, G, k] to wake in place of the router's choice; see `replay`.
-    fused_decode, an attribute of the class and of each layer: single tokens are decoded by a Triton kernel. Off, since
-    that has been tested in Triton's interpreter and not been timed on a GPU yet.
+    fused_decode, an attribute of the class and of each layer: single tokens are decoded by a Triton kernel, on a GPU.
+        Off by default: it pays over long caches and within CUDA graphs (docs/performance.md).
 
     Raises ValueError for a layout that can't be built.
     """

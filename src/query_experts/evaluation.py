@@ -7,8 +7,12 @@ The tasks, the model's wrapper and the scores are lm-eval's; what is added here 
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +21,13 @@ from typing import Any
 
 import datasets
 import lm_eval
+import numpy as np
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -32,7 +39,7 @@ from query_experts.study.environment import environment
 from query_experts.study.settings import resolve_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FEWSHOT_SEED = 1234  # lm-eval's own
+FEWSHOT_SEED = 1234  # this and seed_all's are lm-eval's own
 BOOTSTRAP_SAMPLES = 1000  # a perplexity's standard error is good to 2%; lm-eval's own 100,000 take minutes on LAMBADA
 
 
@@ -54,7 +61,7 @@ def evaluate(
 
     checkpoint: a folder, or a name on the hub. tasks: names of lm-eval's tasks, groups or tags. data_dir: a folder of
     benchmark files in place of the hub. limit: questions of each task. max_length: tokens that the model is given at
-    once; by default max_position_embeddings. dtype: of the weights; auto is the checkpoint's. out: a file for the
+    once; by default max_position_embeddings. dtype: of the weights; auto is the checkpoint's. out: a new file for the
     results, JSON. Raises SettingError.
     """
     least = {"batch_size": (batch_size, 1), "limit": (limit, 1), "num_fewshot": (num_fewshot, 0)}
@@ -63,17 +70,25 @@ def evaluate(
             raise SettingError(f"{name} is {value}; it must be {lowest} or more")
     if dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if out is not None and Path(out).is_dir():
-        raise SettingError(f"out is {out}, which is a folder; it must be a file for the results")
+    if out is not None:
+        require_new_file(Path(out))
     device = resolve_device(device)
     quiet()
     model, tokenizer = load_model(checkpoint, dtype)
     scorer = Scorer(
-        pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
-    )
+        pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=batch_size,
+        max_length=max_length, softmax_dtype="float32",
+    )  # fmt: skip
+    seed_all()
     with TemporaryDirectory() as folder:
         asked, notes = load_tasks(tasks, data_dir, Path(folder), num_fewshot)
-        scored = lm_eval.evaluate(scorer, asked, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
+        try:
+            scored = lm_eval.evaluate(scorer, asked, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
+        except OverflowError as error:
+            raise SettingError(
+                f"checkpoint is {checkpoint}, whose perplexity is beyond any number; it must have learnt more, or tasks "
+                "must ask for no perplexity"
+            ) from error
     dtype = str(model.dtype).removeprefix("torch.")
     results = {
         "checkpoint": checkpoint,
@@ -87,10 +102,33 @@ def evaluate(
         "settings": {"data_dir": data_dir, "batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot},
         "environment": environment(device, dtype) | {name: version(name) for name in ("lm_eval", "datasets")},
     }
-    print_results(results, console)
     if out is not None:
         write_json(Path(out), results)
+    print_results(results, console)
     return results
+
+
+def require_new_file(out: Path) -> None:
+    """Raises SettingError where results can't be written, or would take the place of a file."""
+    if out.is_dir():
+        raise SettingError(f"out is {out}, which is a folder; it must be a file for the results")
+    if out.exists():
+        raise SettingError(f"out is {out}, which exists; it must be a new file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()
+        out.unlink()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise SettingError(f"out is {out}, which can't be written ({error.strerror}); it must be a new file") from error
+
+
+def seed_all() -> None:
+    """Seeds as lm-eval's own command sets them: some tasks shuffle their answers as they load."""
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
 
 
 class Scorer(HFLM):
@@ -102,6 +140,12 @@ class Scorer(HFLM):
     def _loglikelihood_tokens(self, requests: list[Any], *options: Any, **named: Any) -> list[tuple[float, bool]]:
         """requests: (texts, tokens of the context, tokens of the continuation)."""
         longest = max(len(continuation) for _, _, continuation in requests)
+        for texts, *halves in requests:
+            if not all(halves):
+                raise SettingError(
+                    f"tasks hold the question and answer {texts}, and to the checkpoint's tokenizer one of them is no "
+                    "token; both must be some"
+                )
         if longest > self.max_length:
             raise SettingError(
                 f"max_length is {self.max_length}, and these tasks have an answer of {longest} tokens; it must be so "
@@ -109,13 +153,49 @@ class Scorer(HFLM):
             )
         self.requests += len(requests)
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        scores = super()._loglikelihood_tokens(requests, *options, **named)
+        with self.few_positions_told():
+            scores = super()._loglikelihood_tokens(requests, *options, **named)
         if any(math.isnan(log_likelihood) for log_likelihood, _ in scores):  # argmax would take it for the best
             raise SettingError(
                 f"dtype is {str(self.model.dtype).removeprefix('torch.')}, in which the checkpoint gives "
                 "log-likelihoods that aren't numbers; it must be a wider one"
             )
         return scores
+
+    def generate_until(self, *options: Any, **named: Any) -> list[str]:
+        with self.few_positions_told():
+            try:
+                return super().generate_until(*options, **named)
+            except AssertionError as error:
+                if "maximum sequence length" not in str(error):
+                    raise
+                raise SettingError(
+                    f"max_length is {self.max_length}, which these tasks' answers fill; it must be more ({error})"
+                ) from error
+
+    def tok_batch_encode(
+        self, strings: list[str], *options: Any, left_truncate_len: int | None = None, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contexts of texts to generate. -> tokens and mask, [texts, longest]."""
+        tokens, mask = super().tok_batch_encode(strings, *options, **named)
+        self.requests += len(strings)
+        if left_truncate_len:
+            self.truncated += int((mask.sum(-1) > left_truncate_len).sum())
+            tokens, mask = tokens[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return tokens, mask
+
+    @contextmanager
+    def few_positions_told(self) -> Iterator[None]:
+        """Raises SettingError where max_length is beyond a model's table of positions."""
+        try:
+            yield
+        except (IndexError, RuntimeError) as error:
+            told = ("out of range", "out of bounds", "device-side assert")
+            if self._max_length is None or not any(words in str(error) for words in told):
+                raise
+            raise SettingError(
+                f"max_length is {self.max_length}, and the checkpoint has fewer positions; it must be as many or less"
+            ) from error
 
 
 def quiet() -> None:
@@ -190,19 +270,50 @@ def load_tasks(
                 f"tasks holds {name!r}, whose questions can't be loaded ({error}); without the hub, data_dir must be a "
                 "folder of benchmark files"
             ) from error
+        except Exception as error:  # of the task's own code
+            raise SettingError(
+                f"tasks holds {name!r}, which can't be loaded ({type(error).__name__}: {error}); it must be a task "
+                "that lm-eval can load here"
+            ) from error
+        for task, loaded in found["tasks"].items():
+            if task in asked["tasks"] and loaded.dump_config() != asked["tasks"][task].dump_config():
+                raise SettingError(
+                    f"tasks holds {task!r} a second time, in {name!r} and with other settings; each must have a run of "
+                    "its own"
+                )
         asked = {kind: held | found.get(kind, {}) for kind, held in asked.items()}
-    for task in asked["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if own != 0:  # a task that says 0 has no examples to show
-            task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
-        task.set_fewshot_seed(FEWSHOT_SEED)
+    for name, task in asked["tasks"].items():
+        require_texts(name, task)
+        set_examples(name, task, num_fewshot)
     return asked, notes
+
+
+def require_texts(name: str, task: Any) -> None:
+    """Raises SettingError for a task that lm-eval's wrapper can't run, or not without leave."""
+    for flag, what in {"UNSAFE_CODE": "runs code that the model writes", "MULTIMODAL": "isn't of texts alone"}.items():
+        if getattr(task, flag, False):
+            raise SettingError(f"tasks holds {name!r}, which {what}; it must be a task that only reads texts")
+
+
+def set_examples(name: str, task: Any, num_fewshot: int | None) -> None:
+    """As many examples before a question as asked. Raises SettingError for more than the task can show."""
+    own = task.get_config("num_fewshot")
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":  # a text is scored alone, whatever lm-eval writes down
+        own = 0
+    shots = own if own == 0 or num_fewshot is None else num_fewshot  # a task that says 0 has no examples to show
+    task.set_config("num_fewshot", shots or 0)
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    if not shots or not hasattr(task, "sampler"):
+        return
+    shown = len(task.sampler.df) - (task.fewshot_cfg.split == task.get_config("test_split"))  # one is the question
+    if shots > shown:
+        raise SettingError(f"num_fewshot is {shots}, and {name} has {shown} to show; it must be so many or less")
 
 
 def task_names(tasks: list[str], index: dict[str, Any]) -> list[str]:
     """The names of tasks and groups, each once, with tags resolved. Raises SettingError for one that lm-eval lacks."""
     names: list[str] = []
-    for name in (part for word in tasks for part in word.split(",") if part):
+    for name in (part for word in tasks for part in word.replace(",", " ").split()):
         if name not in index:
             near = difflib.get_close_matches(name, index, n=3)
             known = f", such as {', '.join(near)}" if near else ""
@@ -248,7 +359,7 @@ def readable(number: float | None) -> str:
 
 
 def print_results(results: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"{results['checkpoint']}, by lm-eval {results['environment']['lm_eval']}")
+    table = Table(title=Text(f"{results['checkpoint']}, by lm-eval {results['environment']['lm_eval']}", "table.title"))
     for heading in ("task", "metric"):
         table.add_column(heading, overflow="fold")
     for heading in ("value", "standard error", "items"):
@@ -263,6 +374,14 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         console.print(
             f"Of {requests['all']:,} requests {requests['truncated']:,} lost the start of their context: the model was "
             f"given {results['model']['max_length']:,} tokens at most (max_length).",
+            highlight=False,
+        )
+    asked = results["settings"]["num_fewshot"]
+    alone = [name for name, task in results["tasks"].items() if asked and task["num_fewshot"] == 0]
+    if alone:
+        console.print(
+            f"No examples before {', '.join(alone[:3])}{' and others' * (len(alone) > 3)}, whatever num_fewshot is: "
+            "lm-eval allows none there.",
             highlight=False,
         )
     for name, task in results["tasks"].items():

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, Features, List, Value
+from lm_eval.tasks.hellaswag.utils import preprocess
 
 from query_experts.errors import SettingError
 
@@ -60,13 +61,23 @@ def write_definitions(
         entry = index[name]
         if entry.kind.name == "GROUP":
             (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(entry.yaml_path), "group": name}))
-            inside = [item if isinstance(item, str) else item.get("task") for item in entry.cfg["task"]]
-            notes |= write_definitions(inside, index, data_dir, folder, shots)
+            notes |= write_definitions(plain_members(name, entry, index), index, data_dir, folder, shots)
             continue
         definition, note = local_definition(name, entry.cfg or {}, data_dir, folder, shots)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(entry.yaml_path)} | definition))
         notes |= {name: note} if note else {}
     return notes
+
+
+def plain_members(name: str, entry: Any, index: dict[str, Any]) -> list[str]:
+    """The tasks and groups in a group. Raises SettingError for a group that sets up tasks of its own."""
+    members = entry.cfg["task"]
+    if not all(isinstance(member, str) and member in index for member in members):
+        raise SettingError(
+            f"tasks holds {name!r}, a group with settings of its own for its tasks, which has no local form; with "
+            "data_dir it must be a task, or a group that only lists tasks"
+        )
+    return members
 
 
 def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: int | None) -> tuple[Row, str | None]:
@@ -80,7 +91,9 @@ def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: 
         )
     asked = task.get("test_split") or task["validation_split"]
     shown = task.get("fewshot_split") or task.get("training_split")
-    needed = {asked} | ({shown} if shots and shown and task.get("num_fewshot") != 0 else set())
+    own = 0 if task.get("output_type") == "loglikelihood_rolling" else task.get("num_fewshot")
+    shots = own if own == 0 or shots is None else shots
+    needed = {asked} | ({shown} if shots and shown else set())
     files: dict[str, str] = {}
     note = None
     for split in source.files:
@@ -102,22 +115,28 @@ def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: 
 
 def read_rows(source: Source, path: Path) -> list[Row]:
     """The hub's rows of a file. Raises SettingError for one that is damaged or empty."""
-    try:
-        rows = list(source.read(path))
-    except UnicodeDecodeError as error:
-        raise SettingError(f"data_dir holds {path}, which is no UTF-8 text ({error.reason})") from error
+    rows = list(source.read(path))
     if not rows:
         raise SettingError(f"data_dir holds {path}, which is empty; it must hold questions")
     return rows
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingError(f"data_dir holds {path}, which is no UTF-8 text ({error.reason})") from error
 
 
 def lines(make: Callable[[Row], Row]) -> Callable[[Path], Iterator[Row]]:
     """A reader of a JSON object a line, each of which `make` turns into the hub's row."""
 
     def read(path: Path) -> Iterator[Row]:
-        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        for number, line in enumerate(text_of(path).rstrip("\n").split("\n"), 1):
             try:
-                yield make(json.loads(line))
+                row = make(json.loads(line))
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                yield row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
                 raise SettingError(f"data_dir holds {path}, whose line {number} is damaged: {reason}") from error
@@ -140,6 +159,12 @@ def one_of(field: str, value: Any, allowed: Iterable[Any]) -> Any:
     return value
 
 
+def whole(field: str, value: Any) -> int:
+    if not str(value).isdecimal() or int(value) >= 2**31:
+        raise ValueError(f"{field} is {value!r}; it must be a whole number below 2 ** 31")
+    return int(value)
+
+
 def hellaswag(row: Row) -> Row:
     """The authors' row, or one of texts that are already cleaned, with the query in place of the context's two parts.
 
@@ -148,11 +173,14 @@ def hellaswag(row: Row) -> Row:
     endings = row["endings"]
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
         raise ValueError(f"endings is {endings!r}; it must be four texts")
-    label = one_of("label", str(row["label"]), "0123")
-    common = {"ind": int(row["ind"]), "endings": endings, "label": label, **texts(row, "activity_label", "ctx")}
+    ind, label = whole("ind", row["ind"]), one_of("label", str(row["label"]), "0123")
+    common = {"ind": ind, "endings": endings, "label": label, **texts(row, "activity_label", "ctx")}
     if "ctx_a" in row or "query_lm_eval" not in row:
         return common | texts(row, "ctx_a", "ctx_b", "source_id", "split", "split_type")
-    start, end = context_parts(row["ctx"], row["query_lm_eval"].removeprefix(row["activity_label"] + ": "))
+    activity, query = row["activity_label"], row["query_lm_eval"]
+    start, end = context_parts(row["ctx"], query.removeprefix(f"{activity}: "))
+    if query != preprocess(f"{activity}: {start} {end.capitalize()}"):
+        raise ValueError(f"query_lm_eval is {query!r}; it must be activity_label and ctx as lm-eval joins them")
     return common | {"ctx_a": start, "ctx_b": end, "source_id": "", "split": "val", "split_type": ""}
 
 
@@ -166,7 +194,7 @@ def context_parts(context: str, capitalized: str) -> tuple[str, str]:
 
 
 def hellaswag_note(rows: list[Row]) -> str | None:
-    if any(row["source_id"] for row in rows):
+    if all(row["source_id"] for row in rows):
         return None
     return (
         "the file's texts are cleaned already: where an ending began with a bracketed mark, the published form has one "
@@ -180,7 +208,7 @@ def piqa(path: Path) -> Iterator[Row]:
     beside = path.with_name(f"{path.stem}-labels.lst")
     if not beside.is_file():
         raise SettingError(f"data_dir holds no {beside}, the labels of {path.name}")
-    labels = beside.read_text(encoding="utf-8").split()
+    labels = text_of(beside).split()
     if len(labels) != len(questions):
         raise SettingError(f"data_dir holds {beside} with {len(labels)} labels; it must hold {len(questions)}")
     for number, (question, label) in enumerate(zip(questions, labels, strict=True), 1):
@@ -217,13 +245,13 @@ def lambada(row: Row) -> Row:
 
 def blimp(row: Row) -> Row:
     flags = {name: bool(row[name]) for name in BLIMP_FLAGS}
-    return texts(row, *BLIMP_TEXTS) | flags | {"pair_id": int(row["pairID"])}
+    return texts(row, *BLIMP_TEXTS) | flags | {"pair_id": whole("pairID", row["pairID"])}
 
 
 def wikitext(path: Path) -> Iterator[Row]:
     """One row a page. A page begins at a heading of the first level, as the hub's dataset cuts them."""
     page: list[str] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in text_of(path).split("\n"):
         bare = line.replace("= = =", "===").replace("= =", "==").strip()
         if bare.startswith("= ") and bare.endswith(" ="):
             if "\n".join(page).strip():

@@ -92,7 +92,7 @@ def _parts_table(points: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def write_plot(result: dict[str, Any], folder: Path) -> list[Path]:
+def write_plot(result: dict[str, Any], folder: Path, name: str = "bench") -> list[Path]:
     """Speed against dense by length: measured with its spread, and predicted dashed; one panel a suite."""
     from query_experts.study.report.charts import new_figure
     from query_experts.study.report.svg import save
@@ -128,7 +128,7 @@ def write_plot(result: dict[str, Any], folder: Path) -> list[Path]:
     panels[0].set_ylabel("speed (\N{MULTIPLICATION SIGN} dense); dashed: predicted", fontsize=8.5)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return save(figure, folder, "bench")
+    return save(figure, folder, name)
 
 
 def _draw(axes: Axes, arm: str, lengths: list[int], points: list[dict[str, Any]]) -> None:
