@@ -331,7 +331,7 @@ def test_the_recipe_is_over_the_preset_and_the_command_line_over_both(tmp_path, 
 @pytest.mark.parametrize("preset", sorted(presets("recipes")))
 def test_every_preset_can_be_used(settings_of, preset):
     settings_of("compare", "--preset", preset).check()
-    given = ["--init", "a/checkpoint"] if preset == "distill" else []
+    given = ["--init", "a/checkpoint", "--teacher", "another"] if preset == "distill" else []
     settings_of("train", "--preset", preset, *given).check()
 
 

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from query_experts import GQEForCausalLM
-from query_experts.convert import convert_model, dense_tensors, from_dense, from_reference, names
-from query_experts.convert.calibration import contributions, fit_router, kept_share
+from query_experts.convert import calibration, convert_model, dense_tensors, from_dense, from_reference, names
+from query_experts.convert.calibration import contributions, fit_router, kept_share, rank_shares
 from query_experts.errors import SettingError
 
 logging.set_verbosity_error()
@@ -67,9 +67,13 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "llama-biased-tied-scaled": LlamaConfig(
         **SIZE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3
     ),
+    "llama-with-a-partial-factor": LlamaConfig(**SIZE, head_dim=8, rope_parameters=PARTIAL),  # which it passes over
     "mistral": MistralConfig(**SIZE, sliding_window=None),
     "mistral-window-beyond-its-length": MistralConfig(**SIZE, sliding_window=128),
     "qwen2": Qwen2Config(**SIZE),
+    "qwen2-window-in-no-layer": Qwen2Config(
+        **SIZE, use_sliding_window=True, sliding_window=64, layer_types=["full_attention"] * 2
+    ),
     "qwen3-tied": Qwen3Config(**SIZE, head_dim=16, tie_word_embeddings=True),
     "phi3": Phi3Config(**SIZE),
     "phi3-partial": Phi3Config(**SIZE, rope_parameters=PARTIAL),
@@ -150,6 +154,15 @@ def test_a_wrong_map_is_noticed(family, monkeypatch):
     assert (from_dense(dense)(tokens()).logits - dense(tokens()).logits).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_an_output_embedding_that_is_not_the_input_s_is_kept_whatever_the_configuration_says():
+    dense = dense_model("qwen3-tied")
+    dense.lm_head.weight = torch.nn.Parameter(torch.randn_like(dense.lm_head.weight))
+    converted = from_dense(dense)
+    assert not converted.config.tie_word_embeddings
+    torch.testing.assert_close(converted(tokens()).logits, dense(tokens()).logits, rtol=0, atol=1e-9)
+
+
 def test_the_converted_model_has_weights_of_its_own_and_the_generation_settings():
     dense = dense_model()
     dense.generation_config.temperature = 0.7
@@ -211,7 +224,12 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "one head a group": (LlamaConfig(**SIZE | {"num_key_value_heads": 8}), "nothing to route"),
     "sliding windows": (MistralConfig(**SIZE, sliding_window=64), "sliding_window is 64"),
     "some sliding layers": (
-        Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=64, max_window_layers=1), "sliding_window is 64"
+        Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=64, max_window_layers=1),
+        "layer_types hold 'sliding_attention', sliding_window is 64",
+    ),
+    "partial and scaled": (
+        LlamaConfig(**SIZE, rope_parameters=LLAMA3 | {"partial_rotary_factor": 0.5}),
+        "rope_type 'llama3' and partial_rotary_factor 0.5, with which Transformers' llama can't run",
     ),
     "latent attention": (DeepseekV3Config(num_hidden_layers=1), "latent attention"),
     "attention sinks": (GptOssConfig(num_hidden_layers=1), "sinks"),
@@ -262,6 +280,10 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused():
     with pytest.raises(SettingError, match=r"model.embed_tokens.weight has shape \[97, 48\]"):
         from_dense(dense)
     dense = dense_model("llama")
+    dense.config.num_hidden_layers = 1
+    with pytest.raises(SettingError, match=r"has a tensor model.layers.1.input_layernorm.weight, for which GQE has no"):
+        from_dense(dense)
+    dense = dense_model("llama")
     dense.config.attention_bias = True
     with pytest.raises(SettingError, match=r"no tensor model.layers.0.self_attn.k_proj.bias"):
         from_dense(dense)
@@ -291,6 +313,30 @@ def test_the_fit_finds_a_router_that_is_there_to_be_found():
     assert nothing.kept < nothing.best - 0.1
 
 
+def test_the_fit_is_to_the_rows_that_are_not_held_out(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(calibration, "RIDGES", (1e-2,))
+    monkeypatch.setattr(calibration, "ROWS", 7)
+    x, strength, held_out = torch.randn(60, 6), torch.rand(60, 8), torch.arange(60) % 5 == 4
+    fit = fit_router(x, strength, 2, 1, held_out)
+    target = strength.double().log().unflatten(1, (2, 4))
+    target = (target - target.mean(-1, keepdim=True)).flatten(1)[~held_out]
+    seen = x[~held_out].double()
+    ridge = 1e-2 * seen.square().sum(0).mean() * torch.eye(6)
+    torch.testing.assert_close(fit.weight, torch.linalg.solve(seen.T @ seen + ridge, seen.T @ target).T.float())
+    other = strength.clone()
+    other[held_out] = other[held_out].flip(-1)
+    judged = fit_router(x, other, 2, 1, held_out)
+    assert torch.equal(judged.weight, fit.weight)
+    assert judged.kept != fit.kept
+
+
+def test_rank_shares_count_each_expert_at_its_rank():
+    score = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 1.0, 3.0, 2.0]])
+    wanted = [[[1.0, 0, 0, 0], [0, 0.5, 0.5, 0]]]
+    torch.testing.assert_close(rank_shares(score, 1, 2), torch.tensor(wanted, dtype=torch.float64))
+
+
 def test_kept_shares_are_of_squared_strength():
     strength = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
     assert kept_share(strength, strength, 2, 1) == pytest.approx((9 + 4) / 18)
@@ -312,6 +358,18 @@ def test_what_a_calibration_observes_is_what_the_dense_model_does(family):
     torch.testing.assert_close(measured, [float(x) for x in (*losses, divergence)], rtol=1e-4, atol=1e-4)
     assert report.tokens == 2 * 39
     assert len(report.fits) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", ["query_norm", "calibrated", "none"])
+def test_a_checkpoint_of_several_dtypes_is_calibrated(router):
+    dense = dense_model("qwen2", torch.bfloat16)
+    for name, parameter in dense.named_parameters():
+        if "norm" in name or "q_proj" in name:
+            parameter.data = parameter.data.float()
+    report = convert_model(dense, 1, router=router, calibration=tokens(10, 40))[1]
+    exact = convert_model(dense_model("qwen2", torch.float32), 1, router=router, calibration=tokens(10, 40))[1]
+    assert report.dense_loss == pytest.approx(exact.dense_loss, rel=0.02)
 
 
 @torch.no_grad()
@@ -373,10 +431,17 @@ def test_slots_start_at_the_mean_of_their_groups_output_rows():
     ours = slot.model.layers[0].self_attn.o_proj.weight[:, : 4 * 8].unflatten(1, (2, 2, 8))
     experts = dense.model.layers[0].self_attn.o_proj.weight.unflatten(1, (2, 4, 8)).mean(2)
     torch.testing.assert_close(ours, experts[:, :, None].expand_as(ours), rtol=0, atol=1e-6)
-    observed = convert_model(dense, 2, output_projection="slot", calibration=tokens(10, 40))[0]
-    assert not torch.allclose(
-        observed.model.layers[0].self_attn.o_proj.weight[:, : 4 * 8].unflatten(1, (2, 2, 8)), ours
-    )
+    observed = convert_model(dense, 2, output_projection="slot", calibration=tokens(10, 40))[0].model.layers[0]
+    x = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(tokens(10, 40))).flatten(0, 1)
+    scores = (x @ observed.self_attn.router.weight.T).unflatten(1, (2, 4))
+    columns = dense.model.layers[0].self_attn.o_proj.weight.unflatten(1, (2, 4, 8))
+    for rank, woken in enumerate(scores.topk(2).indices.unbind(-1)):
+        for group in range(2):
+            often = torch.bincount(woken[:, group], minlength=4) / len(x)
+            expected = (columns[:, group] * often[:, None]).sum(1)
+            start = (2 * group + rank) * 8
+            found = observed.self_attn.o_proj.weight[:, start : start + 8]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_a_seed_gives_the_same_model_and_another_seed_another():

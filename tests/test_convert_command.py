@@ -1,10 +1,15 @@
 """`query-experts convert`, and the two commands that make a dense checkpoint sparse."""
 
+import gc
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from query_experts.cli import main
 from query_experts.convert import convert_model
+from query_experts.convert import folder as folder_module
 from query_experts.convert.folder import ConvertSettings, Folder, convert_folder
 from query_experts.errors import SettingError
 from query_experts.evaluation import load_model
@@ -63,6 +69,13 @@ def test_a_checkpoint_of_one_file_or_several_converts_exactly(tmp_path, dense, c
 def test_tokenizer_template_and_licence_come_along_and_the_card_does_not(tmp_path, dense):
     assert main(["convert", str(dense), str(tmp_path / "gqe")]) == 0
     there = {path.name for path in dense.iterdir()}
+    more = shutil.copytree(dense, tmp_path / "more")
+    for name in ("adapter_config.json", "model.onnx", "pytorch_model.bin.index.json", "training_args.bin"):
+        (more / name).write_text("{}")
+    assert main(["convert", str(more), str(tmp_path / "again")]) == 0
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {
+        path.name for path in (tmp_path / "gqe").iterdir()
+    }
     here = {path.name for path in (tmp_path / "gqe").iterdir()}
     assert there - here == {"README.md", "model.safetensors"}
     assert (tmp_path / "gqe" / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -100,14 +113,99 @@ def test_a_tied_output_embedding_that_was_stored_all_the_same_is_left_out(tmp_pa
     torch.testing.assert_close(logits(tmp_path / "gqe"), logits(dense), rtol=0, atol=1e-5)
 
 
-def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, monkeypatch):
-    alive = []
-    read = Folder.layer
-    monkeypatch.setattr(Folder, "layer", lambda self, n: alive.append(n) or read(self, n))
-    assert main(["convert", str(dense), str(tmp_path / "gqe")]) == 0
-    assert alive == [0, 1]
+@torch.no_grad()
+def test_what_is_stored_of_tied_embeddings_is_loaded_as_transformers_does(tmp_path, dense):
+    """Another output embedding than the input's stays, and one that is stored alone is both."""
+    tensors = load_file(dense / "model.safetensors")
+    embeddings = tensors.pop("model.embed_tokens.weight")
+    other = {"model.embed_tokens.weight": embeddings, "lm_head.weight": torch.randn_like(embeddings)}
+    for name, stored in {"other": other, "head": {"lm_head.weight": embeddings}}.items():
+        copy = shutil.copytree(dense, tmp_path / name)
+        save_file(tensors | stored, copy / "model.safetensors", metadata={"format": "pt"})
+        assert main(["convert", str(copy), str(tmp_path / f"{name}-gqe")]) == 0
+        torch.testing.assert_close(logits(tmp_path / f"{name}-gqe"), logits(copy), rtol=0, atol=1e-5)
+        assert json.loads((tmp_path / f"{name}-gqe" / "config.json").read_text())["tie_word_embeddings"] == (
+            name == "head"
+        )
+
+
+def test_one_file_beside_an_index_is_what_is_read_as_transformers_does(tmp_path, dense):
+    both = sharded(dense, tmp_path / "both")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 2
+    save_file(tensors, both / "model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", str(both), str(tmp_path / "gqe")]) == 0
+    torch.testing.assert_close(logits(tmp_path / "gqe"), logits(both), rtol=0, atol=1e-5)
+    assert (logits(both) - logits(dense)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, text, monkeypatch, calibrated):
+    read: list[list] = []
+    layer = Folder.layer
+
+    def watched(self, number):
+        gc.collect()
+        assert not [held for held in read if any(tensor() is not None for tensor in held)]
+        tensors = layer(self, number)
+        read.append([weakref.ref(tensor) for tensor in tensors.values()])
+        return tensors
+
+    monkeypatch.setattr(Folder, "layer", watched)
+    argv = ["--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"] if calibrated else []
+    assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv]) == 0
+    assert len(read) == 2
     files = sorted((tmp_path / "gqe").glob("*.safetensors"))
     assert [len({name.split(".")[2] for name in load_file(f) if "layers" in name}) for f in files] == [0, 1, 1]
+
+
+def test_long_text_is_not_tokenised_whole(dense, text, monkeypatch):
+    given = []
+
+    class Watched:
+        def __init__(self, tokenizer):
+            self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+
+        def __call__(self, piece, **options):
+            given.append(piece)
+            return self.tokenizer(piece, **options)
+
+    monkeypatch.setattr(folder_module, "PIECE", 1000)
+    monkeypatch.setattr(folder_module, "load_tokenizer", lambda name: Watched(AutoTokenizer.from_pretrained(name)))
+    asked = ConvertSettings(str(dense), "out", 1, "expert", None, [text], 640, 16, "text", 0, "cpu")
+    assert folder_module.read_text(asked, dense, 16).shape == (40, 16)
+    with open(text, encoding="utf-8") as file:
+        whole = file.read()
+    assert whole.startswith("".join(given))
+    assert {len(piece) for piece in given} == {1000}
+    assert len(given) < len(whole) / 2000
+
+
+@pytest.mark.parametrize("out", [".", "missing/..", "link", "empty", "new/folder"])
+def test_out_may_be_any_folder_that_is_empty_or_new(tmp_path, dense, monkeypatch, out):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    if out == "link":
+        (tmp_path / "target").mkdir()
+        (here / "link").symlink_to(tmp_path / "target")
+    elif out == "empty":
+        (here / "empty").mkdir()
+    assert main(["convert", str(dense), out]) == 0
+    assert Path.cwd() == here
+    where = {".": here, "missing/..": here, "link": tmp_path / "target"}.get(out, here / out)
+    torch.testing.assert_close(logits(where), logits(dense), rtol=0, atol=1e-5)
+    assert not [*tmp_path.rglob("*.part")]
+
+
+def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch):
+    monkeypatch.setattr(folder_module, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(dense), str(tmp_path / "gqe")])
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, refused):
@@ -188,6 +286,10 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     sharded(dense, tmp_path / "shards")
     next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
     refused(["convert", tmp_path / "shards", out], "which holds no model-00002-of-")
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    for held in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(held)
+        refused(["convert", tmp_path / "shards", out], "shards, whose model.safetensors.index.json is damaged")
     assert not out.exists()
     assert not [*tmp_path.glob(".*part")]
 
@@ -229,6 +331,8 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
         ({"sparsify_fraction": 0.5}, "sparsify_fraction is 0.5, which needs init"),
         ({"init": "nowhere"}, "init is nowhere"),
         ({"init": ""}, "init is empty"),
+        ({"init": "GQE", "preset": "distill"}, "teacher is empty; it must be the dense model's checkpoint, or none"),
+        ({"init": "TWO", "active_query_experts": 1}, "active_query_experts is 1, and init brings its own"),
         ({"distillation": 0.5}, "distillation is 0.5, which needs teacher"),
         ({"init": "GQE", "arm": "static"}, "arm is 'static', and init brings its own"),
         ({"init": "GQE", "hidden_size": 64}, "hidden_size is 64, and init brings its own"),
@@ -244,8 +348,9 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
     ],
 )
 def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, changes, words):
-    folders = {name: tmp_path / name for name in ("GQE", "NAN", "OTHER")} | {"DENSE": dense}
+    folders = {name: tmp_path / name for name in ("GQE", "TWO", "NAN", "OTHER")} | {"DENSE": dense}
     assert main(["convert", str(dense), str(folders["GQE"]), "--top_k", "1"]) == 0
+    assert main(["convert", str(dense), str(folders["TWO"]), "--top_k", "2"]) == 0
     copy_with_nan(folders["GQE"] if changes.get("init") == "NAN" else dense, folders["NAN"])
     shutil.copytree(dense, folders["OTHER"])
     tokenizer = folders["OTHER"] / "tokenizer.json"

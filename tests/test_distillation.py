@@ -1,6 +1,7 @@
 """Distillation: what the loss is made of, however a step is cut, and how k falls."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch.nn import functional as F
 from transformers import default_data_collator
 
 from query_experts.convert import from_dense
-from query_experts.distillation import DistillationTrainer, TopKSchedule, divergence
-from study_helpers import Rows
+from query_experts.distillation import DistillationTrainer, TopKSchedule, divergence, seen_by_teacher
+from query_experts.study.compare import open_corpus
+from query_experts.study.run import Start, stop_after, train_arm
+from study_helpers import Rows, quiet, tiny_train
 from test_training import LENGTHS, arguments, logged, model_of
 
 
@@ -119,10 +122,77 @@ def test_k_falls_one_by_one_and_reaches_its_end_in_time():
     schedule = TopKSchedule(1, 0.5)
     assert [schedule.at(step, 12, 4) for step in range(12)] == [4, 4, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1]
     assert [TopKSchedule(2, 0.0).at(step, 3, 4) for step in range(3)] == [2, 2, 2]
-    for steps in (1, 7, 100):
-        for fraction in (0.1, 0.9, 0.99):
-            assert TopKSchedule(1, fraction).at(steps - 1, steps, 2) in (1, 2)
-    assert TopKSchedule(1, 0.9).at(99, 100, 8) == 1
+    for steps in (1, 2, 7, 100):
+        for fraction in (0.0, 0.1, 0.9, 0.99):
+            falling = [TopKSchedule(1, fraction).at(step, steps, 8) for step in range(steps)]
+            assert falling[-1] == 1
+            assert falling == sorted(falling, reverse=True)
+            assert len(set(falling)) == 8 or steps < 10 or fraction == 0.0
+    assert [TopKSchedule(1, 0.9).at(step, 100, 10) for step in (9, 10, 79, 80, 89, 90)] == [10, 9, 3, 2, 2, 1]
+
+
+def test_a_run_that_is_resumed_validates_as_one_that_was_not(tmp_path):
+    """k falls over its steps; what is saved of it in between must not be judged at another k."""
+    teacher = model_of("dense").eval()
+    model_of("dense").save_pretrained(tmp_path / "dense")
+    whole, pieces = (
+        tiny_train(tmp_path, out=str(tmp_path / out), init="in memory", steps=6, evaluations=6, num_attention_heads=4)
+        for out in ("whole", "pieces")
+    )
+    corpus = open_corpus(whole, tmp_path, quiet())
+    results = []
+    for settings in (whole, pieces):
+        calls = 0
+        while True:
+            start = Start(from_dense(teacher, 1), teacher, 0.5, 0.9)
+            stop = stop_after(0 if settings is pieces else None)
+            calls += 1
+            if result := train_arm(settings, "converted", 0, corpus, Path(settings.out), stop, start):
+                break
+        results.append(result)
+        assert (calls > 2) == (settings is pieces)
+    for one, other in zip(*(result["validation_curve"] for result in results), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_without_its_share_of_the_loss_the_teacher_rests(tmp_path):
+    teacher = model_of("dense")
+    teacher.register_forward_pre_hook(lambda *_: pytest.fail("asked"))
+    trainer_of(tmp_path, teacher, from_dense(teacher), 0.0).train()
+
+
+def test_the_teacher_runs_under_the_students_autocast(tmp_path):
+    teacher, seen = model_of("dense"), []
+    teacher.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    trainer_of(tmp_path, teacher, from_dense(teacher), 0.5, bf16=True).train()
+    assert seen == [torch.bfloat16]
+
+
+def test_a_teacher_that_is_quantised_stays_where_it_is(tmp_path):
+    teacher, student = model_of("dense"), from_dense(model_of("dense"))
+    teacher.is_quantized = True
+    teacher.to = lambda *_: pytest.fail("moved")
+    trainer_of(tmp_path, teacher, student, 0.5)
+
+
+@torch.no_grad()
+def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
+    teacher = model_of("dense").eval()
+    student = from_dense(teacher)
+    ids = torch.randint(300, (2, 12))
+    positions = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
+    packed = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+    outputs = [
+        model(**given, use_cache=False).logits
+        for model, given in ((student, packed), (teacher, seen_by_teacher(packed)))
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert (teacher(**packed, use_cache=False).logits - outputs[0]).abs().max() > 1e-3  # as it would be without
+    hidden = packed | {"attention_mask": (torch.arange(12) < 10).long().expand(2, -1)}
+    with pytest.raises(ValueError, match="attention_mask hides tokens and position_ids begin anew"):
+        seen_by_teacher(hidden)
+    one = hidden | {"position_ids": torch.arange(12)[None]}
+    assert seen_by_teacher(one) == one
 
 
 def test_the_schedule_sets_the_models_k(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from model_helpers import (
 )
 from query_experts import GQEForCausalLM
 from query_experts.callbacks import StopRequest, StopWhenAsked
+from query_experts.distillation import DistillationTrainer
 from query_experts.training import GQETrainer
 
 WORLD = 2
@@ -107,6 +109,9 @@ TRAINED = {
     "gqe_trainer_on_dense": tiny_llama,
     "gqe_trainer_on_gqe_rank_by_rank": tiny_model,  # each rank counts its own tokens; all have as many
     "gqe_trainer_on_dense_rank_by_rank": tiny_llama,
+    "distilled_gqe": tiny_model,
+    "distilled_dense": tiny_llama,
+    "distilled_dense_rank_by_rank": tiny_llama,
 }
 
 
@@ -125,7 +130,11 @@ def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, dataloader_pin_memory=False, average_tokens_across_devices=not apart,
     )  # fmt: skip
-    trainer = GQETrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    options: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": data, "eval_dataset": data}
+    if case.startswith("distilled"):
+        trainer = DistillationTrainer(**options, teacher=tiny_llama(seed=4), weight=0.7)
+    else:
+        trainer = GQETrainer(**options)
     trainer.train()
     *_, trained = (log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log)
     losses = {"lm_loss": trained, "eval_loss": trainer.evaluate()["eval_loss"]}

@@ -2,15 +2,24 @@
 
 import json
 import math
+import random
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install query-experts[evaluate]")
 
@@ -20,7 +29,7 @@ from model_helpers import tiny_llama_config, tiny_model  # noqa: E402
 from query_experts import evaluation  # noqa: E402
 from query_experts.cli import main  # noqa: E402
 from query_experts.errors import SettingError  # noqa: E402
-from query_experts.local_tasks import SOURCES, read_rows, write_definitions  # noqa: E402
+from query_experts.local_tasks import SOURCES, hellaswag_note, read_rows, write_definitions  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/eval, with the real questions, is absent")
@@ -224,6 +233,63 @@ def test_examples_come_from_the_training_file(data, tmp_path, definitions):
     assert context.endswith(ASKED["hellaswag"][0][0])
 
 
+def hub_arc(items):
+    rows = []
+    for item in items:
+        columns = {key: [choice[key] for choice in item["question"]["choices"]] for key in ("text", "label")}
+        stem = item["question"]["stem"]
+        rows.append({"id": item["id"], "question": stem, "choices": columns, "answerKey": item["answerKey"]})
+    return Dataset.from_list(rows)
+
+
+def hub_piqa(items, labels):
+    return Dataset.from_list([item | {"label": label} for item, label in zip(items, labels, strict=True)])
+
+
+PIQA = FILES["piqa/valid.jsonl"]
+SHOWN = {
+    "piqa/train.jsonl": [{"goal": f"Shut jar {n}", "sol1": "Turn the lid.", "sol2": "Cut it."} for n in range(9)],
+    "piqa/train-labels.lst": "0\n1\n0\n0\n1\n1\n1\n0\n0\n",
+    "arc/ARC-Easy-Train.jsonl": [arc_item(n, "1234"[n % 4], "1234") for n in range(10, 19)],
+    "winogrande/train_xl.jsonl": [
+        {"sentence": f"Bea met Cy {n} times as _ liked it.", "option1": "Bea", "option2": "Cy", "answer": "12"[n % 2]}
+        for n in range(9)
+    ],
+}
+ON_THE_HUB = {
+    "piqa": DatasetDict(
+        train=hub_piqa(SHOWN["piqa/train.jsonl"], [0, 1, 0, 0, 1, 1, 1, 0, 0]),
+        validation=hub_piqa(PIQA, [0, 1, 0]),
+        test=hub_piqa(PIQA, [-1] * 3),
+    ),
+    "arc_easy": DatasetDict(
+        train=hub_arc(SHOWN["arc/ARC-Easy-Train.jsonl"]),
+        validation=hub_arc([arc_item(4, "A")]),
+        test=hub_arc(FILES["arc/ARC-Easy-Test.jsonl"]),
+    ),
+    "winogrande": DatasetDict(
+        train=Dataset.from_list(SHOWN["winogrande/train_xl.jsonl"]),
+        validation=Dataset.from_list(FILES["winogrande/dev.jsonl"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("shots", [None, 4])
+@pytest.mark.parametrize("name", ON_THE_HUB)
+def test_local_files_ask_what_the_hubs_dataset_asks(name, shots, data, tmp_path, monkeypatch):
+    for file, content in SHOWN.items():
+        write(data / file, content)
+    local, _ = evaluation.load_tasks([name], str(data), tmp_path, shots)
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", lambda *args, **kwargs: ON_THE_HUB[name])
+    hub, _ = evaluation.load_tasks([name], None, tmp_path, shots)
+    asked = []
+    for task in (local["tasks"][name], hub["tasks"][name]):
+        task.build_all_requests()
+        asked.append([instance.args for instance in task.instances])
+    assert asked[0] == asked[1]
+    assert asked[0][0][0].count("\n\n") == (shots or 0)
+
+
 @needs_shared
 def test_every_hellaswag_query_is_the_one_that_lm_eval_builds(tmp_path, definitions):
     write_definitions(["hellaswag"], definitions.task_index, SHARED, tmp_path, None)
@@ -268,7 +334,8 @@ def test_every_blimp_task_has_its_file(definitions):
 @torch.no_grad()
 def log_likelihood(model, tokenizer, context, answer):
     before, after = (tokenizer(text, return_tensors="pt").input_ids for text in (context, answer))
-    logits = model(torch.cat([before, after], 1), use_cache=False).logits[0, before.shape[1] - 1 : -1]
+    tokens = torch.cat([before, after[:, :-1]], 1)
+    logits = model(tokens, use_cache=False).logits[0, before.shape[1] - 1 :].float()
     return logits.log_softmax(-1).gather(1, after[0][:, None]).sum().item()
 
 
@@ -297,21 +364,85 @@ def test_the_score_is_what_a_calculation_by_hand_gives(name, checkpoints, data, 
     assert results["requests"] == {"all": 20, "truncated": 0}
 
 
-def test_perplexity_is_what_a_calculation_by_hand_gives(checkpoints, data, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_perplexity_is_what_a_calculation_by_hand_gives(dtype, checkpoints, data, tmp_path):
+    """In bfloat16 too, where log-probabilities and their sum, rounded to 8 bits, would be off by more than 1e-4."""
     out = tmp_path / "scores.json"
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "wikitext", "--data_dir", str(data), "--out", str(out)]
-    assert main([*argv, "--limit", "1"]) == 0
+    assert main([*argv, "--limit", "1", "--device", "cpu", "--dtype", dtype]) == 0
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["gqe"])
-    model = AutoModelForCausalLM.from_pretrained(checkpoints["gqe"])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["gqe"], dtype=dtype)
     total = log_likelihood(model, tokenizer, "<|endoftext|>", ASKED["wikitext"][0][0])
     page = " = One = \n \n A b c . \n = = Part = = \n \n D @-@ e . \n "
     bits = json.loads(out.read_text())["tasks"]["wikitext"]["metrics"]["bits_per_byte"]["value"]
-    assert bits == pytest.approx(-total / len(page.encode()) / torch.tensor(2.0).log().item(), rel=1e-5)
+    assert bits == pytest.approx(-total / len(page.encode()) / math.log(2), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_text_longer_than_the_window_is_scored_in_windows_that_are_full(checkpoints, data, tmp_path):
+    out = tmp_path / "scores.json"
+    argv = ["evaluate", str(checkpoints["llama"]), "--tasks", "wikitext", "--data_dir", str(data), "--out", str(out)]
+    assert main([*argv, "--limit", "1", "--device", "cpu", "--max-length", "16", "--num-fewshot", "2"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    tokens = [tokenizer.eos_token_id, *tokenizer(ASKED["wikitext"][0][0]).input_ids]
+    total, end = 0.0, 0
+    while end < len(tokens) - 1:
+        start, end = end, min(end + 16, len(tokens) - 1)
+        first = max(end - 16, 0)
+        scores = model(torch.tensor([tokens[first:end]])).logits[0].log_softmax(-1)
+        total += sum(scores[at - first, tokens[at + 1]].item() for at in range(start, end))
+    page = " = One = \n \n A b c . \n = = Part = = \n \n D @-@ e . \n "
+    task = json.loads(out.read_text())["tasks"]["wikitext"]
+    bits = task["metrics"]["bits_per_byte"]["value"]
+    assert bits == pytest.approx(-total / len(page.encode()) / math.log(2), rel=1e-5)
+    assert task["num_fewshot"] == 0  # a text is scored alone, and needs no training split
+
+
+def test_a_task_that_shuffles_is_the_same_in_every_run(checkpoints, data, tmp_path, monkeypatch):
+    """lm-eval's command seeds what a task may draw as it loads, as GPQA does the order of its answers."""
+    code = (
+        "import random\n\n\ndef docs(rows):\n"
+        "    return rows.map(lambda row: {'choices': random.sample([row['sol1'], row['sol2'], 'a', 'b', 'c'], 5)})\n"
+    )
+    write(tmp_path / "own" / "shuffled.py", code)
+    definition = (
+        f"include: {TASKS}/piqa/piqa.yaml\ntask: shuffled\nprocess_docs: !function shuffled.docs\n"
+        "doc_to_choice: choices\n"
+    )
+    write(tmp_path / "own" / "shuffled.yaml", definition)
+    manager = TaskManager(include_defaults=False, include_path=str(tmp_path / "own"))
+    monkeypatch.setattr(evaluation, "definitions", lambda: manager)
+    asked, score = [], evaluation.Scorer.loglikelihood
+
+    def noted(scorer, requests, **options):
+        asked.append([request.args for request in requests])
+        return score(scorer, requests, **options)
+
+    monkeypatch.setattr(evaluation.Scorer, "loglikelihood", noted)
+    for seed in (5, 6):
+        random.seed(seed)
+        assert main(["evaluate", str(checkpoints["llama"]), "--tasks", "shuffled", "--data-dir", str(data)]) == 0
+    assert asked[0] == asked[1]
+    random.seed(0)
+    assert [answer[1:] for _, answer in asked[0][:5]] == random.sample(["Turn the lid.", "Eat the lid.", *"abc"], 5)
+
+
+def test_generated_answers_count_among_the_requests(checkpoints, data, tmp_path, capsys):
+    write(data / "arc" / "ARC-Challenge-Test.jsonl", FILES["arc/ARC-Easy-Test.jsonl"])
+    out = tmp_path / "scores.json"
+    argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "arc_challenge_chat", "--data-dir", str(data)]
+    argv += ["--limit", "1"]
+    assert main([*argv, "--max-length", "110", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["requests"] == {"all": 1, "truncated": 1}  # 100 tokens are the answer's
+    assert main([*argv, "--max-length", "64"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("query-experts: max_length is 64, and these tasks ask for texts as long")
 
 
 def test_the_command_prints_a_table_and_writes_what_ran(checkpoints, data, tmp_path, capsys):
     out = tmp_path / "new" / "scores.json"
-    tasks = ["arc_easy,piqa", "winogrande", "lambada_openai,", "blimp_adjunct_island"]
+    tasks = ["arc_easy, piqa", "winogrande", "lambada_openai,", "blimp_adjunct_island"]
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", *tasks, "--data_dir", str(data), "--out", str(out)]
     assert main([*argv, "--dtype", "bfloat16", "--limit", "2"]) == 0
     shown = capsys.readouterr()
@@ -329,7 +460,7 @@ def test_the_command_prints_a_table_and_writes_what_ran(checkpoints, data, tmp_p
     assert results["tasks"]["lambada_openai"]["metrics"]["perplexity"]["higher_is_better"] is False
 
 
-def test_a_group_is_scored_with_its_members(checkpoints, data, tmp_path, monkeypatch):
+def test_a_group_is_scored_with_its_members(checkpoints, data, tmp_path, monkeypatch, capsys):
     """A group of two of BLiMP's tasks, defined as BLiMP is."""
     group = (TASKS / "blimp" / "_blimp.yaml").read_text().split("task:")[0].replace("blimp", "two")
     scores = "aggregate_metric_list:\n  - metric: acc\n    aggregation: mean\n    weight_by_size: false\n"
@@ -337,8 +468,10 @@ def test_a_group_is_scored_with_its_members(checkpoints, data, tmp_path, monkeyp
     two = TaskManager(include_defaults=False, include_path=[TASKS / "blimp", tmp_path / "two"])
     monkeypatch.setattr(evaluation, "definitions", lambda: two)
     write(data / "blimp" / "causative.jsonl", FILES["blimp/adjunct_island.jsonl"])
-    argv = ["evaluate", str(checkpoints["llama"]), "--tasks", "two", "--data-dir", str(data), "--num-fewshot", "3"]
+    names = "two,blimp_causative"
+    argv = ["evaluate", str(checkpoints["llama"]), "--tasks", names, "--data-dir", str(data), "--num-fewshot", "3"]
     assert main([*argv, "--out", str(tmp_path / "scores.json")]) == 0
+    assert "No examples before blimp_adjunct_island, blimp_causative, two" in " ".join(capsys.readouterr().out.split())
     tasks = json.loads((tmp_path / "scores.json").read_text())["tasks"]
     assert list(tasks) == ["blimp_adjunct_island", "blimp_causative", "two"]
     assert tasks["two"]["items"] == 2
@@ -355,16 +488,38 @@ def test_texts_that_differ_from_the_published_ones_are_named(checkpoints, data, 
     assert "hellaswag is not quite comparable with published scores: the file's texts are cleaned already" in words
     assert "wikitext is not quite comparable with published scores: the file has lost the blank lines" in words
     assert "piqa is not" not in words
+    cleaned, whole = {"source_id": ""}, {"source_id": "activitynet~v_x"}
+    assert hellaswag_note([whole]) is None
+    assert hellaswag_note([cleaned, whole]) == hellaswag_note([cleaned]) is not None
 
 
 def test_contexts_that_a_short_window_cuts_are_counted(checkpoints, data, tmp_path, capsys):
+    whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
+    argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "piqa", "--data-dir", str(data)]
+    # context 28, answers 13 and 14, whose last token isn't read
+    assert main([*argv, "--max-length", "41", "--out", str(whole)]) == 0
+    assert json.loads(whole.read_text())["requests"] == {"all": 6, "truncated": 0}
+    assert main([*argv, "--max_length", "40", "--out", str(cut)]) == 0
+    assert json.loads(cut.read_text())["requests"] == {"all": 6, "truncated": 3}
+    assert "Of 6 requests 3 lost the start of their context" in " ".join(capsys.readouterr().out.split())
+
+
+def test_results_are_written_whether_or_not_anyone_reads_the_table(checkpoints, data, tmp_path, monkeypatch):
+    def closed(*args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(evaluation, "print_results", closed)
     out = tmp_path / "scores.json"
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "piqa", "--data-dir", str(data), "--out", str(out)]
-    assert main([*argv, "--max-length", "41"]) == 0  # context 28, answers 13 and 14, whose last token isn't read
-    assert json.loads(out.read_text())["requests"] == {"all": 6, "truncated": 0}
-    assert main([*argv, "--max_length", "40"]) == 0
-    assert json.loads(out.read_text())["requests"] == {"all": 6, "truncated": 3}
-    assert "Of 6 requests 3 lost the start of their context" in " ".join(capsys.readouterr().out.split())
+    assert main(argv) == 2
+    assert json.loads(out.read_text())["tasks"]["piqa"]["items"] == 3
+
+
+def test_a_folder_may_have_any_name(checkpoints, data, tmp_path, capsys):
+    folder = tmp_path / "a[red]b[" / "b]"
+    shutil.copytree(checkpoints["gqe"], folder)
+    assert main(["evaluate", str(folder), "--tasks", "piqa", "--data-dir", str(data)]) == 0
+    assert "a[red]b[/b]" in "".join(capsys.readouterr().out.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,9 +534,10 @@ def refused(capsys, checkpoints, data):
     def check(words, *options, checkpoint=None, local=True):
         argv = ["evaluate", str(checkpoint or checkpoints["gqe"]), *(["--data-dir", str(data)] if local else [])]
         assert main([*argv, *options]) == 2
-        last = capsys.readouterr().err.splitlines()[-1]
+        told = capsys.readouterr().err
+        last = told.splitlines()[-1]
         assert last.startswith("query-experts: ")
-        assert "Traceback" not in last
+        assert "Traceback" not in told
         for word in words:
             assert word in last
 
@@ -397,6 +553,7 @@ def refused(capsys, checkpoints, data):
         (["--tasks", "ai2_arc"], ["ARC-Challenge-Test.jsonl", "arc_challenge asks"]),
         (["--tasks", "piqa", "--num_fewshot", "1"], ["train.jsonl", "num_fewshot"]),
         (["--tasks", "piqa", "--num_fewshot", "-1"], ["num_fewshot is -1", "0 or more"]),
+        (["--tasks", "lambada_openai", "--num_fewshot", "2"], ["num_fewshot is 2", "lambada_openai has 1"]),
         (["--tasks", "piqa", "--limit", "0"], ["limit is 0", "1 or more"]),
         (["--tasks", "piqa", "--batch_size", "0"], ["batch_size is 0"]),
         (["--tasks", "piqa", "--batch-size", "many"], ["batch", "many"]),
@@ -427,13 +584,21 @@ def test_a_setting_that_cannot_be_used_ends_in_a_sentence(options, words, refuse
         ("piqa/valid.jsonl", "[]\n", ["line 1"]),
         ("hellaswag/hellaswag_val.jsonl", [{**hellaswag_item(0, 4)}], ["line 1", "label is '4'"]),
         ("hellaswag/hellaswag_val.jsonl", [{**hellaswag_item(0, 0), "endings": ["a"]}], ["line 1", "four texts"]),
+        ("hellaswag/hellaswag_val.jsonl", [{**hellaswag_item(0, 0), "ind": 2**31}], ["line 1", "ind is 2147483648"]),
+        ("hellaswag/hellaswag_val.jsonl", [{**hellaswag_item(0, 0), "ind": math.inf}], ["line 1", "ind is inf"]),
+        (
+            "hellaswag/hellaswag_val.jsonl",
+            [prepared(hellaswag_item(0, 0), *"abcd") | {"query_lm_eval": "Soup: Else"}],
+            ["line 1", "query_lm_eval is 'Soup: Else'"],
+        ),
+        ("piqa/valid.jsonl", '{"goal": "\\ud800", "sol1": "b", "sol2": "c"}\n', ["line 1", "surrogates"]),
         ("arc/ARC-Easy-Test.jsonl", [arc_item(0, "E")], ["line 1", "answerKey is 'E'"]),
         ("winogrande/dev.jsonl", [{"sentence": "A.", "option1": "B", "option2": "C", "answer": "1"}], ["gap"]),
         ("lambada/lambada_test.jsonl", [{"text": "word"}], ["line 1", "text is 'word'"]),
         ("blimp/adjunct_island.jsonl", [{"sentence_good": "A"}], ["adjunct_island.jsonl", "line 1"]),
         ("wikitext2/wiki.test.raw", " \n", ["wiki.test.raw", "empty"]),
     ],
-)
+)  # fmt: skip
 def test_a_missing_or_damaged_file_is_named_with_its_line(name, content, words, refused, data):
     if content is None:
         (data / name).unlink()
@@ -444,9 +609,67 @@ def test_a_missing_or_damaged_file_is_named_with_its_line(name, content, words, 
     refused(["data_dir holds", *words], "--tasks", tasks.get(folder, folder))
 
 
-def test_a_file_that_is_no_text_is_named(refused, data):
-    (data / "piqa" / "valid.jsonl").write_bytes(b'{"goal": "\xff"}\n')
-    refused(["valid.jsonl", "no UTF-8"], "--tasks", "piqa")
+@pytest.mark.parametrize("name", ["valid.jsonl", "valid-labels.lst"])
+def test_a_file_that_is_no_text_is_named(name, refused, data):
+    (data / "piqa" / name).write_bytes(b'{"goal": "\xff"}\n')
+    refused([name, "no UTF-8"], "--tasks", "piqa")
+
+
+def test_a_file_that_results_would_replace_is_refused_before_the_run(refused, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(["out is", "notes.txt, which exists"], "--tasks", "piqa", "--out", str(tmp_path / "notes.txt"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    below = str(tmp_path / "notes.txt" / "scores.json")
+    refused([f"out is {below}, which can't be written"], "--tasks", "piqa", "--out", below)
+
+
+def define(folder, monkeypatch, **definitions):
+    """Tasks and groups of these definitions beside PIQA and ARC."""
+    for name, text in definitions.items():
+        write(folder / f"{name}.yaml", text)
+    manager = TaskManager(include_defaults=False, include_path=[TASKS / "piqa", TASKS / "arc", folder])
+    monkeypatch.setattr(evaluation, "definitions", lambda: manager)
+
+
+def test_a_task_that_sets_its_own_examples_needs_them(refused, tmp_path, monkeypatch):
+    define(tmp_path / "own", monkeypatch, shown=f"include: {TASKS}/piqa/piqa.yaml\ntask: shown\nnum_fewshot: 1\n")
+    refused(["train.jsonl", "shown takes its examples from"], "--tasks", "shown")
+
+
+@pytest.mark.parametrize("member", ["{task: piqa, num_fewshot: 1}", "{group: inner, task: [piqa]}", "nothing"])
+def test_a_group_that_sets_up_tasks_of_its_own_has_no_local_form(member, refused, tmp_path, monkeypatch):
+    define(tmp_path / "own", monkeypatch, several=f"group: several\ntask:\n  - {member}\n  - arc_easy\n")
+    refused(["tasks holds 'several'", "no local form"], "--tasks", "several")
+
+
+def test_a_task_asked_twice_with_two_numbers_of_examples_is_refused(refused, tmp_path, monkeypatch):
+    define(tmp_path / "own", monkeypatch, several="group: several\ntask:\n  - {task: piqa, num_fewshot: 1}\n")
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", lambda *args, **kwargs: ON_THE_HUB["piqa"])
+    refused(["tasks holds 'piqa' a second time, in 'several'"], "--tasks", "piqa,several", local=False)
+
+
+def test_a_task_that_runs_code_is_refused(refused, tmp_path, monkeypatch):
+    define(tmp_path / "own", monkeypatch, coder=f"include: {TASKS}/piqa/piqa.yaml\ntask: coder\nunsafe_code: true\n")
+    refused(["tasks holds 'coder'", "runs code"], "--tasks", "coder")
+
+
+def test_a_window_beyond_the_table_of_positions_is_refused(refused, checkpoints, tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=32, n_embd=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(checkpoints["llama"]).save_pretrained(tmp_path / "gpt2")
+    words = ["max_length is 64", "fewer positions"]
+    refused(words, "--tasks", "piqa", "--max_length", "64", checkpoint=tmp_path / "gpt2")
+
+
+def test_an_answer_that_is_no_token_is_refused(refused, checkpoints, data, tmp_path):
+    shutil.copytree(checkpoints["llama"], tmp_path / "words")
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "<eos>": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="[UNK]")
+    fast.save_pretrained(tmp_path / "words")
+    write(data / "piqa" / "valid.jsonl", [{"goal": "Open", "sol1": " ", "sol2": "Turn"}] * 3)
+    refused(["tasks hold", "Question: Open", "no token"], "--tasks", "piqa", checkpoint=tmp_path / "words")
 
 
 def copy(folder, target, *without, **changes):
@@ -493,6 +716,14 @@ def test_a_hub_out_of_reach_is_told_with_the_way_around_it(refused, monkeypatch)
     refused(["tasks holds 'piqa'", "Couldn't reach", "data_dir"], "--tasks", "piqa", local=False)
 
 
+def test_a_task_that_cannot_be_loaded_is_told_with_the_reason(refused, monkeypatch):
+    def outdated(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found piqa.py")
+
+    monkeypatch.setattr("lm_eval.api.task.datasets.load_dataset", outdated)
+    refused(["tasks holds 'piqa'", "scripts are no longer supported"], "--tasks", "piqa", local=False)
+
+
 def test_without_lm_eval_the_extra_is_named(refused, monkeypatch):
     monkeypatch.delitem(__import__("sys").modules, "query_experts.evaluation")
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
@@ -523,3 +754,8 @@ def test_scores_that_are_no_numbers_are_refused_and_not_taken_for_the_best(refus
     refused(["model.norm.weight holds numbers that aren't finite"], "--tasks", "piqa", checkpoint=broken)
     huge = with_numbers(checkpoints["gqe"], tmp_path / "huge", lambda weight: torch.full_like(weight, 3e38))
     refused(["dtype is float32, in which", "aren't numbers"], "--tasks", "piqa", checkpoint=huge)
+
+
+def test_a_perplexity_beyond_any_number_is_refused(refused, checkpoints, tmp_path):
+    wild = with_numbers(checkpoints["gqe"], tmp_path / "wild", lambda weight: weight * 1e4)
+    refused(["whose perplexity is beyond any number"], "--tasks", "lambada_openai", checkpoint=wild)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import fields
@@ -163,7 +164,11 @@ def run_convert(argv: list[str]) -> int:
 
     check_seeds("seed", [options.seed])
     settings = ConvertSettings(**vars(options) | {"device": resolve_device(options.device)})
-    plan, report = convert_folder(settings)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    try:
+        plan, report = convert_folder(settings)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     console = Console()
     print_report(plan, report, console)
     console.print(f"Checkpoint: {settings.out}")
@@ -210,7 +215,7 @@ def run_evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or auto: as the checkpoint says")
-    parser.add_argument("--out", help="a file for the results, JSON")
+    parser.add_argument("--out", help="a new file for the results, JSON")
     options = vars(parser.parse_args(argv))
 
     from rich.console import Console

@@ -16,8 +16,11 @@ class DistillationTrainer(GQETrainer):
     """`GQETrainer` whose loss is (1 - weight) * language-model loss + weight * KL(teacher || model) + router's losses.
 
     teacher: a causal language model of the same vocabulary, whose logits are computed beside, without gradients. It is
-    put on the model's device and in eval mode. weight: 0 to 1, of the divergence. Validation is by the language-model
-    loss alone, as in GQETrainer.
+    put in eval mode and on the model's device, unless it is quantised or spread over several. weight: 0 to 1, of the
+    divergence. Validation is by the language-model loss alone, as in GQETrainer.
+
+    Rows that hold several documents, as `position_ids` that begin anew tell, may have an attention mask that hides
+    nothing; one that hides tokens raises ValueError, since a stock teacher would look across documents then.
     """
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, weight: float = 0.9, **kwargs: Any):
@@ -27,7 +30,10 @@ class DistillationTrainer(GQETrainer):
         theirs, ours = teacher.config.vocab_size, self.model.config.vocab_size
         if theirs != ours:
             raise ValueError(f"teacher has a vocabulary of {theirs}; it must be the model's, {ours}")
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        spread = len(set((getattr(teacher, "hf_device_map", None) or {}).values())) > 1
+        if not (spread or getattr(teacher, "is_quantized", False)):
+            teacher.to(self.args.device)
+        self.teacher = teacher.eval().requires_grad_(False)
         self.weight = weight
 
     def compute_loss(
@@ -35,14 +41,30 @@ class DistillationTrainer(GQETrainer):
     ) -> Any:
         labels = inputs["labels"]  # the model may take them out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
-            seen = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
+        if model.training and self.weight:
             with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = self.teacher(**seen, use_cache=False).logits
-            kl = divergence(outputs["logits"], teacher_logits, labels, num_items_in_batch)
-            lm_loss = outputs.get("lm_loss", outputs["loss"])
+                teacher_logits = self.teacher(**seen_by_teacher(inputs), use_cache=False).logits
+            logits = outputs["logits"]
+            kl = divergence(logits, teacher_logits.to(logits.device), labels, num_items_in_batch)
+            lm_loss = self.lm_loss(outputs, num_items_in_batch)
             loss = loss + self.weight * (kl - lm_loss) * self.averaged_over(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+
+def seen_by_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs that a stock model takes. Documents of a row are kept apart by it only where no mask is given."""
+    seen = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
+    mask, positions = seen.get("attention_mask"), seen.get("position_ids")
+    if mask is not None and mask.ndim == 2 and positions is not None:
+        following = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        if mask.all():
+            del seen["attention_mask"]
+        elif (positions.diff().expand_as(following).ne(1) & following).any():
+            raise ValueError(
+                "attention_mask hides tokens and position_ids begin anew within a row; a teacher can't tell documents "
+                "apart then: attention_mask must be left out, or position_ids"
+            )
+    return seen
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
@@ -59,7 +81,7 @@ def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items
 class TopKSchedule(TrainerCallback):
     """k falls from all M experts to `top_k`, one by one, in equal parts of the first `fraction` (below 1) of the steps.
 
-    Validation and checkpoints in between are of the k of that moment.
+    The last step is always of `top_k`. Validation and checkpoints in between are of the k of that moment.
     """
 
     def __init__(self, top_k: int, fraction: float):
@@ -69,8 +91,14 @@ class TopKSchedule(TrainerCallback):
     def at(self, step: int, steps: int, experts: int) -> int:
         """k at a step of so many, with M = `experts`."""
         falls = experts - self.top_k
-        falling = self.fraction * steps
-        return experts - (falls if step >= falling else int(falls * step / falling))
+        falling = min(round(self.fraction * steps), steps - 1)
+        return experts - (falls if step >= falling else falls * step // falling)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step:  # resumed, so that a validation before its first step is of the right k as well
+            self.on_step_begin(args, state, control, **kwargs)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

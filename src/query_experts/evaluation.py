@@ -11,6 +11,7 @@ import errno
 import logging
 import math
 import random
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -40,6 +41,7 @@ from query_experts.study.settings import resolve_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FEWSHOT_SEED = 1234  # this and seed_all's are lm-eval's own
+BEYOND_A_TABLE = ("out of range", "out of bounds", "device-side assert")  # torch on a CPU, and on CUDA
 BOOTSTRAP_SAMPLES = 1000  # a perplexity's standard error is good to 2%; lm-eval's own 100,000 take minutes on LAMBADA
 
 
@@ -86,8 +88,8 @@ def evaluate(
             scored = lm_eval.evaluate(scorer, asked, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
         except OverflowError as error:
             raise SettingError(
-                f"checkpoint is {checkpoint}, whose perplexity is beyond any number; it must have learnt more, or tasks "
-                "must ask for no perplexity"
+                f"checkpoint is {checkpoint}, whose perplexity is beyond any number; it must have learnt more, or "
+                "tasks must ask for no perplexity"
             ) from error
     dtype = str(model.dtype).removeprefix("torch.")
     results = {
@@ -153,7 +155,7 @@ class Scorer(HFLM):
             )
         self.requests += len(requests)
         self.truncated += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        with self.few_positions_told():
+        with self.length_refused():
             scores = super()._loglikelihood_tokens(requests, *options, **named)
         if any(math.isnan(log_likelihood) for log_likelihood, _ in scores):  # argmax would take it for the best
             raise SettingError(
@@ -163,15 +165,8 @@ class Scorer(HFLM):
         return scores
 
     def generate_until(self, *options: Any, **named: Any) -> list[str]:
-        with self.few_positions_told():
-            try:
-                return super().generate_until(*options, **named)
-            except AssertionError as error:
-                if "maximum sequence length" not in str(error):
-                    raise
-                raise SettingError(
-                    f"max_length is {self.max_length}, which these tasks' answers fill; it must be more ({error})"
-                ) from error
+        with self.length_refused():
+            return super().generate_until(*options, **named)
 
     def tok_batch_encode(
         self, strings: list[str], *options: Any, left_truncate_len: int | None = None, **named: Any
@@ -185,17 +180,19 @@ class Scorer(HFLM):
         return tokens, mask
 
     @contextmanager
-    def few_positions_told(self) -> Iterator[None]:
-        """Raises SettingError where max_length is beyond a model's table of positions."""
+    def length_refused(self) -> Iterator[None]:
+        """Raises SettingError where texts to generate don't fit in max_length, or it is beyond a table of positions."""
         try:
             yield
-        except (IndexError, RuntimeError) as error:
-            told = ("out of range", "out of bounds", "device-side assert")
-            if self._max_length is None or not any(words in str(error) for words in told):
+        except (AssertionError, IndexError, RuntimeError) as error:
+            if "maximum sequence length" in str(error):
+                wanted = "these tasks ask for texts as long as that; it must be more"
+            elif self._max_length and any(words in str(error) for words in BEYOND_A_TABLE):
+                wanted = "the checkpoint has fewer positions; it must be as many or less"
+            else:
                 raise
-            raise SettingError(
-                f"max_length is {self.max_length}, and the checkpoint has fewer positions; it must be as many or less"
-            ) from error
+            traceback.clear_frames(error.__traceback__)  # which hold lm-eval's bar, and the sentence goes below it
+            raise SettingError(f"max_length is {self.max_length}, and {wanted}") from error
 
 
 def quiet() -> None:

@@ -59,14 +59,20 @@ def parse_settings(
     if first.preset not in known:
         raise SettingError(f"preset is {first.preset!r}; it must be one of {', '.join(sorted(known))}")
     recipe: dict[str, Any] = {"out": f"runs/{first.preset}"} if out_follows_preset else {}
+    written: dict[str, Any] = {}
     for source in [known[first.preset], *([Path(first.recipe)] if first.recipe else [])]:
-        held = read_recipe(source, names | set(also_known))
-        check_recipe(source, held, parser, names, optional)
-        recipe |= held
+        written = read_recipe(source, names | set(also_known))
+        check_recipe(source, written, parser, names, optional)
+        recipe |= written
+    written = written if first.recipe else {}  # by the user
     recipe = {name: value for name, value in recipe.items() if name in names}
+    options = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
     parser.set_defaults(**{name: value for name, value in recipe.items() if value is None or value == []})
     settings = parser.parse_args_into_dataclasses(as_options(recipe) + argv)[0]
-    return dataclasses.replace(settings, **dict.fromkeys(lifted))
+    settings = dataclasses.replace(settings, **dict.fromkeys(lifted))
+    if hasattr(settings, "given"):
+        settings.given = frozenset(names & {*written, *options, *lifted})
+    return settings
 
 
 def optional_fields(kind: type) -> set[str]:

@@ -48,17 +48,19 @@ class GQETrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        averaged = self.averaged_over(num_items_in_batch)
-        lm_loss = outputs.get("lm_loss")
-        if lm_loss is None:
-            lm_loss = outputs["loss"] / averaged
+        lm_loss = self.lm_loss(outputs, num_items_in_batch)
         if model.training:
             if self._lm_loss_sum is None:
                 self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
             self._lm_loss_sum += lm_loss.detach()
         else:
-            loss = lm_loss * averaged
+            loss = lm_loss * self.averaged_over(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def lm_loss(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
+        """The language-model loss, not yet scaled up for being averaged over ranks."""
+        lm_loss = outputs.get("lm_loss")
+        return outputs["loss"] / self.averaged_over(num_items_in_batch) if lm_loss is None else lm_loss
 
     def averaged_over(self, num_items_in_batch: Any) -> int:
         """Over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it."""

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from query_experts.attention import GQEAttention
-from query_experts.convert.configs import gqe_config
+from query_experts.convert.configs import gqe_config, untied
 from query_experts.convert.layers import ROUTERS, Plan
-from query_experts.convert.names import LAYER, OUTSIDE, to_dense
+from query_experts.convert.names import LAYER, LAYERS, OUTSIDE, to_dense
 from query_experts.convert.walk import Report, convert
 from query_experts.errors import SettingError
 from query_experts.modeling_gqe import GQEForCausalLM
@@ -92,14 +93,17 @@ class InMemory:
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "lm_head"):
             raise SettingError(f"model is {type(model).__name__}; it must be a Transformers model for causal LM")
         self.config = model.config
-        self.layers: dict[int, dict[str, Tensor]] = {}
-        self.rest: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict().items():
-            if name.startswith("model.layers."):
-                number, _, inner = name.removeprefix("model.layers.").partition(".")
-                self.layers.setdefault(int(number), {})[inner] = tensor
-            elif not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-                self.rest[name] = tensor
+        self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.num_hidden_layers)]
+        self.rest = model.state_dict()
+        for name in list(self.rest):
+            number, _, inner = name.removeprefix(LAYERS).partition(".")
+            if name.startswith(LAYERS) and int(number) < len(self.layers):
+                self.layers[int(number)][inner] = self.rest.pop(name)
+        if model.config.tie_word_embeddings and "lm_head.weight" in self.rest:
+            if torch.equal(self.rest["lm_head.weight"], self.rest["model.embed_tokens.weight"]):
+                del self.rest["lm_head.weight"]
+            else:
+                self.config = untied(model.config)
 
     def outside(self) -> dict[str, Tensor]:
         return self.rest

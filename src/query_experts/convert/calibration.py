@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from query_experts.router import select_top_k
 
 HELD_OUT = 5  # every fifth sequence judges the fit
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # over the mean square of the input's features
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # over the features' mean sum of squares, all rows together
+ROWS = 4096  # that are worked on at once
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A router and how good it is on tokens that it wasn't fitted to.
+    """A router and how good it is on tokens that it wasn't fitted to, but that its ridge was chosen by.
 
     Shares are of the heads' squared contributions to the layer's output: `kept` by the experts that the router wakes,
     `best` by the strongest of each token, `fixed` by the k of each group that are strongest on average.
@@ -38,8 +39,11 @@ def contributions(heads: Tensor, o_proj: Tensor) -> Tensor:
     """
     blocks = o_proj.float().unflatten(1, (heads.shape[1], -1)).transpose(0, 1)  # [N, D, d]
     gram = blocks.mT @ blocks  # [N, d, d]: the norm needs no vector of D numbers
-    rows = heads.float().transpose(0, 1)  # [N, R, d]
-    return ((rows @ gram) * rows).sum(-1).clamp(min=0).sqrt().T
+    squares = []
+    for part in heads.split(ROWS):
+        rows = part.float().transpose(0, 1)  # [N, R, d]
+        squares.append(((rows @ gram) * rows).sum(-1).T)
+    return torch.cat(squares).clamp(min=0).sqrt()
 
 
 def fit_router(x: Tensor, strength: Tensor, groups: int, top_k: int, held_out: Tensor) -> Fit:
@@ -49,17 +53,20 @@ def fit_router(x: Tensor, strength: Tensor, groups: int, top_k: int, held_out: T
     which rows judge, bool [R]. The regression's target is log strength less its group's mean, so that the router's
     probabilities are proportional to strength. Of several ridges the one that keeps most on the held-out rows is taken.
     """
-    x, strength = x.float(), strength.float()
+    strength = strength.float()
     target = strength.clamp(min=1e-6).log().unflatten(1, (groups, -1))
     target = (target - target.mean(-1, keepdim=True)).flatten(1)  # [R, N]
-    seen, wanted = x[~held_out].double(), target[~held_out].double()
-    gram, moment = seen.T @ seen, seen.T @ wanted
+    gram, moment = (x.new_zeros(x.shape[1], n, dtype=torch.float64) for n in (x.shape[1], target.shape[1]))
+    for rows, wanted in zip(x[~held_out].split(ROWS), target[~held_out].split(ROWS), strict=True):
+        seen = rows.double()
+        gram += seen.T @ seen
+        moment += seen.T @ wanted.double()
     scale = gram.diagonal().mean()
-    judged = strength[held_out]
+    judged, given = strength[held_out], x[held_out].float()
     fits = []
     for ridge in RIDGES:
         weight = torch.linalg.solve(gram + ridge * scale * torch.eye(len(gram), device=x.device), moment).T.float()
-        fits.append((kept_share(judged, F.linear(x[held_out], weight), groups, top_k), weight))
+        fits.append((kept_share(judged, F.linear(given, weight), groups, top_k), weight))
     kept, weight = max(fits, key=lambda fit: fit[0])
     always = strength[~held_out].square().mean(0)
     return Fit(

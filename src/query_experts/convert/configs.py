@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -42,8 +43,9 @@ def gqe_config(dense: PreTrainedConfig, top_k: int | None, output_projection: st
     if variant not in ("gqe", "hard_concat"):
         raise SettingError(f"variant is {variant!r}; it must be gqe or hard_concat, which can start equal to dense")
     qwen2 = dense.model_type == "qwen2"
+    carried = {name: getattr(dense, name) for name in CARRIED}
     return GQEConfig(
-        **{name: getattr(dense, name) for name in CARRIED},
+        **carried | {"rope_parameters": rotary(dense)},
         head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
         attention_bias=qwen2 or getattr(dense, "attention_bias", False),
         attention_output_bias=False if qwen2 else None,
@@ -53,6 +55,30 @@ def gqe_config(dense: PreTrainedConfig, top_k: int | None, output_projection: st
         output_projection=output_projection,
         variant=variant,
     )
+
+
+def untied(config: PreTrainedConfig) -> PreTrainedConfig:
+    """For weights whose output embedding isn't the input's, whatever the configuration says; so loads Transformers."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config
+
+
+def rotary(dense: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary embedding as the dense model itself computes it; of these families Phi-3 alone rotates a part.
+
+    Raises SettingError for a part with scaled frequencies, with which such a model doesn't run.
+    """
+    held = dict(dense.rope_parameters)
+    part = held.get("partial_rotary_factor", 1.0)
+    if dense.model_type != "phi3" and part != 1.0:
+        if held.get("rope_type", "default") != "default":
+            raise SettingError(
+                f"rope_parameters hold rope_type {held['rope_type']!r} and partial_rotary_factor {part}, with which "
+                f"Transformers' {dense.model_type} can't run; partial_rotary_factor must be 1 there"
+            )
+        del held["partial_rotary_factor"]  # passed over by the dense model
+    return held
 
 
 def check_convertible(dense: PreTrainedConfig) -> None:
@@ -75,11 +101,13 @@ def check_convertible(dense: PreTrainedConfig) -> None:
             "heads or more, or there is nothing to route (M = 1)"
         )
     window = getattr(dense, "sliding_window", None)
-    sliding = "sliding_attention" in (getattr(dense, "layer_types", None) or ())
-    if sliding or (window is not None and window < dense.max_position_embeddings):
+    by_layer = kind in ("qwen2", "qwen3")  # the others know the window alone
+    slides = "sliding_attention" in dense.layer_types if by_layer else window is not None
+    if slides and (window is None or window < dense.max_position_embeddings):
+        named = "layer_types hold 'sliding_attention', " if by_layer else ""
         raise SettingError(
-            f"sliding_window is {window} and max_position_embeddings {dense.max_position_embeddings}; GQE has no "
-            "sliding windows, so sliding_window must be null, or no smaller than max_position_embeddings"
+            f"{named}sliding_window is {window} and max_position_embeddings {dense.max_position_embeddings}; GQE has "
+            "no sliding windows, so sliding_window must be null, or no smaller than max_position_embeddings"
         )
     if getattr(dense, "quantization_config", None) is not None:
         raise SettingError("checkpoint is quantised; it must hold plain weights (quantise it after converting)")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,19 +25,38 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from query_experts.convert import make_plan
 from query_experts.convert.calibration import HELD_OUT
+from query_experts.convert.configs import check_convertible, untied
 from query_experts.convert.layers import Plan
+from query_experts.convert.names import LAYERS
 from query_experts.convert.walk import Report, convert
 from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_tokenizer
 from query_experts.errors import SettingError
-from query_experts.files import full_disk_as_os_error, read_json, require_space, write_json
+from query_experts.files import full_disk_as_os_error, require_space, write_json
 from query_experts.generation import UNLOADABLE, require_folder
 
-LAYERS = "model.layers."
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LENGTH = 512  # of a sequence of text, where nothing else is asked for and the model takes so many
-# beside these, everything that a checkpoint holds (tokenizer, chat template, generation settings, licence) comes along
-NOT_COPIED = ("config.json", "README.md")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json", ".py")
+PIECE = 2**16  # characters that are tokenised at once
+# what comes along: tokenizer, chat template, generation settings, licence
+COPIED = (
+    "tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+# what a hub repository may hold besides: the same weights in other forms
+NOT_FETCHED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    "onnx/*",
+    "original/*",
+    "consolidated*",
+]
+MOST_GROWTH = 1.1  # of the weights: routers, shared heads and the extra columns of W_O
 
 
 @dataclass(frozen=True)
@@ -57,16 +78,13 @@ class ConvertSettings:
 
 def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     """Write the GQE checkpoint. It appears whole or not at all. Raises SettingError for what can't be converted."""
-    out = Path(settings.out)
+    out = Path(settings.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"out is {out}, which exists; it must be a new or empty folder")
+        raise SettingError(f"out is {settings.out}, which exists; it must be a new or empty folder")
     logging.set_verbosity_error()
     folder = find_checkpoint(settings.checkpoint)
     config = read_config(folder)
-    plan = make_plan(
-        config, settings.top_k, settings.output_projection, "gqe", settings.router, settings.seed,
-        bool(settings.calibrate),
-    )  # fmt: skip
+    check_convertible(config)
     if settings.output_projection == "slot" and not settings.calibrate:
         raise SettingError(
             "output_projection is 'slot', which doesn't start equal to the dense model; calibrate must be given, so "
@@ -76,19 +94,25 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
         raise SettingError(
             "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
         )
-    text = read_text(settings, folder, config.max_position_embeddings) if settings.calibrate else None
     report = Report()
     building = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         with ExitStack() as stack, full_disk_as_os_error(building):
             source = Folder(folder, config, settings.device, stack)
-            require_space(building, 2 * source.num_bytes)
+            plan = make_plan(
+                source.config, settings.top_k, settings.output_projection, "gqe", settings.router, settings.seed,
+                bool(settings.calibrate),
+            )  # fmt: skip
+            text = read_text(settings, folder, config.max_position_embeddings) if settings.calibrate else None
+            require_space(building, int(MOST_GROWTH * source.num_bytes))
             write_model(building, source, plan, text, report)
         copy_beside(folder, building)
         write_json(building / "conversion.json", describe(settings, report))
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
+        if out.exists():  # a working directory, perhaps: it stays the same folder
+            for path in sorted(building.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(out / path.name)
+        else:
+            building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return plan, report
@@ -100,7 +124,7 @@ def find_checkpoint(name: str) -> Path:
     if Path(name).exists():
         return Path(name)
     try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5", "*.msgpack"]))
+        return Path(snapshot_download(name, ignore_patterns=NOT_FETCHED))
     except (HFValidationError, OSError) as error:
         raise SettingError(
             f"checkpoint is {name}, which is no folder and can't be had from the hub ({type(error).__name__}); it must "
@@ -124,7 +148,7 @@ class Folder:
 
     def __init__(self, folder: Path, config: PreTrainedConfig, device: str, stack: ExitStack):
         self.folder, self.config = folder, config
-        self.where: dict[str, Any] = {}  # tensor -> the open file that holds it
+        self.where: dict[str, tuple[Any, str]] = {}  # tensor -> the open file that holds it, and its name there
         files = self._files()
         self.num_bytes = sum(path.stat().st_size for path in files)
         for path in files:
@@ -132,17 +156,28 @@ class Folder:
                 file = stack.enter_context(safe_open(path, framework="pt", device=device))
             except SafetensorError as error:
                 raise SettingError(f"checkpoint holds {path}, which is damaged ({error})") from error
-            self.where |= dict.fromkeys(file.keys(), file)
-        if config.tie_word_embeddings:
-            self.where.pop("lm_head.weight", None)
+            self.where |= {name: (file, name) for name in file.keys()}  # noqa: SIM118
+        if config.tie_word_embeddings and HEAD in self.where:  # as Transformers loads it
+            if EMBEDDINGS not in self.where:
+                self.where[EMBEDDINGS] = self.where.pop(HEAD)
+            elif torch.equal(self._read(HEAD), self._read(EMBEDDINGS)):
+                del self.where[HEAD]
+            else:
+                self.config = untied(config)
 
     def _files(self) -> list[Path]:
+        """Transformers' choice: one file, and else those that the index lists."""
         index = self.folder / SAFE_WEIGHTS_INDEX_NAME
-        if not index.exists():
-            files = [self.folder / SAFE_WEIGHTS_NAME]
-        else:
-            listed = read_json(index, "it must be the index that save_pretrained wrote").get("weight_map", {})
-            files = [self.folder / name for name in sorted(set(listed.values()))]
+        files = [self.folder / SAFE_WEIGHTS_NAME]
+        if not files[0].is_file() and index.exists():
+            try:
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                files = [self.folder / name for name in sorted(set(listed.values()))]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise SettingError(
+                    f"checkpoint is {self.folder}, whose {index.name} is damaged; it must be the index that "
+                    "save_pretrained wrote"
+                ) from error
         for path in files:
             if not path.is_file():
                 raise SettingError(
@@ -151,14 +186,16 @@ class Folder:
         return files
 
     def outside(self) -> dict[str, Tensor]:
-        return {name: self._read(name) for name in self.where if not name.startswith(LAYERS)}
+        layers = tuple(f"{LAYERS}{number}." for number in range(self.config.num_hidden_layers))
+        return {name: self._read(name) for name in self.where if not name.startswith(layers)}
 
     def layer(self, number: int) -> dict[str, Tensor]:
         prefix = f"{LAYERS}{number}."
         return {name.removeprefix(prefix): self._read(name) for name in self.where if name.startswith(prefix)}
 
     def _read(self, name: str) -> Tensor:
-        return self.where[name].get_tensor(name)
+        file, there = self.where[name]
+        return file.get_tensor(there)
 
 
 def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None, report: Report) -> None:
@@ -167,13 +204,15 @@ def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None,
     files = plan.final.num_hidden_layers + 1
     weight_map: dict[str, str] = {}
     total = 0
-    parts = tqdm(convert(source, plan, text, report), desc="converting", unit="part", total=files)
-    for number, tensors in enumerate(parts, 1):
-        name = f"model-{number:05}-of-{files:05}.safetensors"
-        on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(on_cpu, building / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(on_cpu, name)
-        total += sum(tensor.nbytes for tensor in on_cpu.values())
+    with tqdm(desc="converting", unit="part", total=files) as bar:
+        for number, tensors in enumerate(convert(source, plan, text, report), 1):
+            name = f"model-{number:05}-of-{files:05}.safetensors"
+            on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(on_cpu, building / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(on_cpu, name)
+            total += sum(tensor.nbytes for tensor in on_cpu.values())
+            del tensors, on_cpu  # before the next part is made
+            bar.update()
     write_json(building / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = plan.final
     config.architectures = ["GQEForCausalLM"]
@@ -181,14 +220,11 @@ def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None,
 
 
 def copy_beside(folder: Path, building: Path) -> None:
-    """Tokenizer, chat template, generation settings, licence: every file that is no weight and no model card."""
+    """Tokenizer, chat template, generation settings and licence."""
     for path in folder.iterdir():
-        if path.name.startswith(".") or path.name in NOT_COPIED or path.name.endswith(WEIGHTS):
-            continue
-        if path.is_dir():
-            if path.name == "additional_chat_templates":
-                shutil.copytree(path, building / path.name)
-        else:
+        if path.name == "additional_chat_templates" and path.is_dir():
+            shutil.copytree(path, building / path.name)
+        elif path.is_file() and any(fnmatch(path.name, pattern) for pattern in COPIED):
             shutil.copyfile(path, building / path.name)
 
 
@@ -216,7 +252,12 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
         raise SettingError(str(error).replace("`data`", "calibrate")) from error
     with TemporaryDirectory() as scratch:
         for document in sources.texts(settings.text_field, Path(scratch)):
-            ids += [*tokenizer(document, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
+            for start in range(0, len(document), PIECE):  # a book as one text would fill the memory
+                piece = document[start : start + PIECE]
+                ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+                if len(ids) >= tokens:
+                    break
+            ids.append(tokenizer.eos_token_id)
             if len(ids) >= tokens:
                 break
     sequences = min(len(ids), tokens) // length

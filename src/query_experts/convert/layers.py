@@ -86,7 +86,8 @@ def strength_of(observed: Observed, ours: dict[str, Tensor], plan: Plan) -> Tens
     if plan.router != "query_norm":
         width = config.num_attention_heads * config.head_dim
         return contributions(observed.heads, ours[O_PROJ][:, :width])
-    query = F.linear(observed.x, ours[f"{Q_PROJ}.weight"], ours.get(f"{Q_PROJ}.bias")).float()
+    weight, bias = ours[f"{Q_PROJ}.weight"], ours.get(f"{Q_PROJ}.bias")
+    query = F.linear(observed.x, weight.to(observed.x), bias if bias is None else bias.to(observed.x)).float()
     query = query.unflatten(-1, (config.num_attention_heads, config.head_dim))
     if config.qk_norm:  # normed, a query's length is that of the norm's weights in its direction
         query = F.rms_norm(query, (config.head_dim,), ours["self_attn.q_norm.weight"].float(), config.rms_norm_eps)

@@ -15,6 +15,7 @@ from torch import Tensor
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.errors import SettingError
 
+LAYERS = "model.layers."  # stands before a layer's number
 O_PROJ = "self_attn.o_proj.weight"
 LEFT_OUT = ("rotary_emb.inv_freq",)  # of old checkpoints; computed from the configuration
 

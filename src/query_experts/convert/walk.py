@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from query_experts.convert.calibration import HELD_OUT, Fit
 from query_experts.convert.layers import Observed, Plan, convert_layer
-from query_experts.convert.names import LAYER, LEFT_OUT, OUTSIDE, to_gqe
+from query_experts.convert.names import LAYER, LAYERS, LEFT_OUT, OUTSIDE, to_gqe
 from query_experts.errors import SettingError
 from query_experts.modeling_gqe import GQEForCausalLM
 
@@ -57,25 +57,33 @@ def convert(dense: Dense, plan: Plan, text: Tensor | None, report: Report) -> It
     if plan.final.tie_word_embeddings:
         del wanted["lm_head.weight"]
     outside = finite(dense.outside())
-    yield checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
     both = Both(dense.config, plan, outside, text) if text is not None else None
+    yield checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
+    del outside
     for number in range(plan.full.num_hidden_layers):
-        where = f"model.layers.{number}."
-        tensors = finite(dense.layer(number), where)
-        mapped = to_gqe(tensors, LAYER[plan.model_type], plan.full, where)
-        observed = both.observe(tensors, where) if both is not None else None
-        ours, fit = convert_layer(mapped, plan, where, observed)
-        complete = checked({where + name: tensor for name, tensor in ours.items()}, wanted)
-        if missing := [name for name in wanted if name.startswith(where)]:
-            raise SettingError(f"checkpoint has no tensor {min(missing)}; by its config.json it must have it")
-        report.fits.append(fit)
-        if both is not None:
-            both.follow(ours)
-        yield complete
+        yield converted_layer(dense, number, plan, both, wanted, report)
     if wanted:
         raise SettingError(f"checkpoint has no tensor {min(wanted)}; by its config.json it must have it")
     if both is not None:
         both.judge(report)
+
+
+def converted_layer(
+    dense: Dense, number: int, plan: Plan, both: Both | None, wanted: dict[str, torch.Size], report: Report
+) -> dict[str, Tensor]:
+    """A layer's tensors by their full names; nothing else holds them, or the dense layer's, once this has returned."""
+    where = f"{LAYERS}{number}."
+    tensors = finite(dense.layer(number), where)
+    mapped = to_gqe(tensors, LAYER[plan.model_type], plan.full, where)
+    observed = both.observe(tensors, where) if both is not None else None
+    ours, fit = convert_layer(mapped, plan, where, observed)
+    complete = checked({where + name: tensor for name, tensor in ours.items()}, wanted)
+    if missing := [name for name in wanted if name.startswith(where)]:
+        raise SettingError(f"checkpoint has no tensor {min(missing)}; by its config.json it must have it")
+    report.fits.append(fit)
+    if both is not None:
+        both.follow(ours)
+    return complete
 
 
 def finite(tensors: dict[str, Tensor], where: str = "") -> dict[str, Tensor]:
@@ -104,14 +112,18 @@ class Both:
         self.text = text
         self.held_out = torch.arange(len(text)) % HELD_OUT == HELD_OUT - 1
         embeddings = outside["model.embed_tokens.weight"]
-        self.head = outside.get("lm_head.weight", embeddings)
+        self.head = outside.get("lm_head.weight", embeddings).to(embeddings.dtype)
+        self.dtype = embeddings.dtype  # in which both run, though a checkpoint may keep its norms in another
         self.hidden = F.embedding(text.to(embeddings.device), embeddings)  # [sequences, T, D]
         self.ours = self.hidden[self.held_out.to(self.hidden.device)]
         positions = torch.arange(text.shape[1], device=embeddings.device)[None]
-        self.dense_layer, self.norm, rotary = skeleton(config, AutoModelForCausalLM.from_config)
-        self.gqe_layer, _, _ = skeleton(plan.final, GQEForCausalLM._from_config)
-        self.norm.load_state_dict({"weight": outside["model.norm.weight"]}, assign=True)
-        self.positions = {"position_embeddings": rotary(self.hidden, positions), "position_ids": positions}
+        self.dense_layer, self.norm, dense_rotary = skeleton(config, AutoModelForCausalLM.from_config)
+        self.gqe_layer, _, gqe_rotary = skeleton(plan.final, GQEForCausalLM._from_config)
+        self.norm.load_state_dict({"weight": outside["model.norm.weight"].to(self.dtype)}, assign=True)
+        self.dense_place, self.gqe_place = (
+            {"position_embeddings": rotary(self.hidden, positions), "position_ids": positions}
+            for rotary in (dense_rotary, gqe_rotary)
+        )
 
     @torch.no_grad()
     def observe(self, tensors: dict[str, Tensor], where: str) -> Observed:
@@ -121,7 +133,8 @@ class Both:
         """
         layer, seen, heads = self.dense_layer, [], []
         try:
-            layer.load_state_dict({n: t for n, t in tensors.items() if not n.endswith(LEFT_OUT)}, assign=True)
+            held = {n: t.to(self.dtype) for n, t in tensors.items() if not n.endswith(LEFT_OUT)}
+            layer.load_state_dict(held, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise SettingError(f"checkpoint's tensors {where}* aren't those of its config.json: {reason}") from error
@@ -131,10 +144,11 @@ class Both:
             attention.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0])),
         ]
         try:
-            self.hidden = self._run(layer, self.hidden)
+            self.hidden = self._run(layer, self.hidden, self.dense_place)
         finally:
             for hook in hooks:
                 hook.remove()
+            layer.to("meta")
         head_dim = attention.head_dim
         rows = self.held_out.to(self.hidden.device).repeat_interleave(self.hidden.shape[1])
         return Observed(
@@ -144,12 +158,13 @@ class Both:
     @torch.no_grad()
     def follow(self, ours: dict[str, Tensor]) -> None:
         """Run the converted layer over its own hidden states of the held-out sequences."""
-        self.gqe_layer.load_state_dict(ours, assign=True)
-        self.ours = self._run(self.gqe_layer, self.ours)
+        self.gqe_layer.load_state_dict({name: tensor.to(self.dtype) for name, tensor in ours.items()}, assign=True)
+        self.ours = self._run(self.gqe_layer, self.ours, self.gqe_place)
+        self.gqe_layer.to("meta")
 
-    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def _run(self, layer: nn.Module, hidden: Tensor, place: dict[str, Any]) -> Tensor:
         sequences = max(1, PASS_TOKENS // hidden.shape[1])
-        return torch.cat([layer(part, attention_mask=None, **self.positions) for part in hidden.split(sequences)])
+        return torch.cat([layer(part, attention_mask=None, **place) for part in hidden.split(sequences)])
 
     @torch.no_grad()
     def judge(self, report: Report) -> None:

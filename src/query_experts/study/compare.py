@@ -163,7 +163,7 @@ def load_start(settings: TrainSettings) -> Start:
     assert settings.init is not None
     model, tokenizer = load_checkpoint(Path(settings.init), "init")
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):  # of the training, not of the model that comes
-        if getattr(settings, name) != default_of(settings, name):
+        if settings.is_given(name):
             setattr(model.config, name, getattr(settings, name))
     if settings.sparsify_fraction and (model.config.output_projection != "expert" or model.config.routing == "none"):
         raise SettingError(
@@ -211,7 +211,7 @@ def of_its_size(settings: TrainSettings, config: GQEConfig) -> TrainSettings:
     sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelSize) if hasattr(settings, f.name)}
     for name, own in (sizes | {"arm": default_of(settings, "arm"), "tokenizer": None}).items():
         held = getattr(settings, name)
-        if held not in (own, default_of(settings, name)):
+        if settings.is_given(name) and held != own:
             raise SettingError(f"{name} is {held!r}, and init brings its own; it must be left out")
     if settings.seq_len > config.max_position_embeddings:
         raise SettingError(

@@ -90,9 +90,10 @@ def train_arm(
     where = Pieces(resolve_device(settings.device), settings.dtype)
     callbacks = [ZClipCallback(), progress, where, StopAtDivergence(), StopWhenAsked(stop)]
     arguments = training_arguments(settings, seed, folder / "checkpoints")
+    checkpoint = last_checkpoint(folder / "checkpoints")
     kind: Callable[..., GQETrainer] = GQETrainer
     if start is not None:
-        arguments.eval_on_start = True
+        arguments.eval_on_start = checkpoint is None
         if start.sparsify_fraction:
             callbacks.append(TopKSchedule(model.config.active_query_experts, start.sparsify_fraction))
         if start.teacher is not None:
@@ -106,7 +107,7 @@ def train_arm(
     )
     trainer.remove_callback(PrinterCallback)
     with full_disk_as_os_error(folder), clean_up(trainer), stop.listening():
-        train_on(trainer, last_checkpoint(folder / "checkpoints"))
+        train_on(trainer, checkpoint)
         if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
         result = describe(settings, arm, seed, trainer, corpus, validation)

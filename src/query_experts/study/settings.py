@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -50,8 +50,8 @@ class RunSettings:
     active_query_experts: int = field(1, "experts that a token wakes in a group, k")
     head_dim: int = field(32, "head dim")
     tie_word_embeddings: bool = field(True, "one table for input and output embeddings")
-    router_aux_loss_coef: float = field(0.01, "weight of the balance loss; left at this, init's own")
-    router_z_loss_coef: float = field(0.0, "weight of the router z-loss; left at this, init's own")
+    router_aux_loss_coef: float = field(0.01, "weight of the balance loss; with init, its own unless given")
+    router_z_loss_coef: float = field(0.0, "weight of the router z-loss; with init, its own unless given")
 
     steps: int = field(240, "optimizer steps")
     batch_size: int = field(4, "sequences in a micro-batch")
@@ -125,6 +125,11 @@ class TrainSettings(RunSettings):
     distillation: float = field(0.9, "weight of KL(teacher || model); that of the language-model loss is the rest of 1")
     sparsify_fraction: float = field(0.0, "share of the steps in which k falls from all experts to that of init")
 
+    given: ClassVar[frozenset[str]] = frozenset()  # what the user set, be it to the default
+
+    def is_given(self, name: str) -> bool:
+        return name in self.given or getattr(self, name) != default_of(self, name)
+
     def check(self) -> None:
         super().check()
         check_seeds("seed", [self.seed])
@@ -135,6 +140,10 @@ class TrainSettings(RunSettings):
             raise SettingError(f"sparsify_fraction is {self.sparsify_fraction}; it must be 0 or more and below 1")
         if self.init == "":  # as the preset has it
             raise SettingError("init is empty; it must be a GQE checkpoint's folder")
+        if self.teacher == "":
+            raise SettingError(
+                "teacher is empty; it must be the dense model's checkpoint, or none for the language-model loss alone"
+            )
         if self.teacher is None and self.distillation != default_of(self, "distillation"):
             raise SettingError(f"distillation is {self.distillation}, which needs teacher; teacher must be given")
         if self.init is None:
