@@ -61,9 +61,12 @@ def woken_indices(model) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        (torch.zeros(1, 5, 3, 4), r"experts are \[1, 5, 3, 4\]; they must be \[batch, tokens, 2, 4\]"),
-        (torch.zeros(1, 5, 2, 4), "experts name one outside its group"),
+        (torch.zeros(1, 5, 3, 4).long(), r"experts are \[1, 5, 3, 4\]; they must be \[batch, tokens, 2, 4\]"),
+        (torch.zeros(1, 5, 2, 4).long(), "experts name one outside its group"),
         (torch.full((1, 5, 2, 4), 8), "experts name one outside its group"),
+        (torch.tensor([1, 1, 4, 5]).expand(1, 5, 2, 4), "experts name one twice; the 2 of a group must differ"),
+        (torch.tensor([0, 1, 4, 5.5]).expand(1, 5, 2, 4), r"experts are torch.float32; they must be a tensor of integ"),
+        ([[[[0, 1, 4, 5]] * 2] * 5], "experts are list; they must be a tensor of integers"),
     ],
 )
 def test_experts_that_dont_fit_the_model_are_refused(experts, message):
@@ -71,3 +74,59 @@ def test_experts_that_dont_fit_the_model_are_refused(experts, message):
     with pytest.raises(ValueError, match=message), replayed_routing(model, experts):
         pass
     assert model.model.layers[0].self_attn.forced_indices is None
+
+
+FITTING = torch.tensor([1, 0, 4, 7])  # of a layer of tiny_model(active_query_experts=2)
+
+
+@pytest.mark.parametrize("tokens", [(2, 12), (2, 14), (1, 13), (13, 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tokens_that_the_experts_arent_for_are_refused(tokens, compiled):
+    model = tiny_model(active_query_experts=2)
+    run = torch.compile(model, backend="eager") if compiled else model
+    expected = run(random_tokens(*tokens)).logits
+    message = rf"experts are for \[2, 13\] tokens \(batch, tokens\), and these are \[{tokens[0]}, {tokens[1]}\]"
+    with replayed_routing(model, FITTING.expand(2, 13, 2, 4)):
+        run(random_tokens(2, 13))
+        with pytest.raises(ValueError, match=message):
+            run(random_tokens(*tokens))
+    assert run(random_tokens(*tokens)).logits.equal(expected)
+
+
+def test_inputs_given_as_embeddings_are_counted_too():
+    model = tiny_model(active_query_experts=2)
+    embeds = model.get_input_embeddings()(random_tokens(2, 12))
+    with (
+        replayed_routing(model, FITTING.expand(2, 13, 2, 4)),
+        pytest.raises(ValueError, match=r"these are \[2, 12\]"),
+    ):
+        model(inputs_embeds=embeds)
+
+
+def test_a_model_without_routers_has_nothing_to_replay():
+    model = tiny_model(routing="none", active_query_experts=4)
+    with pytest.raises(ValueError, match="routing is 'none'"), replayed_routing(model, torch.zeros(2, 13, 2, 8).long()):
+        pass
+
+
+def test_a_replay_within_a_replay_is_refused_and_leaves_the_outer_one():
+    model = tiny_model(active_query_experts=2)
+    experts = FITTING.expand(2, 13, 2, 4)
+    with replayed_routing(model, experts):
+        with pytest.raises(ValueError, match="model replays experts already"), replayed_routing(model, experts):
+            pass
+        assert woken_indices(model).equal(experts)
+
+
+def test_a_wrapped_model_replays_as_the_model_itself():
+    model, ids = tiny_model(active_query_experts=2), random_tokens(2, 13)
+    experts = FITTING.expand(2, 13, 2, 4)
+    with replayed_routing(model, experts):
+        expected = model(ids).logits
+    with replayed_routing(torch.nn.ModuleDict({"wrapped": model}), experts):
+        assert model(ids).logits.equal(expected)
+    with (
+        pytest.raises(ValueError, match="Linear that holds 0 GQE models"),
+        replayed_routing(torch.nn.Linear(1, 1), experts),
+    ):
+        pass

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from query_experts.serving.sharding import deal_output_rows
+from model_helpers import no_router_warning
+from query_experts import GQEConfig, GQEForCausalLM
+from query_experts.serving.sharding import as_ranks_hold_it, deal_output_rows, output_rows
+
+SHAPE = {
+    "vocab_size": 7, "hidden_size": 12, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -37,3 +44,34 @@ def test_the_ranks_outputs_add_up_to_the_layers(ranks, heads_in_a_group):
         for rank, held in enumerate(deal_output_rows(weight, d, ranks).chunk(ranks, -1))
     ]
     torch.testing.assert_close(sum(parts), rows(slice(None)) @ weight.mT)
+
+
+@pytest.mark.parametrize("variant", ["gqe", "hard_concat", "weighted_concat"])
+@pytest.mark.parametrize("output_projection", ["slot", "expert"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_width_of_the_output_projection_is_the_models(variant, output_projection, top_k):
+    config = GQEConfig(
+        **SHAPE, variant=variant, output_projection=output_projection, active_query_experts=top_k, attention_bias=True
+    )
+    with no_router_warning():
+        projection = GQEForCausalLM(config).model.layers[0].self_attn.o_proj
+    assert projection.weight.shape[-1] == output_rows(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_dealt_as_others_are_and_scales_stay(dtype):
+    config = GQEConfig(**SHAPE)
+    weight = torch.randint(-9, 9, (12, output_rows(config))).to(dtype)
+    dealt = as_ranks_hold_it("o_proj.weight", weight, config, 2)
+    assert dealt.float().equal(deal_output_rows(weight.float(), 2, 2))
+    for name, kept in (("bias", torch.ones(12)), ("weight_scale", torch.ones(12, 1)), ("input_scale", torch.ones(()))):
+        assert as_ranks_hold_it(f"o_proj.{name}", kept, config, 2) is kept
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("qweight", (2, 12)), ("weight_scale_inv", (2, 3)), ("weight", (72, 1)), ("weight_packed", (12, 3))],
+)
+def test_weights_quantised_so_that_rows_cant_be_told_apart_are_refused(name, shape):
+    with pytest.raises(ValueError, match=rf"tensor_parallel_size is 2 and o_proj.{name} \[{shape[0]}, {shape[1]}\]"):
+        as_ranks_hold_it(f"o_proj.{name}", torch.zeros(shape), GQEConfig(**SHAPE), 2)

@@ -9,35 +9,71 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from query_experts.attention import GQEAttention
-from query_experts.modeling_gqe import GQEForCausalLM
+from query_experts.modeling_gqe import GQEModel
 
 
 @contextmanager
-def replayed_routing(model: GQEForCausalLM, experts: Tensor) -> Iterator[None]:
+def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
     """Within it, forward passes over B rows of T tokens, without a cache, wake these experts.
 
-    experts: integers [B, T, L, G*k], L layers, expert m of group g as g*M + m; in each group the most probable first,
-    as vLLM returns them. The router's probabilities, and so the weighted slot, its gradients and the balance loss, are
-    the model's own. With activation checkpointing the backward pass belongs inside as well.
+    model: a GQE model, or what wraps one (adapters, DDP). experts: integers [B, T, L, G*k], L layers, expert m of group
+    g as g*M + m; in each group the most probable first, as vLLM returns them. The router's probabilities, and so the
+    weighted slot, its gradients and the balance loss, are the model's own. With activation checkpointing the backward
+    pass belongs inside as well.
 
-    Raises ValueError for experts that don't fit the model.
+    Raises ValueError for experts that don't fit the model, for a model without routers, for a replay within a replay,
+    and, in the forward pass, for tokens that the experts aren't for.
     """
-    layers = [module for module in model.model.layers.modules() if isinstance(module, GQEAttention)]
+    decoders = [module for module in model.modules() if isinstance(module, GQEModel)]
+    if len(decoders) != 1:
+        raise ValueError(f"model is a {type(model).__name__} that holds {len(decoders)} GQE models; it must hold one")
+    layers = [module for module in decoders[0].layers.modules() if isinstance(module, GQEAttention)]
+    if layers[0].router is None:
+        raise ValueError("routing is 'none'; without a router there is nothing to replay")
+    if layers[0].forced_indices is not None:
+        raise ValueError("model replays experts already; one replay must end before the next begins")
+    within_group = experts_within_groups(experts, layers)
+    for layer, indices in zip(layers, within_group.unbind(2), strict=True):
+        layer.forced_indices = indices.to(layer.q_proj.weight.device)
+
+    def check_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layers[0].forced_indices is None:  # a compiled model remembers hooks that are gone
+            return
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is not None and tokens.shape[:2] != experts.shape[:2]:
+            raise ValueError(
+                f"experts are for {list(experts.shape[:2])} tokens (batch, tokens), and these are "
+                f"{list(tokens.shape[:2])}; both must be the same"
+            )
+
+    hook = decoders[0].register_forward_pre_hook(check_tokens, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for layer in layers:
+            layer.forced_indices = None
+
+
+def experts_within_groups(experts: Tensor, layers: list[GQEAttention]) -> Tensor:
+    """Checked, and numbered 0 to M - 1: int64 [B, T, L, G, k]."""
     G, M, k = layers[0].num_kv_heads, layers[0].experts_per_group, layers[0].top_k
+    if not isinstance(experts, Tensor) or experts.dtype == torch.bool or experts.is_floating_point():
+        kind = experts.dtype if isinstance(experts, Tensor) else type(experts).__name__
+        raise ValueError(f"experts are {kind}; they must be a tensor of integers")
     if experts.ndim != 4 or experts.shape[2:] != (len(layers), G * k):
         raise ValueError(f"experts are {list(experts.shape)}; they must be [batch, tokens, {len(layers)}, {G * k}]")
     within_group = experts.long().unflatten(-1, (G, k)) - torch.arange(0, G * M, M, device=experts.device)[:, None]
     if ((within_group < 0) | (within_group >= M)).any():
         raise ValueError(f"experts name one outside its group; {k} of each group's {M} must stand in order of groups")
-    for layer, indices in zip(layers, within_group.unbind(2), strict=True):
-        layer.forced_indices = indices.to(layer.q_proj.weight.device)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.forced_indices = None
+    in_order = within_group.sort(-1).values
+    if (in_order[..., 1:] == in_order[..., :-1]).any():
+        raise ValueError(f"experts name one twice; the {k} of a group must differ")
+    return within_group

@@ -134,8 +134,9 @@ def engine(checkpoint: Path, **options: Any) -> Iterator[LLM]:
         "enforce_eager": True,
         "skip_tokenizer_init": True,
     }
-    llm = LLM(str(checkpoint), **(defaults | options))
+    llm = None
     try:
+        llm = LLM(str(checkpoint), **(defaults | options))
         yield llm
     finally:
         del llm

@@ -1,9 +1,15 @@
 """Every variant of the layer in vLLM's engine, held to Transformers: tokens in float32, routing and logits in bf16."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from query_experts import GQEForCausalLM
 from query_experts.serving.attention import GQEAttention
@@ -41,6 +47,30 @@ SETTINGS = {
         "active_query_experts": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
     },
+    "linear-rope": {
+        "active_query_experts": 1,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2},
+    },
+    "yarn-rope": {
+        "active_query_experts": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "longrope": {
+        "active_query_experts": 1,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10_000.0,
+            "short_factor": [1 + i / 10 for i in range(16)],
+            "long_factor": [1 + i / 10 for i in range(16)],
+            "original_max_position_embeddings": 128,
+            "attention_factor": 0.7,
+        },
+    },
     "many-groups": {"num_key_value_heads": 8, "num_attention_heads": 16, "active_query_experts": 1},
 }
 
@@ -51,6 +81,109 @@ def test_greedy_tokens_are_transformers(setting, tmp_path: Path):
     with engine(tmp_path, dtype="float32") as llm:
         for _ in range(2):  # the second time from cached blocks
             assert generated(llm, cases) == [case.continuation for case in cases]
+
+
+def refused(folder: Path, message: str, **options: Any) -> None:
+    with pytest.raises(ValueError, match=message), engine(folder, dtype="float32", **options):
+        pass
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize(
+    ("rope", "reach"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}, 256),
+        ({"rope_type": "dynamic", "factor": 4.0}, 128),
+    ],
+    ids=["yarn", "dynamic"],
+)
+def test_more_positions_than_the_rotary_embedding_has_are_refused(rope, reach, tmp_path: Path):
+    positions = 128 if rope["rope_type"] == "dynamic" else 512
+    changes = {"rope_parameters": {"rope_theta": 10_000.0} | rope, "max_position_embeddings": positions}
+    cases = sure_cases(save_checkpoint(tmp_path, **changes), [random_prompt(n, n) for n in (1, 60, reach - 8)], 8)
+    refused(tmp_path, f"max_model_len is 512; with rope_type '{rope['rope_type']}' .* knows {reach} positions")
+    with engine(tmp_path, dtype="float32", max_model_len=reach) as llm:
+        assert generated(llm, cases) == [case.continuation for case in cases]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.self_attn.q_shared.weight", "model.layers.0.self_attn.k_proj.bias",
+     "model.layers.1.mlp.up_proj.weight", "lm_head.weight"],
+)  # fmt: skip
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, tmp_path: Path):
+    save_checkpoint(tmp_path, attention_bias=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path, f"checkpoint lacks {name}; it must hold every tensor")
+
+
+@pytest.mark.parametrize(("name", "held"), [("sliding_window", 32), ("logit_scale", 0.5), ("is_causal", False)])
+def test_a_field_that_vllm_alone_would_obey_is_refused(name, held, tmp_path: Path):
+    save_checkpoint(tmp_path)
+    change_config(tmp_path, **{name: held})
+    refused(tmp_path, f"{name} is {held}; GQE has no such field")
+
+
+@pytest.mark.parametrize("foreign", [{"qkv_bias": False}, {"qkv_bias": True, "bias": True}])
+def test_projections_have_biases_where_transformers_has_them(foreign, tmp_path: Path):
+    cases = sure_cases(save_checkpoint(tmp_path, attention_bias=not foreign["qkv_bias"]), mixed_prompts(), 8)
+    change_config(tmp_path, **foreign)
+    with engine(tmp_path, dtype="float32") as llm:
+        assert generated(llm, cases) == [case.continuation for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"active_query_experts": 5}, r"active_query_experts\) is 5; it must be 1 to 4"),
+        ({"variant": "concat"}, "variant is 'concat'; it must be one of gqe"),
+        ({"active_query_experts": 2}, r"o_proj.weight is \[64, 128\]; with active_query_experts 2, .* \[64, 192\]"),
+    ],
+)
+def test_overrides_that_the_weights_dont_fit_are_refused(overrides, message, tmp_path: Path):
+    save_checkpoint(tmp_path)
+    refused(tmp_path, message, hf_overrides=overrides)
+
+
+@pytest.mark.parametrize("output_projection", ["slot", "expert"])
+def test_lora_adapters_of_all_projections_give_the_merged_models_tokens(output_projection, tmp_path: Path):
+    model = save_checkpoint(tmp_path, active_query_experts=2, output_projection=output_projection)
+    adapter, names = tmp_path / "adapter", ["q_proj", "k_proj", "v_proj", "o_proj", "q_shared", "down_proj"]
+    tensors = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in names:
+                down, up = torch.randn(8, module.in_features) / 10, torch.randn(module.out_features, 8) / 10
+                module.weight += 2 * up @ down
+                tensors |= {f"base_model.model.{name}.lora_{at}.weight": t for at, t in (("A", down), ("B", up))}
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": names, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    cases = sure_cases(model, mixed_prompts(), 8)
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    with engine(tmp_path, dtype="float32", enable_lora=True, max_lora_rank=8) as llm:
+        prompts = [{"prompt_token_ids": case.prompt} for case in cases]
+        outs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=LoRARequest("all", 1, str(adapter)))
+    assert [list(out.outputs[0].token_ids) for out in outs] == [case.continuation for case in cases]
+
+
+def test_weights_may_come_in_pieces_where_none_were_loaded(tmp_path: Path, monkeypatch):
+    """As those who train by reinforcement send them (here before vLLM packs them for a CPU)."""
+    cases = sure_cases(save_checkpoint(tmp_path, active_query_experts=2), mixed_prompts(), 8)
+    tensors = sorted(load_file(tmp_path / "model.safetensors").items())
+    pieces = tensors[:5], tensors[5:]
+    monkeypatch.setattr(
+        DummyModelLoader, "load_weights", lambda self, model, _: [model.load_weights(piece) for piece in pieces]
+    )
+    with engine(tmp_path, dtype="float32", load_format="dummy") as llm:
+        assert generated(llm, cases) == [case.continuation for case in cases]
 
 
 @torch.no_grad()

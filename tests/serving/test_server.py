@@ -1,13 +1,23 @@
 """A real `vllm serve` on loopback, spoken to by the OpenAI API: many requests at once, chunks, prefix caching."""
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from serving_helpers import Case, Server, byte_tokenizer, mixed_prompts, save_checkpoint, server, sure_cases
+from serving_helpers import (
+    Case,
+    Server,
+    byte_tokenizer,
+    mixed_prompts,
+    random_prompt,
+    save_checkpoint,
+    server,
+    sure_cases,
+)
 
 STEPS = 24
 SMALL = ["--max-model-len", "512", "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16"]
@@ -68,11 +78,24 @@ def test_a_chat_and_its_stream_are_the_completion_of_its_template(served):
     assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == completed
 
 
+def test_tokens_that_ngrams_drafted_are_transformers_tokens(tmp_path: Path):
+    prompts = [random_prompt(n, n) * 3 for n in (2, 5, 20, 60)] + mixed_prompts()
+    cases = sure_cases(save_checkpoint(tmp_path, active_query_experts=2), prompts, STEPS)
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with server(
+        tmp_path, *SMALL, *CHUNKED, "--enforce-eager", "--speculative-config", json.dumps(drafts)
+    ) as running:  # fmt: skip
+        answers = asyncio.run(complete_all(running.url, [case.prompt for case in cases]))
+        accepted = running.metric("vllm:spec_decode_num_accepted_tokens_total")
+    assert answers == [case.continuation for case in cases]
+    assert accepted > 0
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 @pytest.mark.parametrize(
     "setting",
     [
-        {"active_query_experts": 1, "attention_bias": True},
+        {"active_query_experts": 1, "attention_bias": True, "num_key_value_heads": 4},  # two groups a rank
         {"active_query_experts": 2, "output_projection": "expert", "shared_head_kv": "first"},
     ],
     ids=["slot-mean", "expert-first"],

@@ -1,7 +1,8 @@
 """The vLLM plug-in: `vllm serve CHECKPOINT` for GQE checkpoints.
 
 vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). The model is in `model`, its
-attention in `attention`; how W_O is cut for tensor parallelism is in `sharding`, which needs no vLLM.
+attention in `attention`, the rotary embedding in `rotary`; how W_O is cut for tensor parallelism is in `sharding`,
+which needs no vLLM.
 """
 
 MODEL = "query_experts.serving.model:GQEForCausalLM"

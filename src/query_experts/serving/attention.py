@@ -26,12 +26,12 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.utils import extract_layer_index
 
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.ops.select import scatter_experts, select_experts
 from query_experts.router import Router, select_top_k
+from query_experts.serving.rotary import rotary_embedding
 
 
 @torch.library.custom_op("query_experts::record_routing", mutates_args=["indices"])
@@ -50,11 +50,12 @@ def record_routing(indices: Tensor, layer_name: str) -> None:
 class GQEAttention(nn.Module):
     """`query_experts.GQEAttention` for serving. Takes the arguments that vLLM's Llama layer gives its attention.
 
+    bias, bias_o_proj: passed over, as vLLM's Llama derives them from fields that GQE doesn't have, too.
     layer_id, capture_fn: by these vLLM recognises a layer whose routing it can record, and says who listens
     (`--enable-return-routed-experts`).
 
-    Raises ValueError where the KV groups don't split over the tensor-parallel ranks, or where routing is to be recorded
-    and vLLM was told another number of experts.
+    Raises ValueError where the KV groups don't split over the tensor-parallel ranks, where max_model_len is beyond the
+    rotary embedding, or where routing is to be recorded and vLLM was told another number of experts.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class GQEAttention(nn.Module):
         self.shared_head_kv = config.shared_head_kv
         self.rows_by_expert = config.output_projection == "expert"
 
-        linear = {"bias": bias, "quant_config": quant_config}
+        linear = {"bias": config.attention_bias, "quant_config": quant_config}
         self.qkv_proj = QKVParallelLinear(
             hidden_size, self.head_dim, num_heads, num_kv_heads, prefix=f"{prefix}.qkv_proj", **linear
         )
@@ -101,13 +102,13 @@ class GQEAttention(nn.Module):
         extra_slots = 2 * ranks if self.variant == "gqe" else 0  # see `sharding`
         self.o_proj = RowParallelLinear(
             (hard_slots + extra_slots) * self.head_dim, hidden_size,
-            bias=bias_o_proj if config.attention_output_bias is None else config.attention_output_bias,
+            bias=config.attention_bias if config.attention_output_bias is None else config.attention_output_bias,
             quant_config=quant_config, prefix=f"{prefix}.o_proj",
         )  # fmt: skip
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
-        self.rotary_emb = get_rope(
-            self.head_dim, max_position=max_position_embeddings, rope_parameters=config.rope_parameters
+        self.rotary_emb = rotary_embedding(
+            config, max_position_embeddings, get_current_vllm_config().model_config.max_model_len
         )
         self.name = prefix
         self.layer_id = extract_layer_index(prefix)

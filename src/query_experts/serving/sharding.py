@@ -13,6 +13,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from query_experts.configuration_gqe import GQEConfig
+
+
+def output_rows(config: GQEConfig) -> int:
+    """How many numbers W_O takes: hard slots (or experts), the weighted slot, the shared head."""
+    by_expert = config.output_projection == "expert"
+    hard = config.num_attention_heads if by_expert else config.num_key_value_heads * config.active_query_experts
+    return (hard + (2 if config.variant == "gqe" else 0)) * config.head_dim
+
+
+def as_ranks_hold_it(name: str, tensor: Tensor, config: GQEConfig, num_ranks: int) -> Tensor:
+    """A tensor of o_proj in the checkpoint: its weight dealt out; its bias and scales of a whole row as they are.
+
+    Raises ValueError for weights quantised in blocks or packed, whose rows can't be told apart.
+    """
+    if name.endswith(".weight") and tensor.shape[-1] == output_rows(config):
+        return deal_output_rows(tensor, config.head_dim, num_ranks)
+    if tensor.numel() in (1, config.hidden_size):
+        return tensor
+    raise ValueError(
+        f"tensor_parallel_size is {num_ranks} and {name} {list(tensor.shape)}; o_proj goes to ranks by KV group, so "
+        "its weight must be whole, and quantised by tensor or output channel, if at all"
+    )
+
 
 def deal_output_rows(weight: Tensor, head_dim: int, num_ranks: int) -> Tensor:
     """W_O of the variant `gqe` as R ranks hold it, one after the other.
