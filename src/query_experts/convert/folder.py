@@ -109,6 +109,10 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
         copy_beside(folder, building)
         write_json(building / "conversion.json", describe(settings, report))
         if out.exists():  # a working directory, perhaps: it stays the same folder
+            if any(out.iterdir()):
+                raise SettingError(
+                    f"out is {settings.out}, which was filled meanwhile; it must be a new or empty folder"
+                )
             for path in sorted(building.iterdir(), key=lambda path: path.name == "config.json"):
                 path.rename(out / path.name)
         else:
@@ -205,7 +209,9 @@ def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None,
     weight_map: dict[str, str] = {}
     total = 0
     with tqdm(desc="converting", unit="part", total=files) as bar:
-        for number, tensors in enumerate(convert(source, plan, text, report), 1):
+        number = 0  # counted by hand, as enumerate would hold the last part
+        for tensors in convert(source, plan, text, report):
+            number += 1  # noqa: SIM113
             name = f"model-{number:05}-of-{files:05}.safetensors"
             on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
             save_file(on_cpu, building / name, metadata={"format": "pt"})
