@@ -184,15 +184,16 @@ def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
     packed = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
     outputs = [
         model(**given, use_cache=False).logits
-        for model, given in ((student, packed), (teacher, seen_by_teacher(packed)))
+        for model, given in ((student, packed), (teacher, seen_by_teacher(packed, apart=True)))
     ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     assert (teacher(**packed, use_cache=False).logits - outputs[0]).abs().max() > 1e-3  # as it would be without
     hidden = packed | {"attention_mask": (torch.arange(12) < 10).long().expand(2, -1)}
     with pytest.raises(ValueError, match="attention_mask hides tokens and position_ids begin anew"):
-        seen_by_teacher(hidden)
+        seen_by_teacher(hidden, apart=True)
     one = hidden | {"position_ids": torch.arange(12)[None]}
-    assert seen_by_teacher(one) == one
+    assert seen_by_teacher(one, apart=True) == one
+    assert seen_by_teacher(hidden, apart=False) == hidden  # a stock student sees it as its teacher does
 
 
 def test_the_schedule_sets_the_models_k(tmp_path):

@@ -43,7 +43,8 @@ class DistillationTrainer(GQETrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.weight:
             with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = self.teacher(**seen_by_teacher(inputs), use_cache=False).logits
+                seen = seen_by_teacher(inputs, apart=self.model.config.model_type == "gqe")
+                teacher_logits = self.teacher(**seen, use_cache=False).logits
             logits = outputs["logits"]
             kl = divergence(logits, teacher_logits.to(logits.device), labels, num_items_in_batch)
             lm_loss = self.lm_loss(outputs, num_items_in_batch)
@@ -51,11 +52,14 @@ class DistillationTrainer(GQETrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def seen_by_teacher(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that a stock model takes. Documents of a row are kept apart by it only where no mask is given."""
+def seen_by_teacher(inputs: dict[str, Any], apart: bool) -> dict[str, Any]:
+    """The inputs that a stock model takes. Documents of a row are kept apart by it only where no mask is given.
+
+    apart: whether the student keeps them apart in any case, as GQE does.
+    """
     seen = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
     mask, positions = seen.get("attention_mask"), seen.get("position_ids")
-    if mask is not None and mask.ndim == 2 and positions is not None:
+    if apart and mask is not None and mask.ndim == 2 and positions is not None:
         following = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
         if mask.all():
             del seen["attention_mask"]
@@ -93,12 +97,6 @@ class TopKSchedule(TrainerCallback):
         falls = experts - self.top_k
         falling = min(round(self.fraction * steps), steps - 1)
         return experts - (falls if step >= falling else falls * step // falling)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step:  # resumed, so that a validation before its first step is of the right k as well
-            self.on_step_begin(args, state, control, **kwargs)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
