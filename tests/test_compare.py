@@ -216,6 +216,18 @@ def test_a_changed_setting_is_refused_where_there_are_only_checkpoints(tmp_path)
         train(tiny_train(tmp_path, steps=8), quiet())
 
 
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors"])
+def test_a_checkpoint_that_lacks_a_file_is_not_gone_on_from_and_it_is_said(tmp_path, capsys, lost):
+    assert not train(tiny_train(tmp_path, stop_after_minutes=0), quiet())
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert run_module.last_checkpoint(checkpoint.parent) == checkpoint
+    (checkpoint / lost).unlink()
+    capsys.readouterr()
+    assert run_module.last_checkpoint(checkpoint.parent) is None
+    assert f"{checkpoint} is damaged or lacks files" in capsys.readouterr().err
+    assert not checkpoint.exists()
+
+
 def test_changed_data_is_refused(folder):
     with (folder / "text.txt").open("a") as text:
         text.write("one more line\n")

@@ -68,6 +68,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         **SIZE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3
     ),
     "llama-with-a-partial-factor": LlamaConfig(**SIZE, head_dim=8, rope_parameters=PARTIAL),  # which it passes over
+    "llama-with-a-window": LlamaConfig(**SIZE, head_dim=8, sliding_window=16),  # which it doesn't know
     "mistral": MistralConfig(**SIZE, sliding_window=None),
     "mistral-window-beyond-its-length": MistralConfig(**SIZE, sliding_window=128),
     "qwen2": Qwen2Config(**SIZE),
@@ -229,7 +230,7 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     ),
     "partial and scaled": (
         LlamaConfig(**SIZE, rope_parameters=LLAMA3 | {"partial_rotary_factor": 0.5}),
-        "rope_type 'llama3' and partial_rotary_factor 0.5, with which Transformers' llama can't run",
+        "rope_type 'llama3' and partial_rotary_factor 0.5; .* partial_rotary_factor must be 1 for llama",
     ),
     "latent attention": (DeepseekV3Config(num_hidden_layers=1), "latent attention"),
     "attention sinks": (GptOssConfig(num_hidden_layers=1), "sinks"),

@@ -223,6 +223,22 @@ def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, refuse
 def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
     out = tmp_path / "out"
     refused(["convert", tmp_path / "nowhere", out], "checkpoint is", "nowhere")
+    refused(["convert", dense, ""], "out is empty; it must be a new or empty folder")
+    for settings, words in {
+        ("hidden_act", "nonsense"): "hidden_act is 'nonsense'; it must be an activation",
+        ("rope_parameters", "weird"): "rope_type is 'weird'; it must be default or one of",
+    }.items():
+        name, value = settings
+        value = {"rope_type": value, "rope_theta": 1e4} if name == "rope_parameters" else value
+        wrong = copy_with(dense, tmp_path / name, {name: value})
+        refused(["convert", wrong, out], words)
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\xfd" * 100)
+    refused(["convert", dense, out, "--calibrate", binary], "query-experts: calibrate holds", "not UTF-8")
+    bare = shutil.copytree(dense, tmp_path / "bare")
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    refused(["convert", bare, out, "--calibrate", text], f"checkpoint is {bare}, whose tokenizer isn't there")
     refused(["convert", dense, out, "--top_k", 5], "top_k is 5; it must be 1 to 4")
     refused(["convert", dense, out, "--output_projection", "slot"], "calibrate must be given")
     refused(["convert", dense, out, "--router", "calibrated"], "router is 'calibrated'")
@@ -360,6 +376,43 @@ def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, ch
     tokenizer.write_text(json.dumps(held))
     changes = {k: folders.get(v, v) for k, v in changes.items()}
     refused(options("train", tmp_path / "run", text, **WITHOUT_SIZES | changes), words)
+
+
+def copy_with(checkpoint, folder, config=None, without=None):
+    """A copy of a checkpoint of one file with other settings, or without the tensors whose name ends so."""
+    shutil.copytree(checkpoint, folder)
+    held = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(held | (config or {})))
+    if without is not None:
+        for path in folder.glob("*.safetensors"):
+            kept = {name: t for name, t in load_file(path).items() if not name.endswith(without)}
+            save_file(kept, path, metadata={"format": "pt"})
+    return folder
+
+
+DAMAGE = {
+    "lacks": ({"without": "layers.1.self_attn.k_proj.weight"}, "lacks 1 weights", "layers.1.self_attn.k_proj.weight"),
+    "layers": ({"config": {"num_hidden_layers": 3, "layer_types": None}}, "lacks", "model.layers.2."),
+    "shape": ({"config": {"intermediate_size": 49}}, "has shape", "by config.json it must have"),
+    "act": ({"config": {"hidden_act": "nonsense"}}, "can't be loaded: KeyError: 'nonsense'"),
+    "heads": ({"config": {"num_key_value_heads": 0}}, "can't be loaded"),
+    "gptq": ({"config": {"quantization_config": {"quant_method": "gptq", "bits": 4}}}, "can't be loaded"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_alike_by_every_command_that_loads_one(
+    tmp_path, dense, text, refused, damage, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    how, *words = DAMAGE[damage]
+    assert main(["convert", str(dense), "whole", "--top_k", "1"]) == 0
+    copy_with(tmp_path / "whole", tmp_path / "gqe", **how)
+    copy_with(dense, tmp_path / "dense", **how)
+    refused(["generate", "gqe"], "checkpoint is gqe", *words)
+    refused(options("train", "run", text, **WITHOUT_SIZES, init="gqe"), "init is gqe", *words)
+    refused(options("train", "run", text, **WITHOUT_SIZES, init="whole", teacher="dense"), "teacher is dense", *words)
+    refused(["evaluate", "gqe", "--tasks", "piqa"], "checkpoint is gqe", *words)
 
 
 def copy_with_nan(checkpoint, folder):

@@ -11,7 +11,9 @@ import errno
 import json
 import signal
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -164,15 +166,25 @@ def run_convert(argv: list[str]) -> int:
 
     check_seeds("seed", [options.seed])
     settings = ConvertSettings(**vars(options) | {"device": resolve_device(options.device)})
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
-    try:
+    with ended_in_order():
         plan, report = convert_folder(settings)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     console = Console()
     print_report(plan, report, console)
     console.print(f"Checkpoint: {settings.out}")
     return 0
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM ends the process with 143 and not at once, so that what is half written is removed."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run_generate(argv: list[str]) -> int:

@@ -34,8 +34,8 @@ from transformers.utils import logging as transformers_logging
 
 from query_experts.errors import SettingError
 from query_experts.files import write_json
-from query_experts.generation import UNLOADABLE, require_finite, require_folder
-from query_experts.local_tasks import write_definitions
+from query_experts.generation import UNLOADABLE, load_whole, reason
+from query_experts.local_tasks import examples_before, write_definitions
 from query_experts.study.environment import environment
 from query_experts.study.settings import resolve_device
 
@@ -205,28 +205,16 @@ def quiet() -> None:
 
 def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint. Raises SettingError if it has no weights, or no tokenizer, to score with."""
-    require_folder(checkpoint, "checkpoint")
     folder = Path(checkpoint)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise SettingError(f"checkpoint is {checkpoint}, which holds no config.json; it must be a model's folder")
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, output_loading_info=True)
-    except UNLOADABLE as error:
-        raise SettingError(f"checkpoint is {checkpoint}, which can't be loaded: {error}") from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise SettingError(
-            f"checkpoint is {checkpoint}, which lacks {len(missing)} weights of {type(model).__name__}, such as "
-            f"{missing[0]}; it must hold them all"
-        )
-    require_finite(model, f"checkpoint is {checkpoint}")
+    model = load_whole(AutoModelForCausalLM, checkpoint, dtype, "checkpoint")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (*UNLOADABLE, KeyError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")
+    except UNLOADABLE as error:
         raise SettingError(
-            f"checkpoint is {checkpoint}, whose tokenizer can't be loaded ({reason}); it must have one beside it, as "
-            "save_pretrained writes it"
+            f"checkpoint is {checkpoint}, whose tokenizer can't be loaded ({reason(error)}); it must have one beside "
+            "it, as save_pretrained writes it"
         ) from error
     size, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if not tokenizer.vocab_size or size > rows:
@@ -294,11 +282,8 @@ def require_texts(name: str, task: Any) -> None:
 
 def set_examples(name: str, task: Any, num_fewshot: int | None) -> None:
     """As many examples before a question as asked. Raises SettingError for more than the task can show."""
-    own = task.get_config("num_fewshot")
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":  # a text is scored alone, whatever lm-eval writes down
-        own = 0
-    shots = own if own == 0 or num_fewshot is None else num_fewshot  # a task that says 0 has no examples to show
-    task.set_config("num_fewshot", shots or 0)
+    shots = examples_before(task.OUTPUT_TYPE, task.get_config("num_fewshot"), num_fewshot)
+    task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(FEWSHOT_SEED)
     if not shots or not hasattr(task, "sampler"):
         return

@@ -91,8 +91,7 @@ def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: 
         )
     asked = task.get("test_split") or task["validation_split"]
     shown = task.get("fewshot_split") or task.get("training_split")
-    own = 0 if task.get("output_type") == "loglikelihood_rolling" else task.get("num_fewshot")
-    shots = own if own == 0 or shots is None else shots
+    shots = examples_before(task.get("output_type"), task.get("num_fewshot"), shots)
     needed = {asked} | ({shown} if shots and shown else set())
     files: dict[str, str] = {}
     note = None
@@ -111,6 +110,13 @@ def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: 
     here["dataset_kwargs"] = {"data_files": files, "cache_dir": str(folder / "cache")}
     absent = {key: None for key in (*SPLITS.values(), "fewshot_split") if task.get(key) not in files}
     return here | absent, note
+
+
+def examples_before(output_type: str | None, own: int | None, asked: int | None) -> int:
+    """Examples before a question: as many as asked, or the task's own; a task that says 0 has none to show."""
+    if output_type == "loglikelihood_rolling":  # a text is scored alone, whatever lm-eval writes down
+        return 0
+    return (own if own == 0 or asked is None else asked) or 0
 
 
 def read_rows(source: Source, path: Path) -> list[Row]:

@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.convert.names import LAYER
@@ -67,15 +69,16 @@ def untied(config: PreTrainedConfig) -> PreTrainedConfig:
 def rotary(dense: PreTrainedConfig) -> dict[str, Any]:
     """The rotary embedding as the dense model itself computes it; of these families Phi-3 alone rotates a part.
 
-    Raises SettingError for a part with scaled frequencies, with which such a model doesn't run.
+    Raises SettingError for a part with scaled frequencies.
     """
     held = dict(dense.rope_parameters)
     part = held.get("partial_rotary_factor", 1.0)
     if dense.model_type != "phi3" and part != 1.0:
         if held.get("rope_type", "default") != "default":
             raise SettingError(
-                f"rope_parameters hold rope_type {held['rope_type']!r} and partial_rotary_factor {part}, with which "
-                f"Transformers' {dense.model_type} can't run; partial_rotary_factor must be 1 there"
+                f"rope_parameters hold rope_type {held['rope_type']!r} and partial_rotary_factor {part}; scaled "
+                f"frequencies of a part are converted of phi3 alone, so partial_rotary_factor must be 1 for "
+                f"{dense.model_type}"
             )
         del held["partial_rotary_factor"]  # passed over by the dense model
     return held
@@ -101,13 +104,20 @@ def check_convertible(dense: PreTrainedConfig) -> None:
             "heads or more, or there is nothing to route (M = 1)"
         )
     window = getattr(dense, "sliding_window", None)
-    by_layer = kind in ("qwen2", "qwen3")  # the others know the window alone
-    slides = "sliding_attention" in dense.layer_types if by_layer else window is not None
+    by_layer = kind in ("qwen2", "qwen3")  # Llama knows no window, and the others know it alone
+    slides = "sliding_attention" in dense.layer_types if by_layer else kind != "llama" and window is not None
     if slides and (window is None or window < dense.max_position_embeddings):
         named = "layer_types hold 'sliding_attention', " if by_layer else ""
         raise SettingError(
             f"{named}sliding_window is {window} and max_position_embeddings {dense.max_position_embeddings}; GQE has "
             "no sliding windows, so sliding_window must be null, or no smaller than max_position_embeddings"
+        )
+    if dense.hidden_act not in ACT2FN:
+        raise SettingError(f"hidden_act is {dense.hidden_act!r}; it must be an activation that Transformers knows")
+    rope_type = dense.rope_parameters.get("rope_type", "default")
+    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+        raise SettingError(
+            f"rope_type is {rope_type!r}; it must be default or one of {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
         )
     if getattr(dense, "quantization_config", None) is not None:
         raise SettingError("checkpoint is quantised; it must hold plain weights (quantise it after converting)")

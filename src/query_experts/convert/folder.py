@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,7 +34,7 @@ from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_tokenizer
 from query_experts.errors import SettingError
 from query_experts.files import full_disk_as_os_error, require_space, write_json
-from query_experts.generation import UNLOADABLE, require_folder
+from query_experts.generation import UNLOADABLE, reason, require_folder
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LENGTH = 512  # of a sequence of text, where nothing else is asked for and the model takes so many
@@ -77,7 +78,9 @@ class ConvertSettings:
 
 
 def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
-    """Write the GQE checkpoint. It appears whole or not at all. Raises SettingError for what can't be converted."""
+    """Write the GQE checkpoint, its config.json last. Raises SettingError for what can't be converted."""
+    if not settings.out:
+        raise SettingError("out is empty; it must be a new or empty folder")
     out = Path(settings.out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(f"out is {settings.out}, which exists; it must be a new or empty folder")
@@ -95,7 +98,8 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
             "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
         )
     report = Report()
-    building = out.with_name(f".{out.name}.{os.getpid()}.part")
+    part = f".{out.name}.{os.getpid()}.part"
+    building = out / part if out.exists() else out.with_name(part)  # inside, where out may be a mounted disk
     try:
         with ExitStack() as stack, full_disk_as_os_error(building):
             source = Folder(folder, config, settings.device, stack)
@@ -109,7 +113,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
         copy_beside(folder, building)
         write_json(building / "conversion.json", describe(settings, report))
         if out.exists():  # a working directory, perhaps: it stays the same folder
-            if any(out.iterdir()):
+            if any(path != building for path in out.iterdir()):
                 raise SettingError(
                     f"out is {settings.out}, which was filled meanwhile; it must be a new or empty folder"
                 )
@@ -141,10 +145,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a model's folder")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (*UNLOADABLE, KeyError, TypeError) as error:
-        raise SettingError(
-            f"checkpoint is {folder}, whose config.json can't be read: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except UNLOADABLE as error:
+        raise SettingError(f"checkpoint is {folder}, whose config.json can't be read: {reason(error)}") from error
 
 
 class Folder:
@@ -250,13 +252,10 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
             f"calibration_tokens is {tokens}; it must be {HELD_OUT * length} or more, {HELD_OUT} sequences of "
             f"calibration_length"
         )
-    tokenizer = load_tokenizer(str(folder))
     ids: list[int] = []
-    try:
+    with calls_them_by_our_names(folder), TemporaryDirectory() as scratch:
+        tokenizer = load_tokenizer(str(folder))
         sources = find_sources(settings.calibrate)
-    except SettingError as error:  # which calls it by the setting's name in training
-        raise SettingError(str(error).replace("`data`", "calibrate")) from error
-    with TemporaryDirectory() as scratch:
         for document in sources.texts(settings.text_field, Path(scratch)):
             for start in range(0, len(document), PIECE):  # a book as one text would fill the memory
                 piece = document[start : start + PIECE]
@@ -273,6 +272,19 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
             "calibration_length"
         )
     return torch.tensor(ids[: sequences * length]).view(sequences, length)
+
+
+@contextmanager
+def calls_them_by_our_names(folder: Path) -> Iterator[None]:
+    """What is refused of the text or the tokenizer is refused by the names of training's settings."""
+    try:
+        yield
+    except SettingError as error:
+        said = str(error).replace("`data`", "calibrate").replace("`text_field`", "text_field")
+        if said.startswith("`tokenizer` is "):
+            said = f"checkpoint is {folder}, whose tokenizer isn't there, damaged, slow or without an eos_token; with "
+            said += "calibrate it must have a fast one that ends a text"
+        raise SettingError(said) from error
 
 
 def describe(settings: ConvertSettings, report: Report) -> dict[str, Any]:

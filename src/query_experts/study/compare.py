@@ -22,7 +22,7 @@ from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import read_json, write_json
-from query_experts.generation import UNLOADABLE, load_checkpoint, require_finite, require_folder
+from query_experts.generation import UNLOADABLE, load_checkpoint, load_whole
 from query_experts.study.arms import ModelSize
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
@@ -183,22 +183,14 @@ def load_start(settings: TrainSettings) -> Start:
 
 def load_teacher(name: str) -> PreTrainedModel:
     """A causal language model, float32. Raises SettingError for a checkpoint that can't be loaded."""
-    require_folder(name, "teacher")
-    try:
-        teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except UNLOADABLE as error:
-        where = "" if Path(name).exists() else " (no folder here has this name)"
-        reason = " ".join(str(error).split())[:300]
-        raise SettingError(f"teacher is {name}, which can't be loaded{where}: {reason}") from error
-    require_finite(teacher, f"teacher is {name}")
-    return teacher
+    return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
 
 
 def vocabulary_of(checkpoint: str) -> dict[str, int] | None:
     """Token -> id of the tokenizer beside a checkpoint; None without one."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint).get_vocab()
-    except (*UNLOADABLE, KeyError, TypeError, AttributeError):
+    except UNLOADABLE:
         return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from query_experts import costs
@@ -155,10 +156,11 @@ def held_out(settings: RunSettings, corpus: Corpus) -> Subset:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint. Those that a kill, a full disk or a bad one cut short are deleted."""
+    """The newest whole checkpoint. Those that a kill, a full disk or a bad one cut short are deleted, with a word."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         if is_whole(path):
             return path
+        print(f"{path} is damaged or lacks files, and is deleted; what is whole before it goes on.", file=sys.stderr)
         shutil.rmtree(path)
     return None
 
@@ -171,7 +173,8 @@ def is_whole(checkpoint: Path) -> bool:
             pass
     except (OSError, ValueError, SafetensorError):
         return False
-    archives = [path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")]
+    archives = {path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
+    archives |= {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME}
     return all(zipfile.is_zipfile(path) for path in archives)
 
 

@@ -77,6 +77,8 @@ class RunSettings:
 
     def check(self) -> None:
         """Raises SettingError, naming the field, what it held and what is allowed."""
+        if not self.out:
+            raise SettingError("out is empty; it must be a folder")
         for name in ("vocab_size", "seq_len", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                      "num_attention_heads", "num_key_value_heads", "active_query_experts", "steps", "batch_size",
                      "gradient_accumulation_steps", "evaluations", "validation_sequences"):  # fmt: skip
