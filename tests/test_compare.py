@@ -545,8 +545,12 @@ def test_a_signal_in_the_last_step_of_an_arm_ends_the_comparison_after_it(tmp_pa
 
     monkeypatch.setattr(TokenProgress, "on_step_begin", kill)
     console = quiet()
-    with pytest.raises(SystemExit) as ended:
-        compare(tiny_compare(tmp_path), console)
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's background job is started with Ctrl-C ignored
+    try:
+        with pytest.raises(SystemExit) as ended:
+            compare(tiny_compare(tmp_path), console)
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number
     assert "Stopped; the same command goes on." in said(console)
     assert begun == [*range(6)]
