@@ -74,6 +74,8 @@ def main() -> int:
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
+    if any(options.out.iterdir()):
+        parser.error(f"out is {options.out}, which holds files; it must be a new or empty folder")
     result: dict = {"dry": options.dry, "tests": None, "parts": {}}
 
     def keep() -> None:

@@ -322,6 +322,10 @@ def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_j
     for suite in SUITES:
         assert f"{suite}: " in printed
     assert (tmp_path / "bench.svg").stat().st_size > 1000
+    again = ["bench", "--preset", "tiny", "--out", str(tmp_path), "--repeats", "1", "--suites", "prefill"]
+    assert main(again) == 0
+    earlier = [json.loads(path.read_text()) for path in tmp_path.glob("bench-*.json")]
+    assert earlier == [result]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,26 @@ def test_a_tokenizer_with_more_tokens_than_the_vocabulary_is_refused(tmp_path, t
     refused(argv, "tokenizer has 300 tokens", "vocab_size", "280")
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_what_is_refused_before_anything_was_read_leaves_nothing(tmp_path, text, refused, command):
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\xfd" * 100)
+    empty, new, cache = (tmp_path / name for name in ("empty", "new", "cache"))
+    empty.mkdir()
+    for data, tokenizer in ((binary, None), (tmp_path / "no.txt", None), (text, tmp_path)):
+        for out in (empty, new / "run"):
+            refused(options(command, out, data, tokenizer=tokenizer, cache_dir=cache / "of" / "tokens"))
+            refused(options(command, out, data, tokenizer=tokenizer))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.txt", "empty"]
+    assert not [*empty.iterdir()]
+
+
+def test_tokens_that_were_read_are_kept_for_the_next_call(tmp_path, text, refused):
+    refused(options("train", tmp_path / "run", text, batch_size=100_000), "batch_size * gradient_accumulation_steps")
+    assert [*(tmp_path / "run" / "cache").glob("*/meta.json")]
+    assert main(options("train", tmp_path / "run", text)) == 0
+
+
 def test_a_recipe_that_cannot_be_used_is_named(tmp_path, text, refused):
     recipe = tmp_path / "recipe.yaml"
     argv = ["train", "--out", tmp_path / "out", "--data", text, "--recipe", recipe]
@@ -395,7 +415,7 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path, refused, damage):
 def test_generate_refuses_a_dense_checkpoint_a_missing_folder_and_values_out_of_range(compared, run, tmp_path, refused):
     dense = compared / "runs" / "dense-seed0" / "model"
     refused(["generate", dense], "checkpoint", "model_type is 'llama'", "'gqe'")
-    refused(["generate", tmp_path / "missing"], "checkpoint", "missing", "config.json")
+    refused(["generate", tmp_path / "missing"], "checkpoint", "missing", "which doesn't exist")
     for option, value, word in (
         ("--prompt", "", "prompt"),
         ("--max-new-tokens", "0", "max_new_tokens is 0"),

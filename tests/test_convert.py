@@ -62,12 +62,14 @@ LONGROPE = {
     "long_factor": [1.5, 2.0], "original_max_position_embeddings": 32,
 }  # fmt: skip
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.67}
+PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZE, head_dim=8),
     "llama-biased-tied-scaled": LlamaConfig(
         **SIZE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3
     ),
     "llama-with-a-partial-factor": LlamaConfig(**SIZE, head_dim=8, rope_parameters=PARTIAL),  # which it passes over
+    "llama-proportional": LlamaConfig(**SIZE, head_dim=8, rope_parameters=PROPORTIONAL),
     "llama-with-a-window": LlamaConfig(**SIZE, head_dim=8, sliding_window=16),  # which it doesn't know
     "mistral": MistralConfig(**SIZE, sliding_window=None),
     "mistral-window-beyond-its-length": MistralConfig(**SIZE, sliding_window=128),

@@ -13,16 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from query_experts import checkpoints
+from query_experts.checkpoints import require_checkpoint
 from query_experts.cli import main
 from query_experts.convert import convert_model
 from query_experts.convert import folder as folder_module
-from query_experts.convert.folder import ConvertSettings, Folder, convert_folder
+from query_experts.convert.folder import ConvertSettings, convert_folder
+from query_experts.convert.source import Folder
 from query_experts.errors import SettingError
 from query_experts.evaluation import load_model
-from query_experts.generation import require_folder
 from query_experts.study.compare import load_teacher
 from test_cli import options
 
@@ -198,14 +201,47 @@ def test_out_may_be_any_folder_that_is_empty_or_new(tmp_path, dense, monkeypatch
     assert not [*tmp_path.rglob("*.part")]
 
 
-def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch):
+@pytest.mark.parametrize("out", ["gqe", "new/gqe"])
+def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch, out):
     monkeypatch.setattr(folder_module, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        main(["convert", str(dense), str(tmp_path / "gqe")])
+        main(["convert", str(dense), str(tmp_path / out)])
     assert ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert not [*tmp_path.iterdir()]
+
+
+def test_an_empty_folder_is_empty_again_when_it_is_ended_at_the_last(tmp_path, dense, monkeypatch):
+    rename, moved = Path.rename, []
+
+    def ended(path, target):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        moved.append(target)
+        return rename(path, target)
+
+    shutil.copytree(dense, tmp_path / "dense")
+    (tmp_path / "dense" / "additional_chat_templates").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "rename", ended)
+    assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "out")]) == 130
+    assert len(moved) > 3
+    assert not [*(tmp_path / "out").iterdir()]
+
+
+def test_a_tokenizer_that_is_not_there_or_cannot_be_loaded_is_spoken_of(tmp_path, dense, capsys):
+    bare = shutil.copytree(dense, tmp_path / "bare")
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    assert main(["convert", str(bare), str(tmp_path / "one")]) == 0
+    assert "Note: the checkpoint has no tokenizer, and so the GQE checkpoint has none." in capsys.readouterr().out
+    (bare / "tokenizer.json").write_text("{}")
+    assert main(["convert", str(bare), str(tmp_path / "two")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Note: the tokenizer was copied as it is, and can't be loaded here (" in said
+    assert main(["convert", str(dense), str(tmp_path / "three")]) == 0
+    assert "Note" not in capsys.readouterr().out
 
 
 def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, refused):
@@ -213,11 +249,48 @@ def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, refuse
     (tmp_path / "runs").mkdir()
     for name in ("runs/gpe", "./gpe", "some/other/folder", tmp_path / "gpe"):
         refused(["convert", name, "out"], f"checkpoint is {name}, which doesn't exist")
-    require_folder("gpt2", "checkpoint")
-    require_folder("meta-llama/Llama-3.2-1B", "checkpoint")
     for load in (load_teacher, lambda name: load_model(name, "float32")):
         with pytest.raises(SettingError, match=r"is runs/gpe, which doesn't exist"):
             load("runs/gpe")
+
+
+class Hub:
+    """In place of the hub's client: a hub that has one model, refuses to answer, or has none."""
+
+    def __init__(self, holds=(), error=None):
+        self.holds, self.error, self.asked = holds, error, 0
+
+    def repo_exists(self, name, repo_type):
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return (repo_type, name) in self.holds
+
+
+def test_a_name_is_asked_of_the_hub_once_and_without_waiting(tmp_path, dense, text, monkeypatch, refused):
+    hub = Hub()
+    monkeypatch.setattr(checkpoints, "HfApi", lambda: hub)
+    with pytest.raises(SettingError, match="teacher is some/model, which is no folder here, and the hub has no model"):
+        load_teacher("some/model")
+    for name in ("model", "some/model"):
+        which = f"checkpoint is {name}, which is no folder here, and"
+        hub.error, hub.asked = None, 0
+        refused(["convert", name, tmp_path / "out"], which, "the hub has no model of that name")
+        hub.error = ConnectionError("no network")
+        refused(["convert", name, tmp_path / "out"], which, "the hub can't be asked (ConnectionError: no network)")
+        refused(["evaluate", name, "--tasks", "piqa"], which, "the hub can't be asked")
+        assert hub.asked == 3
+    hub.error, hub.asked = None, 0
+    tokenizer = {"tokenizer": "some/model", "vocab_size": 300}
+    refused(options("train", tmp_path / "run", text, **tokenizer), "`tokenizer` is 'some/model', which is no folder")
+    refused(options("train", tmp_path / "run", "some/texts"), "`data` holds 'some/texts'", "no dataset of that name")
+    assert hub.asked == 2
+    refused(["convert", "not a name!", tmp_path / "out"], "the hub has no such names")
+    hub.holds = [("model", "some/model")]
+    require_checkpoint("some/model", "checkpoint")
+    hub.error = OfflineModeIsEnabled("offline")
+    require_checkpoint("some/model", "checkpoint")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
@@ -232,6 +305,13 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
         value = {"rope_type": value, "rope_theta": 1e4} if name == "rope_parameters" else value
         wrong = copy_with(dense, tmp_path / name, {name: value})
         refused(["convert", wrong, out], words)
+    few_or_file = tmp_path / "file"
+    few_or_file.write_text("")
+    unknown = copy_with(dense, tmp_path / "unknown", {"model_type": "nonesuch"})
+    refused(["convert", unknown, out], "whose config.json holds model_type 'nonesuch'", "that Transformers")
+    made = tmp_path / "gqe"
+    assert main(["convert", str(dense), str(made)]) == 0
+    refused(["convert", made, out], f"checkpoint is {made}, whose model_type is 'gqe'; it must be one of llama,")
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\xfd" * 100)
     refused(["convert", dense, out, "--calibrate", binary], "query-experts: calibrate holds", "not UTF-8")
@@ -240,6 +320,12 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
         path.unlink()
     refused(["convert", bare, out, "--calibrate", text], f"checkpoint is {bare}, whose tokenizer isn't there")
     refused(["convert", dense, out, "--top_k", 5], "top_k is 5; it must be 1 to 4")
+    refused(["convert", dense, out, "--calibration_tokens", 5], "calibration_tokens is 5", "calibrate must be given")
+    refused(["convert", dense, out, "--calibration_length", 5], "calibration_length is 5", "calibrate must be given")
+    refused(["convert", dense, out, "--text_field", "body"], "text_field is 'body'", "calibrate must be given")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    refused(["convert", dense, tmp_path / "circle"], f"out is {tmp_path / 'circle'}, which can't be read")
+    refused(["convert", dense, few_or_file / "sub"], f"out is {few_or_file / 'sub'}, which can't be made (Not a dir")
     refused(["convert", dense, out, "--output_projection", "slot"], "calibrate must be given")
     refused(["convert", dense, out, "--router", "calibrated"], "router is 'calibrated'")
     refused(["convert", dense, out, "--router", "best"], "router is 'best'; it must be one of")
@@ -284,8 +370,9 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     for count in (0, 3):
         (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": count}))
         refused(["convert", tmp_path / "copy", out], f"num_key_value_heads {count}; the former must be a multiple")
-    (tmp_path / "copy" / "config.json").write_text("{")
-    refused(["convert", tmp_path / "copy", out], "config.json can't be read")
+    for held in ("{", "\xff", "[]"):
+        (tmp_path / "copy" / "config.json").write_text(held, encoding="latin-1")
+        refused(["convert", tmp_path / "copy", out], "copy, whose config.json")
     calibrated = ["--calibrate", text, "--calibration_tokens", 320, "--calibration_length", 16]
     copy()
     del tensors["model.layers.0.input_layernorm.weight"]
@@ -298,7 +385,11 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     )
     refused(["convert", tmp_path / "copy", out], "mlp.gate_proj.weight has shape", "by config.json it must have shape")
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
-    refused(["convert", tmp_path / "copy", out], "config.json can't be read")
+    refused(["convert", tmp_path / "copy", out], "config.json holds what can't be used: TypeError: Field 'num_hidden")
+    for name in ("tokenizer.json", "generation_config.json"):
+        copy()
+        (tmp_path / "copy" / name).write_text("{")
+        refused(["convert", tmp_path / "copy", out], f"checkpoint holds {tmp_path / 'copy' / name}, which is damaged")
     sharded(dense, tmp_path / "shards")
     next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
     refused(["convert", tmp_path / "shards", out], "which holds no model-00002-of-")
@@ -395,7 +486,9 @@ DAMAGE = {
     "layers": ({"config": {"num_hidden_layers": 3, "layer_types": None}}, "lacks", "model.layers.2."),
     "shape": ({"config": {"intermediate_size": 49}}, "has shape", "by config.json it must have"),
     "act": ({"config": {"hidden_act": "nonsense"}}, "can't be loaded: KeyError: 'nonsense'"),
-    "heads": ({"config": {"num_key_value_heads": 0}}, "can't be loaded"),
+    "type": ({"config": {"model_type": "nonesuch"}}, "whose config.json holds model_type 'nonesuch'; it must be one"),
+    "width": ({"config": {"hidden_size": "wide"}}, "can't be used: TypeError: Field 'hidden_size' expected int"),
+    "heads": ({"config": {"num_key_value_heads": 0}}, "can't be"),
     "gptq": ({"config": {"quantization_config": {"quant_method": "gptq", "bits": 4}}}, "can't be loaded"),
 }
 

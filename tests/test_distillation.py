@@ -173,6 +173,10 @@ def test_a_teacher_that_is_quantised_stays_where_it_is(tmp_path):
     teacher.is_quantized = True
     teacher.to = lambda *_: pytest.fail("moved")
     trainer_of(tmp_path, teacher, student, 0.5)
+    elsewhere = copy.copy(teacher)
+    elsewhere.parameters = lambda: iter([torch.empty(1, device="meta")])
+    with pytest.raises(ValueError, match="teacher is quantised and on meta; it must be loaded onto cpu"):
+        trainer_of(tmp_path, elsewhere, student, 0.5)
 
 
 @torch.no_grad()
@@ -188,8 +192,14 @@ def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
     ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     assert (teacher(**packed, use_cache=False).logits - outputs[0]).abs().max() > 1e-3  # as it would be without
-    hidden = packed | {"attention_mask": (torch.arange(12) < 10).long().expand(2, -1)}
-    with pytest.raises(ValueError, match="attention_mask hides tokens and position_ids begin anew"):
+    padded = packed | {"attention_mask": (torch.arange(12) < torch.tensor([[10], [12]])).long()}
+    outputs = [
+        model(**given, use_cache=False).logits[padded["attention_mask"] != 0]
+        for model, given in ((student, padded), (teacher, seen_by_teacher(padded, apart=True)))
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    hidden = packed | {"attention_mask": (torch.arange(12) >= 2).long().expand(2, -1)}
+    with pytest.raises(ValueError, match="attention_mask hides tokens before others and position_ids begin anew"):
         seen_by_teacher(hidden, apart=True)
     one = hidden | {"position_ids": torch.arange(12)[None]}
     assert seen_by_teacher(one, apart=True) == one

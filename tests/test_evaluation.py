@@ -618,6 +618,8 @@ def test_a_file_that_is_no_text_is_named(name, refused, data):
 def test_a_file_that_results_would_replace_is_refused_before_the_run(refused, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     refused(["out is", "notes.txt, which exists"], "--tasks", "piqa", "--out", str(tmp_path / "notes.txt"))
+    refused(["tasks holds 'no_such'"], "--tasks", "no_such", "--out", str(tmp_path / "new" / "results.json"))
+    assert not (tmp_path / "new").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
     below = str(tmp_path / "notes.txt" / "scores.json")
     refused([f"out is {below}, which can't be written"], "--tasks", "piqa", "--out", below)

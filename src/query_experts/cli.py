@@ -149,18 +149,20 @@ def run_convert(argv: list[str]) -> int:
     parser.add_argument("--calibrate", nargs="+", default=[], metavar="TEXT",
                         help="text files or folders, or a hub dataset, on which the dense model's heads are "
                              "observed and the difference is measured")  # fmt: skip
-    parser.add_argument("--calibration_tokens", "--calibration-tokens", type=int, default=16_384,
-                        help="read so many tokens of it")  # fmt: skip
+    parser.add_argument("--calibration_tokens", "--calibration-tokens", type=int,
+                        help="read so many tokens of it; default: 16,384")  # fmt: skip
     parser.add_argument("--calibration_length", "--calibration-length", type=int,
                         help="tokens in a sequence; default: 512, or as many as the model takes")  # fmt: skip
-    parser.add_argument("--text_field", "--text-field", default="text",
-                        help="field of a jsonl line or parquet column that holds the text")  # fmt: skip
+    parser.add_argument("--text_field", "--text-field",
+                        help="field of a jsonl line or parquet column that holds the text; default: text")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     options = parser.parse_args(argv)
 
     from rich.console import Console
+    from rich.text import Text
 
+    from query_experts.convert.beside import tokenizer_note
     from query_experts.convert.folder import ConvertSettings, convert_folder, print_report
     from query_experts.study.settings import check_seeds, resolve_device
 
@@ -170,7 +172,9 @@ def run_convert(argv: list[str]) -> int:
         plan, report = convert_folder(settings)
     console = Console()
     print_report(plan, report, console)
-    console.print(f"Checkpoint: {settings.out}")
+    if (note := tokenizer_note(Path(settings.out).resolve())) is not None:
+        console.print(Text(f"Note: {note}.", style="yellow"))
+    console.print(Text(f"Checkpoint: {settings.out}"))
     return 0
 
 

@@ -19,8 +19,8 @@ class DistillationTrainer(GQETrainer):
     put in eval mode and on the model's device, unless it is quantised or spread over several. weight: 0 to 1, of the
     divergence. Validation is by the language-model loss alone, as in GQETrainer.
 
-    Rows that hold several documents, as `position_ids` that begin anew tell, may have an attention mask that hides
-    nothing; one that hides tokens raises ValueError, since a stock teacher would look across documents then.
+    Rows that hold several documents, as `position_ids` that begin anew tell, may be padded on the right. An attention
+    mask that hides other tokens of such rows raises ValueError: by it, a stock teacher would look across documents.
     """
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, weight: float = 0.9, **kwargs: Any):
@@ -33,6 +33,8 @@ class DistillationTrainer(GQETrainer):
         spread = len(set((getattr(teacher, "hf_device_map", None) or {}).values())) > 1
         if not (spread or getattr(teacher, "is_quantized", False)):
             teacher.to(self.args.device)
+        elif not spread and (held := next(teacher.parameters()).device).type != self.args.device.type:
+            raise ValueError(f"teacher is quantised and on {held}; it must be loaded onto {self.args.device}")
         self.teacher = teacher.eval().requires_grad_(False)
         self.weight = weight
 
@@ -60,13 +62,13 @@ def seen_by_teacher(inputs: dict[str, Any], apart: bool) -> dict[str, Any]:
     seen = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "position_ids")}
     mask, positions = seen.get("attention_mask"), seen.get("position_ids")
     if apart and mask is not None and mask.ndim == 2 and positions is not None:
-        following = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
-        if mask.all():
+        real = mask != 0
+        if not (real[:, 1:] & ~real[:, :-1]).any():  # padded on the right or not at all: causality hides it
             del seen["attention_mask"]
-        elif (positions.diff().expand_as(following).ne(1) & following).any():
+        elif (positions.diff().expand_as(real[:, 1:]).ne(1) & real[:, 1:] & real[:, :-1]).any():
             raise ValueError(
-                "attention_mask hides tokens and position_ids begin anew within a row; a teacher can't tell documents "
-                "apart then: attention_mask must be left out, or position_ids"
+                "attention_mask hides tokens before others and position_ids begin anew within a row; a teacher can't "
+                "tell documents apart then: rows must be padded on the right, or position_ids left out"
             )
     return seen
 

@@ -32,9 +32,9 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from query_experts.checkpoints import UNLOADABLE, load_whole, reason
 from query_experts.errors import SettingError
-from query_experts.files import write_json
-from query_experts.generation import UNLOADABLE, load_whole, reason
+from query_experts.files import no_empty_folders, write_json
 from query_experts.local_tasks import examples_before, write_definitions
 from query_experts.study.environment import environment
 from query_experts.study.settings import resolve_device
@@ -117,9 +117,10 @@ def require_new_file(out: Path) -> None:
     if out.exists():
         raise SettingError(f"out is {out}, which exists; it must be a new file")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.touch()
-        out.unlink()
+        with no_empty_folders(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.touch()
+            out.unlink()
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
@@ -205,9 +206,6 @@ def quiet() -> None:
 
 def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint. Raises SettingError if it has no weights, or no tokenizer, to score with."""
-    folder = Path(checkpoint)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise SettingError(f"checkpoint is {checkpoint}, which holds no config.json; it must be a model's folder")
     model = load_whole(AutoModelForCausalLM, checkpoint, dtype, "checkpoint")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,18 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SettingError(f"out holds {path}, which is damaged (no JSON object); {remedy}")
     return value
+
+
+@contextmanager
+def no_empty_folders(path: Path) -> Iterator[None]:
+    """Of a folder and those above it that aren't there yet, removes in the end those that are empty."""
+    missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+    try:
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def require_space(folder: Path, num_bytes: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def bench(settings: BenchSettings, console: Console) -> None:
         "points": [],
     }
     points = list(points_of(settings))
+    set_aside(out)
     with tqdm(total=len(points), desc="bench", unit="point", dynamic_ncols=True) as bar:
         for point in points:
             bar.set_postfix_str(point.describe())
@@ -65,6 +67,13 @@ def bench(settings: BenchSettings, console: Console) -> None:
     plots = write_plot(result, Path(settings.out))
     console.print(Text("   ".join([f"Numbers: {out}", *(f"Plot: {plot}" for plot in plots[-1:])])))
     print(json.dumps(result, separators=(",", ":")))
+
+
+def set_aside(result: Path) -> None:
+    """An earlier result stays, under the time at which it was last written."""
+    if result.exists():
+        written = datetime.fromtimestamp(result.stat().st_mtime)
+        result.rename(result.with_name(f"{result.stem}-{written:%Y%m%dT%H%M%S}{result.suffix}"))
 
 
 def gate(settings: BenchSettings, device: str) -> list[Check]:

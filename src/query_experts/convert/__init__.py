@@ -82,7 +82,7 @@ def make_plan(
         final.num_attention_heads = final.active_query_experts * final.num_key_value_heads
     plan = Plan(dense.model_type, full, final, router, seed)
     if plan.needs_text and not has_text:
-        raise SettingError(f"router is {router!r}, which is fitted to text; text to calibrate on must be given")
+        raise SettingError(f"router is {router!r}, which is fitted to text; calibration (--calibrate) must be given")
     return plan
 
 

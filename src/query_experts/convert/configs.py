@@ -74,9 +74,12 @@ def rotary(dense: PreTrainedConfig) -> dict[str, Any]:
     held = dict(dense.rope_parameters)
     part = held.get("partial_rotary_factor", 1.0)
     if dense.model_type != "phi3" and part != 1.0:
-        if held.get("rope_type", "default") != "default":
+        kind = held.get("rope_type", "default")
+        if kind == "proportional":  # of which the factor is part, in every family
+            return held
+        if kind != "default":
             raise SettingError(
-                f"rope_parameters hold rope_type {held['rope_type']!r} and partial_rotary_factor {part}; scaled "
+                f"rope_parameters hold rope_type {kind!r} and partial_rotary_factor {part}; scaled "
                 f"frequencies of a part are converted of phi3 alone, so partial_rotary_factor must be 1 for "
                 f"{dense.model_type}"
             )
@@ -120,7 +123,7 @@ def check_convertible(dense: PreTrainedConfig) -> None:
             f"rope_type is {rope_type!r}; it must be default or one of {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
         )
     if getattr(dense, "quantization_config", None) is not None:
-        raise SettingError("checkpoint is quantised; it must hold plain weights (quantise it after converting)")
+        raise SettingError("quantization_config is set; the weights must be plain (quantise them after converting)")
     for name in ("resid_pdrop", "embd_pdrop"):
         held: Any = getattr(dense, name, 0)
         if held:

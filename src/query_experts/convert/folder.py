@@ -3,61 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
+from query_experts.configuration_gqe import GQEConfig
 from query_experts.convert import make_plan
+from query_experts.convert.beside import check_beside, copied_bytes, copy_beside
 from query_experts.convert.calibration import HELD_OUT
-from query_experts.convert.configs import check_convertible, untied
 from query_experts.convert.layers import Plan
-from query_experts.convert.names import LAYERS
+from query_experts.convert.source import Folder, find_checkpoint, read_config
 from query_experts.convert.walk import Report, convert
 from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_tokenizer
 from query_experts.errors import SettingError
-from query_experts.files import full_disk_as_os_error, require_space, write_json
-from query_experts.generation import UNLOADABLE, reason, require_folder
+from query_experts.files import full_disk_as_os_error, no_empty_folders, require_space, write_json
 
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LENGTH = 512  # of a sequence of text, where nothing else is asked for and the model takes so many
+TOKENS = 16_384  # of text, where nothing else is asked for
+LENGTH = 512  # of a sequence of it, where the model takes so many
 PIECE = 2**16  # characters that are tokenised at once
-# what comes along: tokenizer, chat template, generation settings, licence
-COPIED = (
-    "tokenizer*", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-# what a hub repository may hold besides: the same weights in other forms
-NOT_FETCHED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx*",
-    "onnx/*",
-    "original/*",
-    "consolidated*",
-]
-MOST_GROWTH = 1.1  # of the weights: routers, shared heads and the extra columns of W_O
 
 
 @dataclass(frozen=True)
@@ -70,24 +46,21 @@ class ConvertSettings:
     output_projection: str
     router: str | None
     calibrate: list[str]
-    calibration_tokens: int
+    calibration_tokens: int | None
     calibration_length: int | None
-    text_field: str
+    text_field: str | None
     seed: int
     device: str
 
 
 def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     """Write the GQE checkpoint, its config.json last. Raises SettingError for what can't be converted."""
-    if not settings.out:
-        raise SettingError("out is empty; it must be a new or empty folder")
-    out = Path(settings.out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"out is {settings.out}, which exists; it must be a new or empty folder")
+    settings = with_defaults(settings)
+    out = new_folder(settings.out)
     logging.set_verbosity_error()
     folder = find_checkpoint(settings.checkpoint)
-    config = read_config(folder)
-    check_convertible(config)
+    config = read_config(folder, settings.checkpoint)
+    check_beside(folder)
     if settings.output_projection == "slot" and not settings.calibrate:
         raise SettingError(
             "output_projection is 'slot', which doesn't start equal to the dense model; calibrate must be given, so "
@@ -100,113 +73,94 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     report = Report()
     part = f".{out.name}.{os.getpid()}.part"
     building = out / part if out.exists() else out.with_name(part)  # inside, where out may be a mounted disk
-    try:
-        with ExitStack() as stack, full_disk_as_os_error(building):
+    with no_empty_folders(building.parent), removed_in_the_end(building), ExitStack() as stack:
+        make_folder(building, settings.out)
+        with full_disk_as_os_error(building):
             source = Folder(folder, config, settings.device, stack)
             plan = make_plan(
                 source.config, settings.top_k, settings.output_projection, "gqe", settings.router, settings.seed,
                 bool(settings.calibrate),
             )  # fmt: skip
             text = read_text(settings, folder, config.max_position_embeddings) if settings.calibrate else None
-            require_space(building, int(MOST_GROWTH * source.num_bytes))
+            require_space(building, source.num_bytes + added_bytes(plan.full) + copied_bytes(folder))
             write_model(building, source, plan, text, report)
         copy_beside(folder, building)
         write_json(building / "conversion.json", describe(settings, report))
-        if out.exists():  # a working directory, perhaps: it stays the same folder
-            if any(path != building for path in out.iterdir()):
-                raise SettingError(
-                    f"out is {settings.out}, which was filled meanwhile; it must be a new or empty folder"
-                )
-            for path in sorted(building.iterdir(), key=lambda path: path.name == "config.json"):
-                path.rename(out / path.name)
-        else:
-            building.rename(out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        put_into_place(building, out, settings.out)
     return plan, report
 
 
-def find_checkpoint(name: str) -> Path:
-    """The folder of that name, or the copy of a checkpoint on the hub."""
-    require_folder(name, "checkpoint")
-    if Path(name).exists():
-        return Path(name)
+def with_defaults(settings: ConvertSettings) -> ConvertSettings:
+    """Raises SettingError for a setting of the text without a text."""
+    defaults: dict[str, Any] = {"calibration_tokens": TOKENS, "calibration_length": None, "text_field": "text"}
+    given = {name: value for name in defaults if (value := getattr(settings, name)) is not None}
+    if given and not settings.calibrate:
+        name, value = next(iter(given.items()))
+        raise SettingError(f"{name} is {value!r}, which is of the text to calibrate on; calibrate must be given")
+    return dataclasses.replace(settings, **defaults | given) if settings.calibrate else settings
+
+
+def new_folder(name: str) -> Path:
+    """Raises SettingError for an `out` that holds something, or can't be a folder."""
+    if not name:
+        raise SettingError("out is empty; it must be a new or empty folder")
     try:
-        return Path(snapshot_download(name, ignore_patterns=NOT_FETCHED))
-    except (HFValidationError, OSError) as error:
+        out = Path(name).resolve()
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise SettingError(f"out is {name}, which can't be read ({error}); it must be a new or empty folder") from error
+    if taken:
+        raise SettingError(f"out is {name}, which exists; it must be a new or empty folder")
+    return out
+
+
+def make_folder(building: Path, out: str) -> None:
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise SettingError(
-            f"checkpoint is {name}, which is no folder and can't be had from the hub ({type(error).__name__}); it must "
-            "be a folder with config.json and safetensors, or the name of a model on the hub"
+            f"out is {out}, which can't be made ({error.strerror}); it must be a new or empty folder"
         ) from error
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise SettingError(f"checkpoint is {folder}, which holds no config.json; it must be a model's folder")
+@contextmanager
+def removed_in_the_end(folder: Path) -> Iterator[None]:
     try:
-        return AutoConfig.from_pretrained(folder)
-    except UNLOADABLE as error:
-        raise SettingError(f"checkpoint is {folder}, whose config.json can't be read: {reason(error)}") from error
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-class Folder:
-    """A dense checkpoint on disk, in one file of safetensors or several; tensors are read when they are asked for."""
+def put_into_place(building: Path, out: Path, name: str) -> None:
+    """The finished folder, under its name; config.json last, where it goes in file by file.
 
-    def __init__(self, folder: Path, config: PreTrainedConfig, device: str, stack: ExitStack):
-        self.folder, self.config = folder, config
-        self.where: dict[str, tuple[Any, str]] = {}  # tensor -> the open file that holds it, and its name there
-        files = self._files()
-        self.num_bytes = sum(path.stat().st_size for path in files)
-        for path in files:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt", device=device))
-            except SafetensorError as error:
-                raise SettingError(f"checkpoint holds {path}, which is damaged ({error})") from error
-            self.where |= {name: (file, name) for name in file.keys()}  # noqa: SIM118
-        if config.tie_word_embeddings and HEAD in self.where:  # as Transformers loads it
-            if EMBEDDINGS not in self.where:
-                self.where[EMBEDDINGS] = self.where.pop(HEAD)
-            elif torch.equal(self._read(HEAD), self._read(EMBEDDINGS)):
-                del self.where[HEAD]
-            else:
-                self.config = untied(config)
+    Raises SettingError where the folder is no longer empty.
+    """
+    if not out.exists():
+        building.rename(out)
+        return
+    if any(path != building for path in out.iterdir()):  # a working directory, perhaps: it stays the same folder
+        raise SettingError(f"out is {name}, which was filled meanwhile; it must be a new or empty folder")
+    placed: list[Path] = []
+    try:
+        for path in sorted(building.iterdir(), key=lambda path: path.name == "config.json"):
+            placed.append(path.rename(out / path.name))
+    except BaseException:
+        for path in placed:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
-    def _files(self) -> list[Path]:
-        """Transformers' choice: one file, and else those that the index lists."""
-        index = self.folder / SAFE_WEIGHTS_INDEX_NAME
-        files = [self.folder / SAFE_WEIGHTS_NAME]
-        if not files[0].is_file() and index.exists():
-            try:
-                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = [self.folder / name for name in sorted(set(listed.values()))]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise SettingError(
-                    f"checkpoint is {self.folder}, whose {index.name} is damaged; it must be the index that "
-                    "save_pretrained wrote"
-                ) from error
-        for path in files:
-            if not path.is_file():
-                raise SettingError(
-                    f"checkpoint is {self.folder}, which holds no {path.name}; it must hold weights as safetensors"
-                )
-        return files
 
-    def outside(self) -> dict[str, Tensor]:
-        layers = tuple(f"{LAYERS}{number}." for number in range(self.config.num_hidden_layers))
-        return {name: self._read(name) for name in self.where if not name.startswith(layers)}
-
-    def layer(self, number: int) -> dict[str, Tensor]:
-        prefix = f"{LAYERS}{number}."
-        return {name.removeprefix(prefix): self._read(name) for name in self.where if name.startswith(prefix)}
-
-    def _read(self, name: str) -> Tensor:
-        file, there = self.where[name]
-        return file.get_tensor(there)
+def added_bytes(config: GQEConfig) -> int:
+    """What GQE has and a dense model doesn't: routers, shared heads and two slots' columns of W_O."""
+    values = config.num_hidden_layers * config.hidden_size * (config.num_attention_heads + 3 * config.head_dim)
+    return int(values * (config.dtype or torch.float32).itemsize)
 
 
 def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None, report: Report) -> None:
     """Configuration and weights: a file for each layer, and the first for what is outside of them."""
-    building.mkdir(parents=True, exist_ok=True)
     files = plan.final.num_hidden_layers + 1
     weight_map: dict[str, str] = {}
     total = 0
@@ -227,21 +181,14 @@ def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None,
     config.save_pretrained(building)
 
 
-def copy_beside(folder: Path, building: Path) -> None:
-    """Tokenizer, chat template, generation settings and licence."""
-    for path in folder.iterdir():
-        if path.name == "additional_chat_templates" and path.is_dir():
-            shutil.copytree(path, building / path.name)
-        elif path.is_file() and any(fnmatch(path.name, pattern) for pattern in COPIED):
-            shutil.copyfile(path, building / path.name)
-
-
 def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
     """Token ids [sequences, calibration_length] of the text's beginning, documents joined by the end-of-text token.
 
     longest: max_position_embeddings of the model.
     """
-    tokens = settings.calibration_tokens
+    tokens, text_field = settings.calibration_tokens, settings.text_field
+    assert tokens is not None
+    assert text_field is not None
     length = min(LENGTH, longest) if settings.calibration_length is None else settings.calibration_length
     if not 2 <= length <= longest:
         raise SettingError(
@@ -256,7 +203,7 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
     with calls_them_by_our_names(folder), TemporaryDirectory() as scratch:
         tokenizer = load_tokenizer(str(folder))
         sources = find_sources(settings.calibrate)
-        for document in sources.texts(settings.text_field, Path(scratch)):
+        for document in sources.texts(text_field, Path(scratch)):
             for start in range(0, len(document), PIECE):  # a book as one text would fill the memory
                 piece = document[start : start + PIECE]
                 ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids

@@ -26,7 +26,7 @@ from query_experts.data.tokenizing import (
     vocabulary_size,
 )
 from query_experts.errors import SettingError
-from query_experts.files import save_tokenizer
+from query_experts.files import no_empty_folders, save_tokenizer
 
 _LAYOUT = 2  # of a cache folder; a folder of another layout is never found
 _BUILDING = ".building-"
@@ -188,24 +188,25 @@ def _build_into(folder: Path, settings: _Settings, sources: Sources, progress: b
     cache_dir = folder.parent
     building = cache_dir / f"{_BUILDING}{folder.name}-{uuid.uuid4().hex[:8]}"
     build = _Build(building, settings, sources, progress)
-    try:
-        building.mkdir(parents=True)
-        _remove_abandoned(cache_dir)
-        meta = build.run()
-        _publish(building, folder)
-        return meta
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    with no_empty_folders(cache_dir):
+        try:
+            building.mkdir(parents=True)
+            _remove_abandoned(cache_dir)
+            meta = build.run()
+            _publish(building, folder)
+            return meta
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise SettingError(
+                    f"`cache_dir` is {str(cache_dir)!r}, where the tokens cannot be written "
+                    f"({error.strerror or error}); it has to be a folder that can be made or written to"
+                ) from error
             raise SettingError(
-                f"`cache_dir` is {str(cache_dir)!r}, where the tokens cannot be written ({error.strerror or error}); "
-                "it has to be a folder that can be made or written to"
+                f"`cache_dir` is {str(cache_dir)!r}, whose disk is full: {build.need()}; "
+                "free that much, lower `max_bytes` or name a folder on another disk"
             ) from error
-        raise SettingError(
-            f"`cache_dir` is {str(cache_dir)!r}, whose disk is full: {build.need()}; "
-            "free that much, lower `max_bytes` or name a folder on another disk"
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _publish(building: Path, folder: Path) -> None:

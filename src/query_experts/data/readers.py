@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from query_experts.checkpoints import missing_on_hub
 from query_experts.errors import SettingError
 
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -81,6 +82,8 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
         ) from error
     # The hub's error derives from that of whichever HTTP client its version uses; any error of the client counts.
     failures = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, DatasetsError)
+    if (why := missing_on_hub(name, "dataset")) is not None:
+        raise SettingError(f"`data` holds {full_name!r}, which is no file or folder here, and {why}")
     number = 0
     try:
         with _quiet("datasets", "huggingface_hub"):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from query_experts.checkpoints import missing_on_hub
 from query_experts.data.documents import Split
 from query_experts.errors import SettingError
 
@@ -51,6 +52,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer `name`, from a folder or the hub. Raises SettingError when it is unusable or ends no text."""
     folder = Path(name).expanduser()
+    allowed = (
+        "a folder that holds a tokenizer, the name of one on the Hugging Face hub, or None to train one on the data"
+    )
+    if not folder.exists() and (why := missing_on_hub(name)) is not None:
+        raise SettingError(f"`tokenizer` is {name!r}, which is no folder here, and {why}; it has to be {allowed}")
     try:
         if (folder / "tokenizer.json").is_file():
             json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -58,8 +64,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SettingError(
-            f"`tokenizer` is {name!r}, which could not be loaded ({reason}); it has to be a folder that holds a "
-            "tokenizer, the name of one on the Hugging Face hub, or None to train one on the data"
+            f"`tokenizer` is {name!r}, which could not be loaded ({reason}); it has to be {allowed}"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise SettingError(f"`tokenizer` is {name!r}, which has no fast form; it has to be a fast tokenizer")

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from query_experts.callbacks import StopRequest
+from query_experts.checkpoints import UNLOADABLE, load_whole
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
-from query_experts.files import read_json, write_json
-from query_experts.generation import UNLOADABLE, load_checkpoint, load_whole
+from query_experts.files import no_empty_folders, read_json, write_json
+from query_experts.generation import load_checkpoint
 from query_experts.study.arms import ModelSize
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
@@ -270,19 +271,25 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
 
 @contextmanager
 def own_folder(out: Path) -> Iterator[Path]:
-    """Has `out` for this process alone. Raises SettingError where another is at work, or it is no run's folder."""
-    require_own_folder(out)
-    lock = FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise SettingError(
-            f"out is {out}, in which another process is at work; wait for it, or use another folder"
-        ) from error
-    try:
-        yield out
-    finally:
-        lock.release()
+    """Has `out` for this process alone. Raises SettingError where another is at work, or it is no run's folder.
+
+    What is refused before anything was written leaves no folder, and no lock in one.
+    """
+    with no_empty_folders(out):
+        require_own_folder(out)
+        lock = FileLock(out / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SettingError(
+                f"out is {out}, in which another process is at work; wait for it, or use another folder"
+            ) from error
+        try:
+            yield out
+        finally:
+            if [path.name for path in out.iterdir()] == [LOCK]:
+                (out / LOCK).unlink()
+            lock.release()
 
 
 def require_own_folder(out: Path) -> None:
