@@ -55,7 +55,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"router": "calibrated", "output_projection": "slot"},
         {"router_aux_loss_coef": 0.0},
     ),
-    "all-awake-long": ({"router": "random", "top_k": None}, LONG),
     "static-long": ({"router": "none"}, LONG),
     "expert-calibrated-long": ({"router": "calibrated"}, LONG),
     "slot-calibrated-long": ({"router": "calibrated", "output_projection": "slot"}, LONG),

@@ -262,6 +262,7 @@ def test_what_has_no_gqe_form_is_refused_with_the_reason(case):
         ({"router": "none"}, "router is 'none', which is fitted to text"),
         ({"calibration": tokens(4)}, "5 sequences or more"),
         ({"calibration": torch.rand(8, 8)}, "must be token ids"),
+        ({"calibration": [[1, 2]]}, "calibration is a list; it must be a tensor of token ids"),
         ({"calibration": tokens(8) + 1}, "below vocab_size, 97"),
     ],
 )

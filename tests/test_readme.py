@@ -12,6 +12,7 @@ import torch
 from query_experts.bench import run as bench
 from query_experts.cli import COMMANDS, main
 from query_experts.study import compare as study
+from test_training import model_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -48,6 +49,20 @@ def test_the_tables_and_figures_of_the_page_on_converting_are_those_of_the_commi
     told = re.findall(r"\b0\.0\d\d\b", prose)
     assert len(told) > 8
     assert not [number for number in told if min(abs(float(number) - mean) for mean in means) > 5.5e-4]
+
+
+def test_the_python_of_the_page_on_converting_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 2
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    rows = torch.randint(300, (10, 16))
+    names = {"dense": model_of("dense"), "token_ids": rows, "dataset": [{"input_ids": x, "labels": x} for x in rows]}
+    for snippet in snippets:
+        exec(snippet.replace("max_steps=1000", "max_steps=2, report_to='none'"), names)
+    assert names["trainer"].state.global_step == 2
+    assert names["model"].config.active_query_experts == 1
 
 
 def test_the_tables_of_the_page_on_serving_are_those_of_the_committed_result():

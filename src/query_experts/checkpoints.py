@@ -6,11 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
 
 from query_experts.errors import SettingError
 
@@ -50,6 +59,22 @@ def check_config_file(folder: Path, field: str) -> None:
             f"{field} is {folder}, whose config.json holds model_type {model_type!r}; it must be one that Transformers "
             f"{transformers.__version__} knows"
         )
+
+
+def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, Any]:
+    """A `GQEForCausalLM` in float32 and its tokenizer. Raises SettingError, naming the field, if there is none."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if not folder.exists():
+        raise SettingError(f"{field} is {folder}, which doesn't exist; it must be a GQE checkpoint's folder")
+    model_type = load_config(str(folder), field).model_type
+    if model_type != "gqe":
+        raise SettingError(f"{field} is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except UNLOADABLE as error:
+        raise SettingError(f"{field} is {folder}, whose tokenizer can't be loaded: {reason(error)}") from error
+    return load_whole(AutoModelForCausalLM, str(folder), torch.float32, field), tokenizer
 
 
 def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, TextStreamer, set_seed
-from transformers.utils import logging
+from transformers import TextStreamer, set_seed
 
-from query_experts.checkpoints import UNLOADABLE, load_config, load_whole, reason
+from query_experts.checkpoints import load_gqe
 from query_experts.errors import SettingError
-from query_experts.modeling_gqe import GQEForCausalLM
 from query_experts.study.settings import check_seeds, resolve_device
 
 LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
@@ -29,7 +26,7 @@ def generate(
         raise SettingError(f"temperature is {temperature}; it must be 0, or a number from {LOWEST_TEMPERATURE} on")
     check_seeds("seed", [seed])
     device = resolve_device(device)
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_gqe(checkpoint)
     set_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt").to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -42,19 +39,3 @@ def generate(
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **sampling,
     )
-
-
-def load_checkpoint(folder: Path, field: str = "checkpoint") -> tuple[GQEForCausalLM, AutoTokenizer]:
-    """Model and tokenizer of a folder. Raises SettingError, naming the field, if it is no usable GQE checkpoint."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if not folder.exists():
-        raise SettingError(f"{field} is {folder}, which doesn't exist; it must be a GQE checkpoint's folder")
-    model_type = load_config(str(folder), field).model_type
-    if model_type != "gqe":
-        raise SettingError(f"{field} is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except UNLOADABLE as error:
-        raise SettingError(f"{field} is {folder}, whose tokenizer can't be loaded: {reason(error)}") from error
-    return load_whole(GQEForCausalLM, str(folder), torch.float32, field), tokenizer

@@ -184,6 +184,10 @@ class Both:
 
 def check_text(text: Tensor, plan: Plan) -> None:
     """Raises SettingError for text that is no [sequences, T] of token ids, or too little of it."""
+    if not isinstance(text, Tensor):
+        raise SettingError(
+            f"calibration is a {type(text).__name__}; it must be a tensor of token ids [sequences, tokens]"
+        )
     if text.ndim != 2 or text.is_floating_point() or text.shape[0] < HELD_OUT or text.shape[1] < 2:
         raise SettingError(
             f"calibration has shape {list(text.shape)} and dtype {text.dtype}; it must be token ids [sequences, "

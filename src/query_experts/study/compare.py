@@ -18,12 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from query_experts.callbacks import StopRequest
-from query_experts.checkpoints import UNLOADABLE, load_whole
+from query_experts.checkpoints import UNLOADABLE, load_gqe, load_whole
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
 from query_experts.files import no_empty_folders, read_json, write_json
-from query_experts.generation import load_checkpoint
 from query_experts.study.arms import ModelSize
 from query_experts.study.environment import environment
 from query_experts.study.prefill import kept_prefill, measure_prefill
@@ -162,7 +161,7 @@ def train(settings: TrainSettings, console: Console) -> bool:
 def load_start(settings: TrainSettings) -> Start:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
     assert settings.init is not None
-    model, tokenizer = load_checkpoint(Path(settings.init), "init")
+    model, tokenizer = load_gqe(Path(settings.init), "init")
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):  # of the training, not of the model that comes
         if settings.is_given(name):
             setattr(model.config, name, getattr(settings, name))
