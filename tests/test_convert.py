@@ -23,16 +23,27 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
     logging,
 )
 
 from query_experts import GQEForCausalLM
-from query_experts.convert import calibration, convert_model, dense_tensors, from_dense, from_reference, names
+from query_experts.convert import (
+    calibration,
+    convert_model,
+    dense_tensors,
+    from_dense,
+    from_reference,
+    make_plan,
+    names,
+)
 from query_experts.convert.calibration import contributions, fit_router, kept_share, rank_shares
 from query_experts.errors import SettingError
 
@@ -163,6 +174,7 @@ def test_an_output_embedding_that_is_not_the_input_s_is_kept_whatever_the_config
     dense.lm_head.weight = torch.nn.Parameter(torch.randn_like(dense.lm_head.weight))
     converted = from_dense(dense)
     assert not converted.config.tie_word_embeddings
+    assert dense.config.tie_word_embeddings
     torch.testing.assert_close(converted(tokens()).logits, dense(tokens()).logits, rtol=0, atol=1e-9)
 
 
@@ -238,13 +250,18 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "attention sinks": (GptOssConfig(num_hidden_layers=1), "sinks"),
     "capped logits": (Gemma2Config(num_hidden_layers=1), "caps"),
     "residual dropout": (Phi3Config(**SIZE, resid_pdrop=0.1), "resid_pdrop is 0.1"),
+    "embedding dropout": (Phi3Config(**SIZE, embd_pdrop=0.2), "embd_pdrop is 0.2"),
+    "experts in the MLP": (MixtralConfig(num_hidden_layers=1), "'mixtral', which has a mixture of experts"),
+    "many experts in the MLP": (Qwen3MoeConfig(num_hidden_layers=1), "'qwen3_moe', which has a mixture of experts"),
+    "layers without rotary embedding": (SmolLM3Config(num_hidden_layers=1), "has layers without rotary embedding"),
+    "quantised weights": (
+        LlamaConfig(**SIZE, quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config is set"
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_has_no_gqe_form_is_refused_with_the_reason(case):
-    from query_experts.convert import make_plan
-
     config, reason = REFUSED[case]
     with pytest.raises(SettingError, match=reason):
         make_plan(config, None, "expert", "gqe", None, 0, False)
@@ -263,7 +280,9 @@ def test_what_has_no_gqe_form_is_refused_with_the_reason(case):
         ({"calibration": tokens(4)}, "5 sequences or more"),
         ({"calibration": torch.rand(8, 8)}, "must be token ids"),
         ({"calibration": [[1, 2]]}, "calibration is a list; it must be a tensor of token ids"),
-        ({"calibration": tokens(8) + 1}, "below vocab_size, 97"),
+        ({"calibration": tokens(8).bool()}, "dtype torch.bool; it must be token ids"),
+        ({"calibration": tokens(8) + 1}, "holds token 97; it must be 0 or more and below vocab_size, 97"),
+        ({"calibration": tokens(8) - 1}, "holds token -1; it must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(options, words):
@@ -290,6 +309,10 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused():
     dense = dense_model("llama")
     dense.config.attention_bias = True
     with pytest.raises(SettingError, match=r"no tensor model.layers.0.self_attn.k_proj.bias"):
+        from_dense(dense)
+    dense = dense_model("phi3")
+    dense.config.intermediate_size = 63
+    with pytest.raises(SettingError, match=r"layers.0.mlp.gate_up_proj.weight has 128 rows; by its config it must"):
         from_dense(dense)
 
 
@@ -377,10 +400,38 @@ def test_a_checkpoint_of_several_dtypes_is_calibrated(router):
 
 
 @torch.no_grad()
+def test_a_dense_model_that_overflows_on_the_text_is_refused():
+    dense = dense_model("llama", torch.float16)
+    dense.model.layers[1].mlp.down_proj.weight.mul_(1e4)
+    with pytest.raises(SettingError, match=r"checkpoint is of float16, which the dense model's model.layers.1.* leave"):
+        from_dense(dense, 1, calibration=tokens(10, 40))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("silent", "best"), [([0, 1, 3, 4, 6, 7], 1), ([*range(8)], 0)])
+def test_heads_that_add_nothing_leave_the_fit_finite(silent, best):
+    dense = dense_model()
+    for layer in dense.model.layers:
+        layer.self_attn.o_proj.weight.unflatten(1, (8, 8))[:, silent] = 0
+    converted, report = convert_model(dense, 1, calibration=tokens(10, 40))
+    assert all(layer.self_attn.router.weight.isfinite().all() for layer in converted.model.layers)
+    assert [fit.best for fit in report.fits] == [pytest.approx(best)] * 2
+
+
+@torch.no_grad()
+def test_a_dense_model_with_attention_dropout_is_observed_without_it():
+    dense, text = dense_model(attention_dropout=0.5), tokens(10, 40)
+    report = convert_model(dense, calibration=text)[1]
+    assert report.dense_loss == pytest.approx(convert_model(dense_model(), calibration=text)[1].dense_loss, rel=1e-6)
+    assert report.kl == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
 def test_with_all_experts_awake_nothing_diverges_whatever_the_router():
     for router in ("random", "query_norm", "calibrated"):
         report = convert_model(dense_model(), router=router, calibration=tokens(10, 40))[1]
         assert report.kl == pytest.approx(0, abs=1e-6)
+        assert all(fit.best < 0.99 for fit in report.fits if fit is not None)  # judged at one expert a group
 
 
 @torch.no_grad()
@@ -404,12 +455,14 @@ def test_a_calibrated_router_wakes_stronger_heads_than_a_random_one():
 
 
 @torch.no_grad()
-def test_query_norm_is_fitted_to_the_norms_of_the_queries():
-    dense = dense_model("qwen3-tied", num_hidden_layers=1, layer_types=None)
+@pytest.mark.parametrize("family", ["qwen3-tied", "qwen2"])
+def test_query_norm_is_fitted_to_the_norms_of_the_queries(family):
+    dense = dense_model(family, num_hidden_layers=1, layer_types=None)
     report = convert_model(dense, 1, router="query_norm", calibration=tokens(100, 30))[1]
     layer = dense.model.layers[0]
     x = layer.input_layernorm(dense.model.embed_tokens(tokens(100, 30)[4::5])).flatten(0, 1)
-    norms = layer.self_attn.q_norm(layer.self_attn.q_proj(x).unflatten(-1, (8, 16))).norm(dim=-1)
+    query = layer.self_attn.q_proj(x).unflatten(-1, (8, -1))
+    norms = getattr(layer.self_attn, "q_norm", torch.nn.Identity())(query).norm(dim=-1)
     assert report.fits[0].best == pytest.approx(kept_share(norms, norms, 2, 1), rel=1e-4)
 
 
@@ -452,6 +505,7 @@ def test_a_seed_gives_the_same_model_and_another_seed_another():
     routers = [from_dense(dense_model(), 1, seed=seed).model.layers[1].self_attn.router.weight for seed in (3, 3, 4)]
     assert torch.equal(routers[0], routers[1])
     assert not torch.equal(routers[0], routers[2])
+    assert routers[0].std().item() == pytest.approx(0.2, rel=0.1)  # initializer_range
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,3 +563,14 @@ def test_the_configuration_of_a_conversion_survives_a_saved_file(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert loaded.attention_bias is True
     assert loaded.attention_output_bias is False
+
+
+def test_the_configuration_of_a_conversion_is_the_dense_models_wherever_both_have_a_field():
+    """Each at a value that is no default."""
+    held = SIZE | {
+        "hidden_act": "gelu", "rms_norm_eps": 1e-3, "use_cache": False, "pad_token_id": 3, "bos_token_id": 4,
+        "eos_token_id": [5, 6], "attention_dropout": 0.25, "tie_word_embeddings": True, "dtype": torch.bfloat16,
+        "rope_parameters": LLAMA3,
+    }  # fmt: skip
+    config = make_plan(LlamaConfig(**held), 2, "expert", "gqe", None, 0, False).final
+    assert {name: getattr(config, name) for name in held} == held

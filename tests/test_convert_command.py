@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from query_experts import checkpoints
@@ -22,11 +25,13 @@ from query_experts.checkpoints import require_checkpoint
 from query_experts.cli import main
 from query_experts.convert import convert_model
 from query_experts.convert import folder as folder_module
+from query_experts.convert import source as source_module
 from query_experts.convert.folder import ConvertSettings, convert_folder
 from query_experts.convert.source import Folder
 from query_experts.errors import SettingError
 from query_experts.evaluation import load_model
-from query_experts.study.compare import load_teacher
+from query_experts.study import compare as study
+from query_experts.study.compare import load_start, load_teacher, of_its_size
 from test_cli import options
 
 
@@ -88,6 +93,69 @@ def test_tokenizer_template_and_licence_come_along_and_the_card_does_not(tmp_pat
     assert ours["dtype"] == theirs["dtype"]
 
 
+COME_ALONG = (
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "spiece.model", "qwen.tiktoken", "chat_template.json", "generation_config.json", "LICENSE", "LICENSE.txt",
+    "LICENCE.md", "License", "Llama-License.txt", "COPYING", "NOTICE", "NOTICE.txt", "bpe.codes", "tekken.json",
+    "USE_POLICY.md", "additional_chat_templates/tool_use.jinja",
+)  # fmt: skip
+STAY_BEHIND = (
+    "README.md", "pytorch_model.bin", "training_args.bin", "trainer_state.json", "optimizer.pt", "adapter_config.json",
+    "quantize_config.json", "preprocessor_config.json", "model.gguf", "model.onnx", "tf_model.h5", "modeling_other.py",
+    ".gitattributes", "original/tokenizer.model", "tokenizer_files/tokenizer.model",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def converted_with_all_beside_it(tmp_path_factory, dense):
+    folder = tmp_path_factory.mktemp("beside")
+    shutil.copytree(dense, folder / "dense")
+    for name in (*COME_ALONG, *STAY_BEHIND):
+        (folder / "dense" / name).parent.mkdir(exist_ok=True)
+        (folder / "dense" / name).write_text(f'"held by {name}"')
+    assert main(["convert", str(folder / "dense"), str(folder / "gqe")]) == 0
+    return folder / "gqe"
+
+
+@pytest.mark.parametrize("name", COME_ALONG)
+def test_what_tokenizer_template_and_licence_are_made_of_comes_along(converted_with_all_beside_it, name):
+    assert (converted_with_all_beside_it / name).read_text() == f'"held by {name}"'
+
+
+@pytest.mark.parametrize("name", STAY_BEHIND)
+def test_what_belongs_to_the_dense_model_alone_stays_behind(converted_with_all_beside_it, name):
+    assert not (converted_with_all_beside_it / name).exists()
+
+
+def test_of_the_hub_no_weights_in_other_forms_are_fetched(tmp_path, dense, monkeypatch):
+    wanted = [path.name for path in dense.iterdir()]
+    others = ["pytorch_model.bin", "old/pytorch_model.bin", "model.pt", "model.pth", "model.gguf", "tf_model.h5"]
+    others += ["flax_model.msgpack", "model.onnx_data", "onnx/config.json", "original/x", "consolidated.safetensors"]
+    fetched = []
+
+    def snapshot_download(name, **options):
+        assert name == "someone/model"
+        fetched.extend(filter_repo_objects(wanted + others, **options))
+        return str(dense)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "missing_on_hub", lambda name: None)
+    monkeypatch.setattr(source_module, "snapshot_download", snapshot_download)
+    assert main(["convert", "someone/model", "gqe"]) == 0
+    assert fetched == wanted
+    torch.testing.assert_close(logits(tmp_path / "gqe"), logits(dense), rtol=0, atol=1e-5)
+
+
+def test_what_the_hub_does_not_hand_out_is_refused(tmp_path, monkeypatch, refused):
+    def snapshot_download(*args, **options):
+        raise OSError("gated")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "missing_on_hub", lambda name: None)
+    monkeypatch.setattr(source_module, "snapshot_download", snapshot_download)
+    refused(["convert", "someone/model", "gqe"], "someone/model, which can't be had from the hub (OSError: gated)")
+
+
 def test_a_folder_is_converted_as_the_loaded_model_is(tmp_path, dense, text):
     argv = ["--top-k", "1", "--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"]
     assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv, "--seed", "3"]) == 0
@@ -104,6 +172,49 @@ def test_a_folder_is_converted_as_the_loaded_model_is(tmp_path, dense, text):
     assert kept["kl"] == pytest.approx(report.kl)
     assert kept["fits"][0]["kept"] == pytest.approx(report.fits[0].kept)
     assert kept["tokens"] == 4 * 15
+    assert kept["settings"]["checkpoint"] == "model"  # names alone, as others will read it
+    assert kept["settings"]["out"] == "gqe"
+    assert kept["settings"]["calibrate"] == ["text.txt"]
+
+
+@pytest.mark.parametrize("argv", [[], ["--top_k", "1", "--output_projection", "slot", "--router", "query_norm"]])
+def test_every_tensor_that_is_written_has_the_checkpoints_dtype(tmp_path, dense, text, argv):
+    AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "half")
+    calibrated = ["--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"] if argv else []
+    assert main(["convert", str(tmp_path / "half"), str(tmp_path / "gqe"), *argv, *calibrated]) == 0
+    tensors = {name: t for path in (tmp_path / "gqe").glob("*.safetensors") for name, t in load_file(path).items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    index = json.loads((tmp_path / "gqe" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+
+
+def test_frequencies_that_old_checkpoints_hold_are_passed_over(tmp_path, dense, text):
+    copy = shutil.copytree(dense, tmp_path / "old")
+    old = {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": torch.ones(4) for number in range(2)}
+    save_file(load_file(copy / "model.safetensors") | old, copy / "model.safetensors", metadata={"format": "pt"})
+    calibrated = ["--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"]
+    for name, argv in {"plain": [], "calibrated": calibrated}.items():
+        assert main(["convert", str(copy), str(tmp_path / name), *argv]) == 0
+        torch.testing.assert_close(logits(tmp_path / name), logits(dense), rtol=0, atol=1e-5)
+
+
+def test_documents_to_calibrate_on_are_joined_by_the_end_of_text_and_by_nothing_else(tmp_path, dense):
+    """Though the tokenizer begins each text with a token of its own; and no further is read than was asked for."""
+    folder = shutil.copytree(dense, tmp_path / "begins")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    first = ("!", tokenizer.convert_tokens_to_ids("!"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[first])
+    tokenizer.save_pretrained(folder)
+    documents = ["def head", "for token in group", "return key"] * 9
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"body": document}) + "\n" for document in documents))
+    plain = [tokenizer(document, add_special_tokens=False).input_ids for document in documents]
+    joined = [token for ids in plain for token in [*ids, tokenizer.eos_token_id]]
+    asked = ConvertSettings(
+        str(folder), "out", 1, "expert", None, [str(tmp_path / "lines.jsonl")], 83, 8, "body", 0, "cpu"
+    )
+    assert folder_module.read_text(asked, folder, 16).flatten().tolist() == joined[:80]
 
 
 def test_a_tied_output_embedding_that_was_stored_all_the_same_is_left_out(tmp_path, dense):
@@ -199,6 +310,58 @@ def test_out_may_be_any_folder_that_is_empty_or_new(tmp_path, dense, monkeypatch
     where = {".": here, "missing/..": here, "link": tmp_path / "target"}.get(out, here / out)
     torch.testing.assert_close(logits(where), logits(dense), rtol=0, atol=1e-5)
     assert not [*tmp_path.rglob("*.part")]
+
+
+def test_too_little_room_is_told_before_anything_is_written(tmp_path, dense, monkeypatch, refused):
+    """The weights' own size doesn't suffice, as routers and shared heads come to them."""
+    usage = shutil.disk_usage(tmp_path)
+    size = (dense / "model.safetensors").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size))
+    with monkeypatch.context() as within:
+        within.setattr(folder_module, "save_file", lambda *args, **kwargs: pytest.fail("written"))
+        refused(["convert", dense, tmp_path / "gqe"], f"out is {tmp_path / 'gqe'}, whose disk has", "MB free; it needs")
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=2 * size))
+    assert main(["convert", str(dense), str(tmp_path / "gqe")]) == 0
+
+
+def test_a_folder_that_is_filled_meanwhile_stays_as_it_was_filled(tmp_path, dense, monkeypatch, refused):
+    out = tmp_path / "out"
+    out.mkdir()
+    copy = folder_module.copy_beside
+
+    def and_fill(folder, building):
+        copy(folder, building)
+        (out / "notes.txt").write_text("of another process")
+
+    monkeypatch.setattr(folder_module, "copy_beside", and_fill)
+    refused(["convert", dense, out], "out is", "which was filled meanwhile; it must be a new or empty folder")
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_in_a_folder_that_is_there_config_json_comes_last(tmp_path, dense, monkeypatch):
+    """Without it the rest is no checkpoint, so that none is taken for whole that isn't; all within out's own disk."""
+    out, rename, names = tmp_path / "out", Path.rename, []
+    out.mkdir()
+
+    def watched(path, target):
+        assert path.parent.parent == out
+        names.append(target.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    assert main(["convert", str(dense), str(out)]) == 0
+    assert names[-1] == "config.json"
+    assert {path.name for path in out.iterdir()} == set(names)
+
+
+def test_a_disk_that_is_full_while_weights_are_written_is_told_in_one_line(tmp_path, dense, monkeypatch, refused):
+    def fail(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(folder_module, "save_file", fail)
+    refused(["convert", dense, tmp_path / "gqe"], "out has no room left on its disk")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("out", ["gqe", "new/gqe"])
@@ -297,6 +460,8 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
     out = tmp_path / "out"
     refused(["convert", tmp_path / "nowhere", out], "checkpoint is", "nowhere")
     refused(["convert", dense, ""], "out is empty; it must be a new or empty folder")
+    refused(["convert", dense, dense / "config.json"], "which exists; it must be a new or empty folder")
+    refused(["convert", tmp_path, out], "which holds no config.json; it must be a model's folder")
     for settings, words in {
         ("hidden_act", "nonsense"): "hidden_act is 'nonsense'; it must be an activation",
         ("rope_parameters", "weird"): "rope_type is 'weird'; it must be default or one of",
@@ -330,6 +495,9 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
     refused(["convert", dense, out, "--router", "calibrated"], "router is 'calibrated'")
     refused(["convert", dense, out, "--router", "best"], "router is 'best'; it must be one of")
     refused(["convert", dense, out, "--calibrate", text, "--calibration_length", 1], "calibration_length is 1")
+    refused(
+        ["convert", dense, out, "--calibrate", text, "--calibration_length", 17], "calibration_length is 17; it must be"
+    )
     refused(["convert", dense, out, "--calibrate", text, "--calibration_tokens", 9], "calibration_tokens is 9")
     few = tmp_path / "few.txt"
     few.write_text("few words")
@@ -401,6 +569,24 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     assert not [*tmp_path.glob(".*part")]
 
 
+@pytest.mark.parametrize("number", [2, 10])
+def test_layers_beyond_those_of_the_configuration_are_refused(tmp_path, dense, refused, number):
+    more = shutil.copytree(dense, tmp_path / "more")
+    name = f"model.layers.{number}.mlp.up_proj.weight"
+    tensors = load_file(more / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(48, 32)}, more / "model.safetensors", metadata={"format": "pt"})
+    refused(["convert", more, tmp_path / "out"], f"has a tensor {name}, and its num_hidden_layers is 2")
+    fewer = copy_with(dense, tmp_path / "fewer", {"num_hidden_layers": 1, "layer_types": None})
+    refused(["convert", fewer, tmp_path / "out"], "a tensor model.layers.1.", "num_hidden_layers is 1; both must agree")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_embedding_that_is_neither_there_nor_tied_is_refused(tmp_path, dense, refused):
+    bare = copy_with(dense, tmp_path / "bare", {"tie_word_embeddings": False})
+    refused(["convert", bare, tmp_path / "out"], "no tensor lm_head.weight; by its config.json it must have it")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_device_without_float64_is_refused_for_the_fit(tmp_path, dense, text):
     asked = ConvertSettings(str(dense), str(tmp_path / "out"), 1, "expert", None, [text], 320, 16, "text", 0, "mps")
     with pytest.raises(SettingError, match="device is 'mps'"):
@@ -429,6 +615,35 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
     assert trained.config.router_aux_loss_coef == 0  # as it was told; the other is init's own
     assert trained.config.router_z_loss_coef == 0.25
     assert main(["generate", str(tmp_path / "run" / "model"), "--prompt", "a", "--max_new_tokens", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "aux", "z"),
+    [
+        ([], 0.5, 0.25),
+        (["--router_aux_loss_coef", "0.01"], 0.01, 0.25),
+        (["--router-z-loss-coef=0.0"], 0.5, 0.0),
+        (["--recipe", "recipe.yaml"], 0.01, 0.25),
+        (["--recipe", "recipe.yaml", "--router_z_loss_coef", "0.125"], 0.01, 0.125),
+    ],
+)
+def test_weights_of_the_routers_losses_are_inits_own_unless_the_user_gives_them_be_it_the_default(
+    tmp_path, dense, monkeypatch, given, aux, z
+):
+    """A preset isn't what the user gives."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(dense), "gqe"]) == 0
+    copy_with(tmp_path / "gqe", tmp_path / "init", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25})
+    (tmp_path / "recipe.yaml").write_text("router_aux_loss_coef: 0.01\n")
+    (tmp_path / "preset.yaml").write_text("router_aux_loss_coef: 0.01\nrouter_z_loss_coef: 0.0\nseq_len: 16\n")
+    monkeypatch.setattr("query_experts.options.presets", lambda folder: {"demo": tmp_path / "preset.yaml"})
+    held = []
+    monkeypatch.setattr(study, "train", lambda settings, console: held.append(settings) or True)
+    assert main(["train", "--init", "init", *given]) == 0
+    config = load_start(held[0]).model.config
+    assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (aux, z)
+    sized = of_its_size(held[0], config)
+    assert (sized.router_aux_loss_coef, sized.router_z_loss_coef) == (aux, z)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,16 @@ def test_a_teacher_that_is_quantised_stays_where_it_is(tmp_path):
         trainer_of(tmp_path, elsewhere, student, 0.5)
 
 
+def test_a_teacher_that_is_spread_over_several_devices_stays_where_it_is(tmp_path):
+    moved = []
+    for devices in ({"model": 0, "lm_head": 1}, {"model": "cpu", "lm_head": "cpu"}, {}, None):
+        teacher = model_of("dense")
+        teacher.hf_device_map = devices
+        teacher.to = lambda device, devices=devices: moved.append(devices)
+        trainer_of(tmp_path, teacher, from_dense(model_of("dense")), 0.5)
+    assert moved == [{"model": "cpu", "lm_head": "cpu"}, {}, None]
+
+
 @torch.no_grad()
 def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
     teacher = model_of("dense").eval()
@@ -204,6 +214,23 @@ def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
     one = hidden | {"position_ids": torch.arange(12)[None]}
     assert seen_by_teacher(one, apart=True) == one
     assert seen_by_teacher(hidden, apart=False) == hidden  # a stock student sees it as its teacher does
+
+
+@torch.no_grad()
+def test_rows_that_are_padded_on_the_left_are_seen_by_the_teacher_as_they_are():
+    """Where their positions don't go on, at the padding, there is no document to keep apart."""
+    teacher = model_of("dense").eval()
+    student = from_dense(teacher)
+    mask = (torch.arange(12) >= torch.tensor([[0], [4], [7]])).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert positions.diff().ne(1).any()
+    padded = {"input_ids": torch.randint(300, (3, 12)), "position_ids": positions, "attention_mask": mask}
+    seen = seen_by_teacher(padded, apart=True)
+    assert seen == padded
+    outputs = [
+        model(**given, use_cache=False).logits[mask == 1] for model, given in ((student, padded), (teacher, seen))
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_schedule_sets_the_models_k(tmp_path):

@@ -47,5 +47,5 @@ def test_too_little_room_is_refused_with_what_there_is_and_what_is_needed(tmp_pa
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 3 * 10**6, 3 * 10**6))
     require_space(tmp_path / "new", 3 * 10**6)
     assert (tmp_path / "new").is_dir()
-    with pytest.raises(SettingError, match=r"out is .*run, whose disk has 3 MB free; this run needs about 40 MB"):
+    with pytest.raises(SettingError, match=r"out is .*run, whose disk has 3.0 MB free; it needs about 40.0 MB"):
         require_space(tmp_path / "run", 40 * 10**6)

@@ -52,13 +52,13 @@ def no_empty_folders(path: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises SettingError if the disk of the folder has less room than that."""
+def require_space(folder: Path, num_bytes: int, out: str | None = None) -> None:
+    """Raises SettingError if the disk of the folder has less room than that. out: what the folder is for its user."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise SettingError(
-            f"out is {folder}, whose disk has {free / 1e6:.0f} MB free; this run needs about {num_bytes / 1e6:.0f} MB"
+            f"out is {out or folder}, whose disk has {free / 1e6:.1f} MB free; it needs about {num_bytes / 1e6:.1f} MB"
         )
 
 

@@ -82,7 +82,8 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
                 bool(settings.calibrate),
             )  # fmt: skip
             text = read_text(settings, folder, config.max_position_embeddings) if settings.calibrate else None
-            require_space(building, source.num_bytes + added_bytes(plan.full) + copied_bytes(folder))
+            needed = source.num_bytes + added_bytes(plan.full) + copied_bytes(folder)
+            require_space(building, needed, settings.out)
             write_model(building, source, plan, text, report)
         copy_beside(folder, building)
         write_json(building / "conversion.json", describe(settings, report))

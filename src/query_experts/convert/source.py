@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from query_experts.checkpoints import load_config, require_checkpoint
+from query_experts.checkpoints import load_config, reason, require_checkpoint
 from query_experts.convert.configs import check_convertible, untied
 from query_experts.convert.names import LAYERS
 from query_experts.errors import SettingError
@@ -44,8 +44,8 @@ def find_checkpoint(name: str) -> Path:
         return Path(snapshot_download(name, ignore_patterns=NOT_FETCHED))
     except OSError as error:
         raise SettingError(
-            f"checkpoint is {name}, which can't be had from the hub ({type(error).__name__}); it must be a folder with "
-            "config.json and safetensors, or the name of a model on the hub"
+            f"checkpoint is {name}, which can't be had from the hub ({type(error).__name__}: {reason(error)}); it must "
+            "be a folder with config.json and safetensors, or the name of a model on the hub"
         ) from error
 
 

@@ -58,12 +58,13 @@ def convert(dense: Dense, plan: Plan, text: Tensor | None, report: Report) -> It
         del wanted["lm_head.weight"]
     outside = finite(dense.outside())
     both = Both(dense.config, plan, outside, text) if text is not None else None
-    yield checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
-    del outside
+    mapped = checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
+    if missing := [name for name in wanted if not name.startswith(LAYERS)]:
+        raise SettingError(f"checkpoint has no tensor {min(missing)}; by its config.json it must have it")
+    yield mapped
+    del outside, mapped
     for number in range(plan.full.num_hidden_layers):
         yield converted_layer(dense, number, plan, both, wanted, report)
-    if wanted:
-        raise SettingError(f"checkpoint has no tensor {min(wanted)}; by its config.json it must have it")
     if both is not None:
         both.judge(report)
 
@@ -149,6 +150,11 @@ class Both:
             for hook in hooks:
                 hook.remove()
             layer.to("meta")
+        if not self.hidden.isfinite().all():
+            raise SettingError(
+                f"checkpoint is of {str(self.dtype).removeprefix('torch.')}, which the dense model's {where}* leave on "
+                "the text to calibrate on; it must be of a wider one, such as float32"
+            )
         head_dim = attention.head_dim
         rows = self.held_out.to(self.hidden.device).repeat_interleave(self.hidden.shape[1])
         return Observed(
@@ -188,14 +194,16 @@ def check_text(text: Tensor, plan: Plan) -> None:
         raise SettingError(
             f"calibration is a {type(text).__name__}; it must be a tensor of token ids [sequences, tokens]"
         )
-    if text.ndim != 2 or text.is_floating_point() or text.shape[0] < HELD_OUT or text.shape[1] < 2:
+    if text.ndim != 2 or text.dtype not in (torch.int64, torch.int32) or text.shape[0] < HELD_OUT or text.shape[1] < 2:
         raise SettingError(
             f"calibration has shape {list(text.shape)} and dtype {text.dtype}; it must be token ids [sequences, "
             f"tokens], {HELD_OUT} sequences or more of 2 tokens or more"
         )
-    highest = int(text.max())
-    if highest >= plan.full.vocab_size:
-        raise SettingError(f"calibration holds token {highest}; it must be below vocab_size, {plan.full.vocab_size}")
+    for extreme in (int(text.min()), int(text.max())):
+        if not 0 <= extreme < plan.full.vocab_size:
+            raise SettingError(
+                f"calibration holds token {extreme}; it must be 0 or more and below vocab_size, {plan.full.vocab_size}"
+            )
 
 
 def skeleton(config: PreTrainedConfig, build: Callable[..., Any]) -> tuple[Any, Any, Any]:
