@@ -1,5 +1,6 @@
 """The main job end to end on a tiny corpus: its results, going on after a stop or a kill, and what it refuses."""
 
+import errno
 import json
 import math
 import os
@@ -226,6 +227,26 @@ def test_a_checkpoint_that_lacks_a_file_is_not_gone_on_from_and_it_is_said(tmp_p
     assert run_module.last_checkpoint(checkpoint.parent) is None
     assert f"{checkpoint} is damaged or lacks files" in capsys.readouterr().err
     assert not checkpoint.exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_just_now_is_kept(tmp_path, monkeypatch):
+    assert not train(tiny_train(tmp_path, stop_after_minutes=0), quiet())
+    folder = tmp_path / "out" / "checkpoints"
+    (checkpoint,) = folder.iterdir()
+    (folder / "checkpoint-best").mkdir()
+    assert run_module.last_checkpoint(folder) == checkpoint
+
+    def busy(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for name in ("safe_open", "zipfile.is_zipfile"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"query_experts.study.run.{name}", busy)
+            with pytest.raises(OSError, match="Too many open files"):
+                run_module.last_checkpoint(folder)
+    weights = checkpoint / "model.safetensors"
+    weights.rename(checkpoint / "model-00001-of-00001.safetensors")  # as the Trainer cuts large ones
+    assert run_module.last_checkpoint(folder) == checkpoint
 
 
 def test_changed_data_is_refused(folder):

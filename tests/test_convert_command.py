@@ -18,12 +18,12 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from query_experts import checkpoints
 from query_experts.checkpoints import require_checkpoint
 from query_experts.cli import main
-from query_experts.convert import convert_model
+from query_experts.convert import convert_model, from_dense
 from query_experts.convert import folder as folder_module
 from query_experts.convert import source as source_module
 from query_experts.convert.folder import ConvertSettings, convert_folder
@@ -112,14 +112,14 @@ def converted_with_all_beside_it(tmp_path_factory, dense):
     shutil.copytree(dense, folder / "dense")
     for name in (*COME_ALONG, *STAY_BEHIND):
         (folder / "dense" / name).parent.mkdir(exist_ok=True)
-        (folder / "dense" / name).write_text(f'"held by {name}"')
+        (folder / "dense" / name).write_text(json.dumps({"held by": name}))
     assert main(["convert", str(folder / "dense"), str(folder / "gqe")]) == 0
     return folder / "gqe"
 
 
 @pytest.mark.parametrize("name", COME_ALONG)
 def test_what_tokenizer_template_and_licence_are_made_of_comes_along(converted_with_all_beside_it, name):
-    assert (converted_with_all_beside_it / name).read_text() == f'"held by {name}"'
+    assert (converted_with_all_beside_it / name).read_text() == json.dumps({"held by": name})
 
 
 @pytest.mark.parametrize("name", STAY_BEHIND)
@@ -364,15 +364,41 @@ def test_a_disk_that_is_full_while_weights_are_written_is_told_in_one_line(tmp_p
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("out", ["gqe", "new/gqe"])
-def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch, out):
-    monkeypatch.setattr(folder_module, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
+def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch, out, number):
+    monkeypatch.setattr(folder_module, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended:
         main(["convert", str(dense), str(tmp_path / out)])
-    assert ended.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) is before
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, dense, refused, there):
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    code = "import os, sys; from query_experts.convert import folder; from query_experts.cli import main\n"
+    code += "folder.save_file = lambda *args, **kwargs: os.kill(os.getpid(), 9); main(sys.argv[1:])"
+    killed = subprocess.run([sys.executable, "-c", code, "convert", str(dense), str(out)], capture_output=True)
+    assert killed.returncode == -9
+    (left,) = (out if there else tmp_path).iterdir()
+    assert left.name.endswith(".part")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        part = left.rename(left.with_name(f"{left.name.rpartition('-')[0]}-{other.pid}.part"))
+        refused(["convert", dense, out], "another conversion is at work", f"process {other.pid}, in {part}")
+        other.communicate(b"\n")
+    assert main(["convert", str(dense), str(out)]) == 0
+    assert not [*tmp_path.rglob("*.part")]
+
+
+def test_what_is_in_the_way_is_named(tmp_path, dense, refused):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".hidden").write_text("")
+    refused(["convert", dense, tmp_path / "out"], "out, which holds .hidden; it must be a new or empty folder")
 
 
 def test_an_empty_folder_is_empty_again_when_it_is_ended_at_the_last(tmp_path, dense, monkeypatch):
@@ -460,7 +486,7 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
     out = tmp_path / "out"
     refused(["convert", tmp_path / "nowhere", out], "checkpoint is", "nowhere")
     refused(["convert", dense, ""], "out is empty; it must be a new or empty folder")
-    refused(["convert", dense, dense / "config.json"], "which exists; it must be a new or empty folder")
+    refused(["convert", dense, dense / "config.json"], "which is a file; it must be a new or empty folder")
     refused(["convert", tmp_path, out], "which holds no config.json; it must be a model's folder")
     for settings, words in {
         ("hidden_act", "nonsense"): "hidden_act is 'nonsense'; it must be an activation",
@@ -723,6 +749,97 @@ def test_a_damaged_checkpoint_is_refused_alike_by_every_command_that_loads_one(
     refused(["evaluate", "gqe", "--tasks", "piqa"], "checkpoint is gqe", *words)
 
 
+def test_a_checkpoint_that_holds_more_than_its_configuration_is_refused(tmp_path, dense, text, refused):
+    from_qwen = from_dense(qwen3())
+    from_qwen.save_pretrained(tmp_path / "normed")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "normed")
+    copy_with(tmp_path / "normed", tmp_path / "gqe", {"qk_norm": False})
+    copy_with(dense, tmp_path / "dense", {"num_hidden_layers": 1, "layer_types": None})
+    refused(
+        ["generate", tmp_path / "gqe"], "which holds model.layers.0.self_attn.k_norm.weight; by config.json it must"
+    )
+    refused(["evaluate", tmp_path / "dense", "--tasks", "piqa"], "which holds model.layers.1.input_layernorm.weight")
+
+
+def qwen3():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 300}
+    return Qwen3ForCausalLM(Qwen3Config(**size, num_attention_heads=8, num_key_value_heads=2))
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path, dense, text, refused, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert main(["convert", str(dense), str(tmp_path / "gqe"), "--top_k", "1"]) == 0
+    ran = tmp_path / "ran"
+    for name, source in (("foreign", dense), ("foreign-gqe", tmp_path / "gqe")):
+        folder = shutil.copytree(source, tmp_path / name)
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+        (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
+        held = {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(held))
+    own = shutil.copytree(dense, tmp_path / "own")
+    (own / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
+    held = json.loads((own / "config.json").read_text()) | {"model_type": "mine"}
+    held["auto_map"] = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}
+    (own / "config.json").write_text(json.dumps(held))
+    foreign, gqe = tmp_path / "foreign", tmp_path / "foreign-gqe"
+    refused(["generate", gqe], "whose tokenizer can't be loaded")
+    refused(["evaluate", foreign, "--tasks", "piqa"], "whose tokenizer can't be loaded")
+    refused(["evaluate", own, "--tasks", "piqa"], "config.json holds model_type 'mine'")
+    start = options("train", tmp_path / "run", text, **WITHOUT_SIZES, init=tmp_path / "gqe", teacher=foreign)
+    refused(start, "teacher is", "whose tokenizer can't be loaded")
+    refused(options("train", tmp_path / "run", text, tokenizer=foreign), "`tokenizer` is")
+    assert main(["convert", str(foreign), str(tmp_path / "out")]) == 0
+    assert not ran.exists()
+
+
+def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
+    out = tmp_path / "out"
+    for name, value in {
+        "vocab_size": -1, "pad_token_id": 10**6, "max_position_embeddings": 0, "head_dim": 0, "hidden_size": 0,
+    }.items():  # fmt: skip
+        wrong = copy_with(dense, tmp_path / name, {name: value})
+        refused(["convert", wrong, out], f"checkpoint is {wrong}, whose ", f"{name} is {value}; it must be")
+    refused(["evaluate", tmp_path / "pad_token_id", "--tasks", "piqa"], "which can't be loaded")
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        cast = shutil.copytree(dense, tmp_path / str(dtype))
+        tensors = load_file(cast / "model.safetensors")
+        tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].to(dtype)
+        save_file(tensors, cast / "model.safetensors", metadata={"format": "pt"})
+        words = f"layers.0.self_attn.q_proj.weight is of {str(dtype).removeprefix('torch.')}; it must be of float16"
+        refused(["convert", cast, out], words)
+    outside = sharded(dense, tmp_path / "outside")
+    index = outside / "model.safetensors.index.json"
+    shutil.copy(dense / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}))
+    refused(["convert", outside, out], "outside, which holds no elsewhere.safetensors")
+    for held in ("[1]", "[" * 100_000):
+        listed = copy_with(dense, tmp_path / f"listed{len(held)}")
+        (listed / "generation_config.json").write_text(held)
+        refused(["convert", listed, out], "generation_config.json, which is damaged")
+    empty = shutil.copytree(dense, tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    (empty / "pytorch_model.bin").write_bytes(b"")
+    refused(["evaluate", empty, "--tasks", "piqa"], f"checkpoint is {empty}, which can't be loaded")
+    refused(["convert", "", out], "checkpoint is empty")
+    refused(["convert", dense / "config.json", out], "config.json, which is a file; it must be a model's folder")
+
+
+def test_generate_needs_nothing_of_generation_config_json_and_takes_text_alone(tmp_path, dense, refused, capsys):
+    asks = {"num_beams": 4, "stop_strings": ["a"], "constraints": [1]}
+    gqe = tmp_path / "gqe"
+    assert main(["convert", str(dense), str(gqe), "--top_k", "1"]) == 0
+    (gqe / "generation_config.json").write_text(json.dumps(asks))
+    assert main(["generate", str(gqe), "--prompt", "def", "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("def")
+    refused(["generate", gqe, "--prompt", "a\udcff"], "prompt is 'a\\udcff', which isn't UTF-8")
+    tokenizer = AutoTokenizer.from_pretrained(gqe)
+    tokenizer.add_tokens([f"new{n}" for n in range(300)])
+    tokenizer.save_pretrained(gqe)
+    refused(["generate", gqe], "whose tokenizer has", "tokens and whose model")
+
+
 def copy_with_nan(checkpoint, folder):
     """A copy of a checkpoint with one NaN in a query projection."""
     shutil.copytree(checkpoint, folder)
@@ -734,7 +851,7 @@ def copy_with_nan(checkpoint, folder):
         save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path, dense, text, refused):
+def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path, dense, text, refused, monkeypatch):
     assert main(["convert", str(dense), str(tmp_path / "gqe"), "--top_k", "1"]) == 0
     copy_with_nan(dense, tmp_path / "dense")
     copy_with_nan(tmp_path / "gqe", tmp_path / "nan")
@@ -744,6 +861,9 @@ def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path, dense, tex
             ["convert", tmp_path / "dense", tmp_path / "out", *flags], "layers.0.self_attn.q_proj.weight holds numbers"
         )
     refused(["generate", tmp_path / "nan"], "checkpoint is", "q_proj.weight holds numbers that aren't finite")
+    monkeypatch.setattr(checkpoints, "VALUES_AT_ONCE", 7)  # whichever piece it is in
+    assert checkpoints.is_finite(torch.zeros(3, 5))
+    assert not any(checkpoints.is_finite(torch.zeros(15).index_fill(0, torch.tensor(n), math.inf)) for n in range(15))
     assert not (tmp_path / "out").exists()
 
 

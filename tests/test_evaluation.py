@@ -1,5 +1,6 @@
 """Scores by lm-eval: local files ask what its own tasks ask, and the score is what a calculation by hand gives."""
 
+import errno
 import json
 import math
 import random
@@ -7,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -513,6 +515,27 @@ def test_results_are_written_whether_or_not_anyone_reads_the_table(checkpoints, 
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "piqa", "--data-dir", str(data), "--out", str(out)]
     assert main(argv) == 2
     assert json.loads(out.read_text())["tasks"]["piqa"]["items"] == 3
+
+
+def test_the_table_is_shown_though_the_disk_is_full(checkpoints, data, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_json", full)
+    argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "piqa", "--data-dir", str(data)]
+    assert main([*argv, "--out", str(tmp_path / "scores.json")]) == 2
+    shown = capsys.readouterr()
+    assert "acc_norm" in shown.out
+    assert "out has no room left on its disk" in shown.err
+
+
+def test_seeds_are_those_of_lm_evals_own_command():
+    evaluation.seed_all()
+    drawn = random.random(), np.random.random(), torch.rand(3).tolist()
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    assert drawn == (random.random(), np.random.random(), torch.rand(3).tolist())
 
 
 def test_a_folder_may_have_any_name(checkpoints, data, tmp_path, capsys):

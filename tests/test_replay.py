@@ -103,6 +103,13 @@ def test_inputs_given_as_embeddings_are_counted_too():
         model(inputs_embeds=embeds)
 
 
+def test_a_replay_leaves_no_hook():
+    model = tiny_model(active_query_experts=2)
+    with replayed_routing(model, FITTING.expand(2, 13, 2, 4)):
+        pass
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_model_without_routers_has_nothing_to_replay():
     model = tiny_model(routing="none", active_query_experts=4)
     with pytest.raises(ValueError, match="routing is 'none'"), replayed_routing(model, torch.zeros(2, 13, 2, 8).long()):

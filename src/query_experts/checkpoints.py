@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -24,9 +29,17 @@ from transformers.utils import logging
 from query_experts.errors import SettingError
 
 # what loading a checkpoint raises: damaged weights, weights of another shape, a setting that can't be, in
-# Transformers' own code; weights that need a package which isn't there
-UNLOADABLE = (OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, LookupError, TypeError,
-              AttributeError, ArithmeticError, ImportError)  # fmt: skip
+# Transformers' own code; weights that need a package which isn't there; the hub's HTTP client, whose package differs
+UNLOADABLE: tuple[type[BaseException], ...] = (
+    OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, LookupError, TypeError, AttributeError,
+    ArithmeticError, ImportError, AssertionError, EOFError, UnpicklingError, *HfHubHTTPError.__bases__,
+)  # fmt: skip
+# what a tokenizer is made of, whatever the case
+TOKENIZER = (
+    "tokenizer*", "vocab.*", "merges.txt", "bpe.codes", "added_tokens.json", "special_tokens_map.json", "*.model",
+    "*.tiktoken", "tekken.json",
+)  # fmt: skip
+VALUES_AT_ONCE = 2**24  # that are looked at, so that looking takes little memory
 
 CACHED = ("config.json", "tokenizer_config.json")  # of which a used model has one in the hub's cache
 
@@ -34,24 +47,26 @@ CACHED = ("config.json", "tokenizer_config.json")  # of which a used model has o
 def load_config(checkpoint: str, field: str) -> PreTrainedConfig:
     """Raises SettingError, naming the field, for a checkpoint that isn't there or whose config.json can't be used."""
     require_checkpoint(checkpoint, field)
-    if Path(checkpoint).exists():
+    local = Path(checkpoint).exists()
+    if local:
         check_config_file(Path(checkpoint), field)
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except UNLOADABLE as error:
-        raise SettingError(
-            f"{field} is {checkpoint}, whose config.json holds what can't be used: {reason(error)}"
-        ) from error
+        what = "whose config.json holds what can't be used" if local else "which can't be had from the hub"
+        raise SettingError(f"{field} is {checkpoint}, {what}: {reason(error)}") from error
 
 
 def check_config_file(folder: Path, field: str) -> None:
     """Raises SettingError for a folder without a config.json of a kind of model that Transformers knows."""
     path = folder / "config.json"
+    if not folder.is_dir():
+        raise SettingError(f"{field} is {folder}, which is a file; it must be a model's folder")
     if not path.is_file():
         raise SettingError(f"{field} is {folder}, which holds no config.json; it must be a model's folder")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"{field} is {folder}, whose config.json is damaged ({error})") from error
     model_type = held.get("model_type") if isinstance(held, dict) else None
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -70,18 +85,44 @@ def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, 
     model_type = load_config(str(folder), field).model_type
     if model_type != "gqe":
         raise SettingError(f"{field} is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
+    model = load_whole(AutoModelForCausalLM, str(folder), torch.float32, field)
+    return model, load_tokenizer(str(folder), model, field)
+
+
+def has_tokenizer(checkpoint: str) -> bool:
+    """Whether a folder holds anything of one; of the hub it is taken for granted."""
+    folder = Path(checkpoint)
+    return not folder.exists() or any(is_named(path, TOKENIZER) for path in folder.iterdir())
+
+
+def is_named(path: Path, patterns: tuple[str, ...]) -> bool:
+    return path.is_file() and any(fnmatch(path.name.lower(), pattern) for pattern in patterns)
+
+
+def load_tokenizer(checkpoint: str, model: PreTrainedModel, field: str) -> Any:
+    """The tokenizer of a model. Raises SettingError, naming the field, for none, and for one that isn't the model's."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except UNLOADABLE as error:
-        raise SettingError(f"{field} is {folder}, whose tokenizer can't be loaded: {reason(error)}") from error
-    return load_whole(AutoModelForCausalLM, str(folder), torch.float32, field), tokenizer
+        raise SettingError(
+            f"{field} is {checkpoint}, whose tokenizer can't be loaded ({reason(error)}); it must have one beside it, "
+            "as save_pretrained writes it"
+        ) from error
+    size, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
+    if not tokenizer.vocab_size or size > rows:
+        raise SettingError(
+            f"{field} is {checkpoint}, whose tokenizer has {size} tokens and whose model {rows}; it must have its own "
+            "tokenizer beside it"
+        )
+    return tokenizer
 
 
 def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
     """A model of a folder or the hub, by its class or Auto class.
 
     Raises SettingError, naming the field, for a checkpoint that can't be loaded, that lacks weights or holds them in
-    another shape, in whose place Transformers would draw new ones, or whose numbers aren't finite.
+    another shape, in whose place Transformers would draw new ones, that holds layers which config.json doesn't, or
+    whose numbers aren't finite.
     """
     config = load_config(checkpoint, field)
     try:
@@ -101,8 +142,28 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
             f"{field} is {checkpoint}, which lacks {len(missing)} weights of {type(model).__name__}, such as "
             f"{missing[0]}; it must hold them all"
         )
-    require_finite(model, f"{field} is {checkpoint}")
+    if beyond := sorted(filter(partial(is_beyond, model.config), loading["unexpected_keys"])):
+        raise SettingError(f"{field} is {checkpoint}, which holds {beyond[0]}; by config.json it must not be there")
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter):
+            raise SettingError(f"{field} is {checkpoint}, whose {name} holds numbers that aren't finite; all must be")
     return model
+
+
+def is_beyond(config: PreTrainedConfig, name: str) -> bool:
+    """Whether a tensor that the model has no place for shows that config.json isn't this checkpoint's.
+
+    Other models' checkpoints may hold more than Transformers uses, but for whole layers.
+    """
+    if config.model_type == "gqe":
+        return True
+    number, layers = re.match(r"model\.layers\.(\d+)\.", name), getattr(config, "num_hidden_layers", None)
+    return number is not None and layers is not None and int(number[1]) >= layers
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity, from which scores and losses would be nonsense."""
+    return all(bool(part.isfinite().all()) for part in tensor.detach().reshape(-1).split(VALUES_AT_ONCE))
 
 
 def reason(error: BaseException) -> str:
@@ -119,6 +180,8 @@ def reason(error: BaseException) -> str:
 
 def require_checkpoint(name: str, field: str) -> None:
     """Raises SettingError for a name that is neither a folder's nor, as far as the hub tells, a model's there."""
+    if not name:
+        raise SettingError(f"{field} is empty; it must be a folder, or a model on the hub")
     path = Path(name)
     if path.exists():
         return
@@ -145,10 +208,3 @@ def missing_on_hub(name: str, repo_type: str = "model") -> str | None:
         return None
     except Exception as error:  # the HTTP client's, which is another package from one version of the hub's to the next
         return f"the hub can't be asked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-
-
-def require_finite(model: PreTrainedModel, which: str) -> None:
-    """Raises SettingError for weights that hold NaN or infinity, from which scores and losses would be nonsense."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise SettingError(f"{which}, whose {name} holds numbers that aren't finite; all must be")

@@ -180,15 +180,16 @@ def run_convert(argv: list[str]) -> int:
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """SIGTERM ends the process with 143 and not at once, so that what is half written is removed."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """SIGTERM and SIGHUP end the process with 143 and 129 and not at once, so that what is half written is removed."""
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    ours = ours if threading.current_thread() is threading.main_thread() else []
+    for number in ours:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def run_generate(argv: list[str]) -> int:

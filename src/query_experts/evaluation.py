@@ -29,10 +29,10 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from query_experts.checkpoints import UNLOADABLE, load_whole, reason
+from query_experts.checkpoints import load_tokenizer, load_whole
 from query_experts.errors import SettingError
 from query_experts.files import no_empty_folders, write_json
 from query_experts.local_tasks import examples_before, write_definitions
@@ -104,9 +104,11 @@ def evaluate(
         "settings": {"data_dir": data_dir, "batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot},
         "environment": environment(device, dtype) | {name: version(name) for name in ("lm_eval", "datasets")},
     }
-    if out is not None:
-        write_json(Path(out), results)
-    print_results(results, console)
+    try:
+        print_results(results, console)
+    finally:  # each is done though the other fails: nobody reads, or the disk is full
+        if out is not None:
+            write_json(Path(out), results)
     return results
 
 
@@ -207,19 +209,7 @@ def quiet() -> None:
 def load_model(checkpoint: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint. Raises SettingError if it has no weights, or no tokenizer, to score with."""
     model = load_whole(AutoModelForCausalLM, checkpoint, dtype, "checkpoint")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except UNLOADABLE as error:
-        raise SettingError(
-            f"checkpoint is {checkpoint}, whose tokenizer can't be loaded ({reason(error)}); it must have one beside "
-            "it, as save_pretrained writes it"
-        ) from error
-    size, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
-    if not tokenizer.vocab_size or size > rows:
-        raise SettingError(
-            f"checkpoint is {checkpoint}, whose tokenizer has {size} tokens and whose model {rows}; it must have its "
-            "own tokenizer beside it"
-        )
+    tokenizer = load_tokenizer(checkpoint, model, "checkpoint")
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise SettingError(
             f"checkpoint is {checkpoint}, whose tokenizer has neither a bos_token nor an eos_token; it must have one, "

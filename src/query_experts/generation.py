@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from transformers import TextStreamer, set_seed
+from transformers import GenerationConfig, TextStreamer, set_seed
 
 from query_experts.checkpoints import load_gqe
 from query_experts.errors import SettingError
@@ -20,6 +20,10 @@ def generate(
     """Print the prompt and its continuation. Raises SettingError, e.g. for a checkpoint that isn't GQE."""
     if not prompt:
         raise SettingError("prompt is empty; it must hold text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise SettingError(f"prompt is {prompt!r}, which isn't UTF-8; it must be text") from error
     if max_new_tokens < 1:
         raise SettingError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
     if temperature != 0 and not LOWEST_TEMPERATURE <= temperature < math.inf:
@@ -30,6 +34,7 @@ def generate(
     set_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt").to(device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    model.generation_config = GenerationConfig()  # a checkpoint's own may ask for beams, which can't be streamed
     model.to(device).eval().generate(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,

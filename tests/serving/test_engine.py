@@ -130,6 +130,16 @@ def test_a_field_that_vllm_alone_would_obey_is_refused(name, held, tmp_path: Pat
     refused(tmp_path, f"{name} is {held}; GQE has no such field")
 
 
+@pytest.mark.parametrize(
+    ("rope_type", "name"), [("dynamic", "alpha"), ("dynamic", "max_trained_positions"), ("default", "rope_dim")]
+)
+def test_a_rotary_parameter_that_vllm_alone_would_obey_is_refused(rope_type, name, tmp_path: Path):
+    save_checkpoint(tmp_path)
+    held = {"rope_type": rope_type, "rope_theta": 10_000.0, name: 16}
+    change_config(tmp_path, rope_parameters=held | ({"factor": 2.0} if rope_type == "dynamic" else {}))
+    refused(tmp_path, f"rope_parameters hold {name}; they must hold nothing but")
+
+
 @pytest.mark.parametrize("foreign", [{"qkv_bias": False}, {"qkv_bias": True, "bias": True}])
 def test_projections_have_biases_where_transformers_has_them(foreign, tmp_path: Path):
     cases = sure_cases(save_checkpoint(tmp_path, attention_bias=not foreign["qkv_bias"]), mixed_prompts(), 8)

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import json
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from query_experts.checkpoints import UNLOADABLE, reason
+from query_experts.checkpoints import TOKENIZER, UNLOADABLE, has_tokenizer, is_named, reason
 from query_experts.errors import SettingError
 
 # what comes along, whatever the case of its name
-TOKENIZER = (
-    "tokenizer*", "vocab.*", "merges.txt", "bpe.codes", "added_tokens.json", "special_tokens_map.json", "*.model",
-    "*.tiktoken", "tekken.json",
-)  # fmt: skip
 COPIED = (
     *TOKENIZER, "chat_template*", "generation_config.json", "*license*", "*licence*", "copying*", "notice*",
     "use_policy*",
 )  # fmt: skip
 
 
-def is_copied(path: Path, patterns: tuple[str, ...] = COPIED) -> bool:
-    return path.is_file() and any(fnmatch(path.name.lower(), pattern) for pattern in patterns)
+def copied(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if is_named(path, COPIED))
 
 
 def check_beside(folder: Path) -> None:
-    """Raises SettingError for a file that would come along and is no JSON, though its name says so."""
-    for path in sorted(filter(is_copied, folder.iterdir())):
+    """Raises SettingError for a file that would come along and holds no JSON object, though its name says so."""
+    for path in copied(folder):
         if path.suffix == ".json":
             try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
+                held = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise SettingError(f"checkpoint holds {path}, which is damaged ({error}); it must be JSON") from error
+            if not isinstance(held, dict):
+                raise SettingError(f"checkpoint holds {path}, which is damaged; it must be a JSON object")
 
 
 def tokenizer_note(folder: Path) -> str | None:
     """What is to be said of a converted checkpoint's tokenizer, if it can't be used here."""
-    if not any(is_copied(path, TOKENIZER) for path in folder.iterdir()):
+    if not has_tokenizer(str(folder)):
         return "the checkpoint has no tokenizer, and so the GQE checkpoint has none"
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -49,13 +46,13 @@ def tokenizer_note(folder: Path) -> str | None:
 
 
 def copied_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in filter(is_copied, folder.iterdir()))
+    return sum(path.stat().st_size for path in copied(folder))
 
 
 def copy_beside(folder: Path, building: Path) -> None:
     """Tokenizer, chat templates, generation settings and licence."""
-    for path in folder.iterdir():
-        if path.name == "additional_chat_templates" and path.is_dir():
-            shutil.copytree(path, building / path.name)
-        elif is_copied(path):
-            shutil.copyfile(path, building / path.name)
+    for path in copied(folder):
+        shutil.copyfile(path, building / path.name)
+    templates = "additional_chat_templates"
+    if (folder / templates).is_dir():
+        shutil.copytree(folder / templates, building / templates)

@@ -95,6 +95,14 @@ def check_convertible(dense: PreTrainedConfig) -> None:
         reasons += [why for field, why in FOREIGN.items() if getattr(dense, field, None) is not None]
         why = f", which {reasons[0]}" if reasons else ""
         raise SettingError(f"model_type is {kind!r}{why}; it must be one of {', '.join(sorted(LAYER))}")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings",
+                 "head_dim"):  # fmt: skip
+        held: Any = getattr(dense, name, None)
+        if held is not None and held < 1:
+            raise SettingError(f"{name} is {held}; it must be 1 or more")
+    padding = dense.pad_token_id
+    if padding is not None and not 0 <= padding < dense.vocab_size:
+        raise SettingError(f"pad_token_id is {padding}; it must be below vocab_size, {dense.vocab_size}, or null")
     heads, kv_heads = dense.num_attention_heads, dense.num_key_value_heads
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise SettingError(
@@ -125,6 +133,6 @@ def check_convertible(dense: PreTrainedConfig) -> None:
     if getattr(dense, "quantization_config", None) is not None:
         raise SettingError("quantization_config is set; the weights must be plain (quantise them after converting)")
     for name in ("resid_pdrop", "embd_pdrop"):
-        held: Any = getattr(dense, name, 0)
+        held = getattr(dense, name, 0)
         if held:
             raise SettingError(f"{name} is {held}; GQE has no such dropout, so it must be 0")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,6 +35,7 @@ from query_experts.files import full_disk_as_os_error, no_empty_folders, require
 
 TOKENS = 16_384  # of text, where nothing else is asked for
 LENGTH = 512  # of a sequence of it, where the model takes so many
+PART = ".{name}.{host}-{process}.part"  # where a conversion is made
 PIECE = 2**16  # characters that are tokenised at once
 
 
@@ -57,6 +60,8 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     """Write the GQE checkpoint, its config.json last. Raises SettingError for what can't be converted."""
     settings = with_defaults(settings)
     out = new_folder(settings.out)
+    remove_abandoned(out, settings.out)
+    require_empty(out, settings.out)
     logging.set_verbosity_error()
     folder = find_checkpoint(settings.checkpoint)
     config = read_config(folder, settings.checkpoint)
@@ -71,7 +76,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
             "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
         )
     report = Report()
-    part = f".{out.name}.{os.getpid()}.part"
+    part = PART.format(name=out.name, host=platform.node(), process=os.getpid())
     building = out / part if out.exists() else out.with_name(part)  # inside, where out may be a mounted disk
     with no_empty_folders(building.parent), removed_in_the_end(building), ExitStack() as stack:
         make_folder(building, settings.out)
@@ -102,17 +107,51 @@ def with_defaults(settings: ConvertSettings) -> ConvertSettings:
 
 
 def new_folder(name: str) -> Path:
-    """Raises SettingError for an `out` that holds something, or can't be a folder."""
+    """Raises SettingError for an `out` that can't be a folder."""
     if not name:
         raise SettingError("out is empty; it must be a new or empty folder")
     try:
         out = Path(name).resolve()
-        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        is_file = out.exists() and not out.is_dir()
     except (OSError, RuntimeError) as error:  # links in a circle
         raise SettingError(f"out is {name}, which can't be read ({error}); it must be a new or empty folder") from error
-    if taken:
-        raise SettingError(f"out is {name}, which exists; it must be a new or empty folder")
+    if is_file:
+        raise SettingError(f"out is {name}, which is a file; it must be a new or empty folder")
     return out
+
+
+def remove_abandoned(out: Path, name: str) -> None:
+    """What conversions to the same `out` left on this machine when they were killed.
+
+    Raises SettingError where one is at work.
+    """
+    pattern = PART.format(name=glob.escape(out.name), host=glob.escape(platform.node()), process="*")
+    for folder in (out, out.parent):
+        for part in folder.glob(pattern):
+            process = part.name.split("-")[-1].removesuffix(".part")
+            if process.isdecimal() and is_running(int(process)):
+                raise SettingError(
+                    f"out is {name}, to which another conversion is at work (process {process}, in {part}); wait for "
+                    "it, or use another folder"
+                )
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return process != os.getpid()
+
+
+def require_empty(out: Path, name: str) -> None:
+    """Raises SettingError for an `out` that holds something."""
+    first = min(out.iterdir(), default=None) if out.exists() else None
+    if first is not None:
+        raise SettingError(f"out is {name}, which holds {first.name}; it must be a new or empty folder")
 
 
 def make_folder(building: Path, out: str) -> None:

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from query_experts.checkpoints import is_finite
 from query_experts.convert.calibration import HELD_OUT, Fit
 from query_experts.convert.layers import Observed, Plan, convert_layer
 from query_experts.convert.names import LAYER, LAYERS, LEFT_OUT, OUTSIDE, to_gqe
 from query_experts.errors import SettingError
 from query_experts.modeling_gqe import GQEForCausalLM
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PASS_TOKENS = 4096  # that go through a layer at once
 
 
@@ -88,9 +90,14 @@ def converted_layer(
 
 
 def finite(tensors: dict[str, Tensor], where: str = "") -> dict[str, Tensor]:
-    """The tensors as they are. Raises SettingError for one that holds NaN or infinity."""
+    """The tensors as they are. Raises SettingError for one that isn't of a weight's dtype, or holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if tensor.dtype not in DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise SettingError(
+                f"checkpoint's {where}{name} is of {dtype}; it must be of float16, bfloat16, float32 or float64"
+            )
+        if not is_finite(tensor):
             raise SettingError(f"checkpoint's {where}{name} holds numbers that aren't finite; all must be")
     return tensors
 
@@ -150,7 +157,7 @@ class Both:
             for hook in hooks:
                 hook.remove()
             layer.to("meta")
-        if not self.hidden.isfinite().all():
+        if not is_finite(self.hidden):
             raise SettingError(
                 f"checkpoint is of {str(self.dtype).removeprefix('torch.')}, which the dense model's {where}* leave on "
                 "the text to calibrate on; it must be of a wider one, such as float32"

@@ -60,7 +60,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     try:
         if (folder / "tokenizer.json").is_file():
             json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SettingError(

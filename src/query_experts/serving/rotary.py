@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from query_experts.configuration_gqe import GQEConfig
+
+# what Transformers' functions read, and two that are set below
+KNOWN = {"type", "mscale", "mscale_all_dim", "truncate", "short_mscale", "long_mscale", *RopeParameters.__annotations__}
+KNOWN -= {"mrope_section"}
 
 
 def rotary_embedding(config: GQEConfig, max_position: int, max_model_len: int) -> nn.Module:
@@ -14,9 +18,12 @@ def rotary_embedding(config: GQEConfig, max_position: int, max_model_len: int) -
 
     vLLM looks angles up in a table. Where positions go beyond it, it would read what lies behind, without an error.
 
-    Raises ValueError for a max_model_len beyond the table.
+    Raises ValueError for a max_model_len beyond the table, and for parameters that Transformers doesn't know: some of
+    them vLLM obeys.
     """
     parameters = dict(config.rope_parameters)
+    if unknown := sorted(parameters.keys() - KNOWN):
+        raise ValueError(f"rope_parameters hold {unknown[0]}; they must hold nothing but {', '.join(sorted(KNOWN))}")
     kind = parameters.get("rope_type", "default")
     if kind == "linear":
         parameters["factor"] = float(parameters["factor"])  # vLLM takes a whole number for a list

@@ -14,11 +14,11 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from query_experts.callbacks import StopRequest
-from query_experts.checkpoints import UNLOADABLE, load_gqe, load_whole
+from query_experts.checkpoints import has_tokenizer, load_gqe, load_tokenizer, load_whole
 from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus, prepare
 from query_experts.errors import SettingError
@@ -162,6 +162,8 @@ def load_start(settings: TrainSettings) -> Start:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
     assert settings.init is not None
     model, tokenizer = load_gqe(Path(settings.init), "init")
+    if tokenizer.eos_token_id is None:
+        raise SettingError(f"init is {settings.init}, whose tokenizer has no eos_token; it needs one to end a document")
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):  # of the training, not of the model that comes
         if settings.is_given(name):
             setattr(model.config, name, getattr(settings, name))
@@ -176,7 +178,8 @@ def load_start(settings: TrainSettings) -> Start:
         theirs, ours = teacher.config.vocab_size, model.config.vocab_size
         if theirs != ours:
             raise SettingError(f"teacher has a vocabulary of {theirs}; it must be that of init, {ours}")
-        if vocabulary_of(settings.teacher) not in (None, tokenizer.get_vocab()):
+        beside = has_tokenizer(settings.teacher)
+        if beside and load_tokenizer(settings.teacher, teacher, "teacher").get_vocab() != tokenizer.get_vocab():
             raise SettingError(f"teacher is {settings.teacher}, whose tokenizer isn't that of init; they must agree")
     return Start(model, teacher, settings.distillation, settings.sparsify_fraction)
 
@@ -184,14 +187,6 @@ def load_start(settings: TrainSettings) -> Start:
 def load_teacher(name: str) -> PreTrainedModel:
     """A causal language model, float32. Raises SettingError for a checkpoint that can't be loaded."""
     return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
-
-
-def vocabulary_of(checkpoint: str) -> dict[str, int] | None:
-    """Token -> id of the tokenizer beside a checkpoint; None without one."""
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint).get_vocab()
-    except UNLOADABLE:
-        return None
 
 
 def of_its_size(settings: TrainSettings, config: GQEConfig) -> TrainSettings:

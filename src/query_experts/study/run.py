@@ -157,7 +157,9 @@ def held_out(settings: RunSettings, corpus: Corpus) -> Subset:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint. Those that a kill, a full disk or a bad one cut short are deleted, with a word."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    found = [path for path, number in numbers.items() if number.isdecimal()]
+    for path in sorted(found, key=lambda path: int(numbers[path]), reverse=True):
         if is_whole(path):
             return path
         print(f"{path} is damaged or lacks files, and is deleted; what is whole before it goes on.", file=sys.stderr)
@@ -166,16 +168,24 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer finished this checkpoint, and each of its files reaches to its end."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # written last
-        with safe_open(checkpoint / SAFE_WEIGHTS_NAME, framework="pt"):
-            pass
-    except (OSError, ValueError, SafetensorError):
-        return False
+    """Whether the Trainer finished this checkpoint, and each of its files reaches to its end.
+
+    Raises OSError where that can't be told, as a file that is there can't be read.
+    """
     archives = {path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
     archives |= {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME}
-    return all(zipfile.is_zipfile(path) for path in archives)
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # written last
+        for weights in [*checkpoint.glob("*.safetensors")] or [checkpoint / SAFE_WEIGHTS_NAME]:
+            with safe_open(weights, framework="pt"):
+                pass
+        for path in archives:
+            with path.open("rb") as file:
+                if not zipfile.is_zipfile(file):
+                    return False
+    except (FileNotFoundError, ValueError, SafetensorError):
+        return False
+    return True
 
 
 def train_on(trainer: GQETrainer, checkpoint: Path | None) -> None:
