@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -720,3 +721,24 @@ def test_a_folder_in_which_another_process_is_at_work_is_refused(finished):
         pytest.raises(SettingError, match="another process is at work; wait for it, or use another folder"),
     ):
         compare(tiny_compare(finished), quiet())
+
+
+def test_a_result_names_the_commit_of_a_checkout_and_none_elsewhere(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(environment_module, "PACKAGE", tmp_path)
+    assert environment_module.commit() is None
+    git("init")
+    (tmp_path / "other.py").write_text("")
+    git("add", "other.py")
+    git("commit", "-m", "another project, in which the package was installed")
+    (tmp_path / "py.typed").write_text("")
+    assert environment_module.commit() is None
+    git("add", "py.typed")
+    git("commit", "-m", "this one")
+    head = environment_module.environment("cpu", "float32")["commit"]
+    assert re.fullmatch(r"[0-9a-f]{7,}", head)
+    (tmp_path / "py.typed").write_text("changed")
+    assert environment_module.commit() == head + "+"

@@ -33,6 +33,19 @@ def test_the_table_in_the_readme_is_that_of_the_committed_result():
     assert readme == tables.with_table(readme, json.loads(tables.RESULT.read_text(encoding="utf-8")))
 
 
+def test_what_the_readme_tells_of_another_processor_is_in_its_result():
+    results = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("compare-demo", "compare-demo-xeon")]
+    here, there = (
+        {(run["arm"], run["seed"]): run["validation_loss"] for run in json.loads(path.read_text())["runs"]}
+        for path in results
+    )
+    away = max(abs(there[run] - loss) for run, loss in here.items())
+    lost = [there["gqe", seed] - there["static", seed] for seed in (0, 1)]
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    assert f"end up to {away:.2f} away from this" in readme
+    assert f"`gqe` loses to `static` by {lost[0]:.3f} and {lost[1]:.3f}" in readme
+
+
 def test_the_tables_of_the_page_on_performance_are_those_of_the_committed_results():
     page = PERFORMANCE.read_text(encoding="utf-8")
     assert page == script("performance_tables").filled(page)

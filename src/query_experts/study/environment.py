@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from query_experts import __version__
+
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
@@ -24,11 +27,25 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers")},
         "query_experts": __version__,
+        "commit": commit(),
         "device": device,
         "hardware": hardware,
         "dtype": dtype,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def commit() -> str | None:
+    """Of the checkout that the package is imported from, with `+` behind it where files differ; None elsewhere."""
+    git = ["git", "-C", str(PACKAGE)]
+    try:
+        inside = subprocess.run([*git, "ls-files", "--error-unmatch", "py.typed"], capture_output=True, timeout=10)
+        found = subprocess.run(
+            [*git, "describe", "--always", "--dirty=+", "--exclude=*"], capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.decode().strip() or None if inside.returncode == 0 else None
 
 
 def cpu_name() -> str:
