@@ -403,7 +403,11 @@ def test_a_checkpoint_of_several_dtypes_is_calibrated(router):
 def test_a_dense_model_that_overflows_on_the_text_is_refused():
     dense = dense_model("llama", torch.float16)
     dense.model.layers[1].mlp.down_proj.weight.mul_(1e4)
-    with pytest.raises(SettingError, match=r"checkpoint is of float16, which the dense model's model.layers.1.* leave"):
+    with pytest.raises(SettingError, match=r"of float16, beyond whose numbers model.layers.1 of the dense model comes"):
+        from_dense(dense, 1, calibration=tokens(10, 40))
+    dense = dense_model("llama", torch.float16)
+    dense.lm_head.weight.fill_(6e4)
+    with pytest.raises(SettingError, match=r"beyond whose numbers the output embedding comes .* bfloat16 or float32"):
         from_dense(dense, 1, calibration=tokens(10, 40))
 
 

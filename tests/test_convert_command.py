@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
@@ -95,9 +96,9 @@ def test_tokenizer_template_and_licence_come_along_and_the_card_does_not(tmp_pat
 
 COME_ALONG = (
     "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-    "spiece.model", "qwen.tiktoken", "chat_template.json", "generation_config.json", "LICENSE", "LICENSE.txt",
-    "LICENCE.md", "License", "Llama-License.txt", "COPYING", "NOTICE", "NOTICE.txt", "bpe.codes", "tekken.json",
-    "USE_POLICY.md", "additional_chat_templates/tool_use.jinja",
+    "spiece.model", "qwen.tiktoken", "tokenization_own.py", "chat_template.json", "generation_config.json", "LICENSE",
+    "LICENSE.txt", "LICENCE.md", "License", "Llama-License.txt", "COPYING", "NOTICE", "NOTICE.txt", "bpe.codes",
+    "tekken.json", "USE_POLICY.md", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 STAY_BEHIND = (
     "README.md", "pytorch_model.bin", "training_args.bin", "trainer_state.json", "optimizer.pt", "adapter_config.json",
@@ -387,12 +388,22 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, dense, r
     assert killed.returncode == -9
     (left,) = (out if there else tmp_path).iterdir()
     assert left.name.endswith(".part")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        part = left.rename(left.with_name(f"{left.name.rpartition('-')[0]}-{other.pid}.part"))
-        refused(["convert", dense, out], "another conversion is at work", f"process {other.pid}, in {part}")
-        other.communicate(b"\n")
+    with FileLock(left / ".lock"):
+        refused(["convert", dense, out], f"another conversion is at work (in {left})")
     assert main(["convert", str(dense), str(out)]) == 0
     assert not [*tmp_path.rglob("*.part")]
+
+
+def test_a_tokenizer_of_another_version_of_tokenizers_is_spoken_of(tmp_path, dense, text, refused, capsys):
+    """Which raises Exception itself."""
+    newer = shutil.copytree(dense, tmp_path / "newer")
+    held = json.loads((newer / "tokenizer.json").read_text())
+    (newer / "tokenizer.json").write_text(json.dumps(held | {"pre_tokenizer": {"type": "NewKind"}}))
+    assert main(["convert", str(newer), str(tmp_path / "gqe"), "--top_k", "1"]) == 0
+    assert "can't be loaded here (" in " ".join(capsys.readouterr().out.split())
+    refused(["convert", newer, tmp_path / "out", "--calibrate", text], "whose tokenizer isn't there, damaged, slow")
+    refused(["generate", tmp_path / "gqe"], "whose tokenizer can't be loaded")
+    refused(["evaluate", newer, "--tasks", "piqa"], "whose tokenizer can't be loaded")
 
 
 def test_what_is_in_the_way_is_named(tmp_path, dense, refused):
@@ -435,12 +446,14 @@ def test_a_tokenizer_that_is_not_there_or_cannot_be_loaded_is_spoken_of(tmp_path
 
 def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    for name in ("runs/gpe", "./gpe", "some/other/folder", tmp_path / "gpe"):
+    monkeypatch.setattr(checkpoints, "HfApi", lambda: pytest.fail("asked"))
+    for name in ("./gpe", "some/other/folder", tmp_path / "gpe"):
         refused(["convert", name, "out"], f"checkpoint is {name}, which doesn't exist")
+    (tmp_path / "link").symlink_to("nowhere")
+    refused(["convert", "link", "out"], "checkpoint is link, which is a link to nothing")
     for load in (load_teacher, lambda name: load_model(name, "float32")):
-        with pytest.raises(SettingError, match=r"is runs/gpe, which doesn't exist"):
-            load("runs/gpe")
+        with pytest.raises(SettingError, match=r"is ./gpe, which doesn't exist"):
+            load("./gpe")
 
 
 class Hub:
@@ -813,7 +826,14 @@ def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
     index = outside / "model.safetensors.index.json"
     shutil.copy(dense / "model.safetensors", tmp_path / "elsewhere.safetensors")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}))
-    refused(["convert", outside, out], "outside, which holds no elsewhere.safetensors")
+    refused(["convert", outside, out], "outside, whose model.safetensors.index.json is damaged")
+    (outside / "below").mkdir()
+    shutil.copy(dense / "model.safetensors", outside / "below" / "weights.safetensors")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "below/weights.safetensors"}}))
+    assert main(["convert", str(outside), str(tmp_path / "below")]) == 0
+    old = copy_with(dense, tmp_path / "old", {"pad_token_id": -1})
+    assert main(["convert", str(old), str(tmp_path / "of-old")]) == 0
+    torch.testing.assert_close(logits(tmp_path / "of-old"), logits(dense), rtol=0, atol=1e-5)
     for held in ("[1]", "[" * 100_000):
         listed = copy_with(dense, tmp_path / f"listed{len(held)}")
         (listed / "generation_config.json").write_text(held)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import textwrap
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, StrictDataclassError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -28,16 +28,10 @@ from transformers.utils import logging
 
 from query_experts.errors import SettingError
 
-# what loading a checkpoint raises: damaged weights, weights of another shape, a setting that can't be, in
-# Transformers' own code; weights that need a package which isn't there; the hub's HTTP client, whose package differs
-UNLOADABLE: tuple[type[BaseException], ...] = (
-    OSError, ValueError, SafetensorError, RuntimeError, StrictDataclassError, LookupError, TypeError, AttributeError,
-    ArithmeticError, ImportError, AssertionError, EOFError, UnpicklingError, *HfHubHTTPError.__bases__,
-)  # fmt: skip
 # what a tokenizer is made of, whatever the case
 TOKENIZER = (
     "tokenizer*", "vocab.*", "merges.txt", "bpe.codes", "added_tokens.json", "special_tokens_map.json", "*.model",
-    "*.tiktoken", "tekken.json",
+    "*.tiktoken", "tekken.json", "tokenization_*.py",
 )  # fmt: skip
 VALUES_AT_ONCE = 2**24  # that are looked at, so that looking takes little memory
 
@@ -52,7 +46,7 @@ def load_config(checkpoint: str, field: str) -> PreTrainedConfig:
         check_config_file(Path(checkpoint), field)
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except UNLOADABLE as error:
+    except Exception as error:  # of Transformers, tokenizers, the hub's HTTP client: of any kind
         what = "whose config.json holds what can't be used" if local else "which can't be had from the hub"
         raise SettingError(f"{field} is {checkpoint}, {what}: {reason(error)}") from error
 
@@ -68,6 +62,8 @@ def check_config_file(folder: Path, field: str) -> None:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{field} is {folder}, whose config.json is damaged ({error})") from error
+    except OSError as error:
+        raise SettingError(f"{field} is {folder}, whose config.json can't be read ({error.strerror})") from error
     model_type = held.get("model_type") if isinstance(held, dict) else None
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise SettingError(
@@ -103,7 +99,7 @@ def load_tokenizer(checkpoint: str, model: PreTrainedModel, field: str) -> Any:
     """The tokenizer of a model. Raises SettingError, naming the field, for none, and for one that isn't the model's."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except UNLOADABLE as error:
+    except Exception as error:  # of Transformers, tokenizers, the hub's HTTP client: of any kind
         raise SettingError(
             f"{field} is {checkpoint}, whose tokenizer can't be loaded ({reason(error)}); it must have one beside it, "
             "as save_pretrained writes it"
@@ -130,7 +126,7 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
             checkpoint, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )  # fmt: skip
-    except UNLOADABLE as error:
+    except Exception as error:  # of Transformers, tokenizers, the hub's HTTP client: of any kind
         raise SettingError(f"{field} is {checkpoint}, which can't be loaded: {reason(error)}") from error
     if loading["mismatched_keys"]:
         name, held, wanted = min(loading["mismatched_keys"])
@@ -170,7 +166,7 @@ def reason(error: BaseException) -> str:
     """What an error says, in one line; with its kind where it only names what it didn't find."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # a wrapper
         error = error.__cause__
-    said = " ".join(str(error).split())[:300]
+    said = textwrap.shorten(str(error), 300, placeholder=" ...")
     return (
         said
         if isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
@@ -183,25 +179,30 @@ def require_checkpoint(name: str, field: str) -> None:
     if not name:
         raise SettingError(f"{field} is empty; it must be a folder, or a model on the hub")
     path = Path(name)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path's own, it takes any name
         return
-    local = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
-    local = local or (len(path.parts) == 2 and path.parent.is_dir())
-    why = missing_on_hub(name) if not local else None
-    if local or why is not None:
-        where = "doesn't exist" if local else f"is no folder here, and {why}"
-        raise SettingError(f"{field} is {name}, which {where}; it must be a folder, or a model on the hub")
+    if path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
+        why: str | None = "doesn't exist"
+    elif os.path.islink(path):
+        why = "is a link to nothing"
+    else:
+        why = missing_on_hub(name)
+        why = f"is no folder here, and {why}" if why is not None else None
+    if why is not None:
+        raise SettingError(f"{field} is {name}, which {why}; it must be a folder, or a model on the hub")
 
 
 def missing_on_hub(name: str, repo_type: str = "model") -> str | None:
-    """Why the hub, or its cache, can't have what is asked for; None if it can. The hub is asked once.
+    """Why the hub can't have what is asked for, by one question; None if it can, or the cache has it.
 
-    The libraries that read from it would try again for half a minute.
+    The libraries that read from it would ask again and again, for half a minute.
     """
     try:
         if any(isinstance(try_to_load_from_cache(name, file, repo_type=repo_type), str) for file in CACHED):
             return None
-        return None if HfApi().repo_exists(name, repo_type=repo_type) else f"the hub has no {repo_type} of that name"
+        if HfApi().repo_exists(name, repo_type=repo_type):
+            return None
+        return f"the hub has no {repo_type} of that name, or none without logging in (hf auth login)"
     except HFValidationError:
         return "the hub has no such names"
     except OfflineModeIsEnabled:  # they look in their caches then, and don't wait

@@ -65,12 +65,18 @@ def seen_by_teacher(inputs: dict[str, Any], apart: bool) -> dict[str, Any]:
         real = mask != 0
         if not (real[:, 1:] & ~real[:, :-1]).any():  # padded on the right or not at all: causality hides it
             del seen["attention_mask"]
-        elif (positions.diff().expand_as(real[:, 1:]).ne(1) & real[:, 1:] & real[:, :-1]).any():
+        elif (positions.diff().expand_as(real[:, 1:]).ne(1) & within(real)).any():
             raise ValueError(
                 "attention_mask hides tokens before others and position_ids begin anew within a row; a teacher can't "
                 "tell documents apart then: rows must be padded on the right, or position_ids left out"
             )
     return seen
+
+
+def within(real: Tensor) -> Tensor:
+    """Which neighbours lie between a row's first real token and its last: bool [B, T] -> [B, T - 1]."""
+    begun, to_come = (x.long().cummax(-1).values.bool() for x in (real, real.flip(-1)))
+    return begun[:, :-1] & to_come.flip(-1)[:, 1:]
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:

@@ -73,7 +73,7 @@ def set_aside(result: Path) -> None:
     """An earlier result stays, under the time at which it was last written."""
     if result.exists():
         written = datetime.fromtimestamp(result.stat().st_mtime)
-        result.rename(result.with_name(f"{result.stem}-{written:%Y%m%dT%H%M%S}{result.suffix}"))
+        result.rename(result.with_name(f"{result.stem}-{written:%Y%m%dT%H%M%S.%f}{result.suffix}"))
 
 
 def gate(settings: BenchSettings, device: str) -> list[Check]:

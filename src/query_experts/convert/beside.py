@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from query_experts.checkpoints import TOKENIZER, UNLOADABLE, has_tokenizer, is_named, reason
+from query_experts.checkpoints import TOKENIZER, has_tokenizer, is_named, reason
 from query_experts.errors import SettingError
 
 # what comes along, whatever the case of its name
@@ -40,7 +40,7 @@ def tokenizer_note(folder: Path) -> str | None:
         return "the checkpoint has no tokenizer, and so the GQE checkpoint has none"
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except UNLOADABLE as error:
+    except Exception as error:
         return f"the tokenizer was copied as it is, and can't be loaded here ({reason(error)})"
     return None
 

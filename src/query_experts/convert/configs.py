@@ -101,7 +101,7 @@ def check_convertible(dense: PreTrainedConfig) -> None:
         if held is not None and held < 1:
             raise SettingError(f"{name} is {held}; it must be 1 or more")
     padding = dense.pad_token_id
-    if padding is not None and not 0 <= padding < dense.vocab_size:
+    if padding is not None and not -dense.vocab_size <= padding < dense.vocab_size:  # -1, of old, is the last
         raise SettingError(f"pad_token_id is {padding}; it must be below vocab_size, {dense.vocab_size}, or null")
     heads, kv_heads = dense.num_attention_heads, dense.num_key_value_heads
     if kv_heads < 1 or heads < 1 or heads % kv_heads:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import glob
-import os
-import platform
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -35,7 +35,7 @@ from query_experts.files import full_disk_as_os_error, no_empty_folders, require
 
 TOKENS = 16_384  # of text, where nothing else is asked for
 LENGTH = 512  # of a sequence of it, where the model takes so many
-PART = ".{name}.{host}-{process}.part"  # where a conversion is made
+PART, LOCK = ".{name}.{own}.part", ".lock"  # the folder that a conversion is made in, and what it holds meanwhile
 PIECE = 2**16  # characters that are tokenised at once
 
 
@@ -76,10 +76,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
             "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
         )
     report = Report()
-    part = PART.format(name=out.name, host=platform.node(), process=os.getpid())
-    building = out / part if out.exists() else out.with_name(part)  # inside, where out may be a mounted disk
-    with no_empty_folders(building.parent), removed_in_the_end(building), ExitStack() as stack:
-        make_folder(building, settings.out)
+    with building_folder(out, settings.out) as building, ExitStack() as stack:
         with full_disk_as_os_error(building):
             source = Folder(folder, config, settings.device, stack)
             plan = make_plan(
@@ -102,7 +99,7 @@ def with_defaults(settings: ConvertSettings) -> ConvertSettings:
     given = {name: value for name in defaults if (value := getattr(settings, name)) is not None}
     if given and not settings.calibrate:
         name, value = next(iter(given.items()))
-        raise SettingError(f"{name} is {value!r}, which is of the text to calibrate on; calibrate must be given")
+        raise SettingError(f"{name} is {value!r}, and there is no text to calibrate on; calibrate must be given too")
     return dataclasses.replace(settings, **defaults | given) if settings.calibrate else settings
 
 
@@ -121,30 +118,17 @@ def new_folder(name: str) -> Path:
 
 
 def remove_abandoned(out: Path, name: str) -> None:
-    """What conversions to the same `out` left on this machine when they were killed.
-
-    Raises SettingError where one is at work.
-    """
-    pattern = PART.format(name=glob.escape(out.name), host=glob.escape(platform.node()), process="*")
+    """What conversions to the same `out` left when they were killed. Raises SettingError where one is at work."""
     for folder in (out, out.parent):
-        for part in folder.glob(pattern):
-            process = part.name.split("-")[-1].removesuffix(".part")
-            if process.isdecimal() and is_running(int(process)):
+        for lock in folder.glob(f"{PART.format(name=glob.escape(out.name), own='*')}/{LOCK}"):
+            try:
+                with FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent, ignore_errors=True)
+            except Timeout as error:
                 raise SettingError(
-                    f"out is {name}, to which another conversion is at work (process {process}, in {part}); wait for "
-                    "it, or use another folder"
-                )
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return process != os.getpid()
+                    f"out is {name}, to which another conversion is at work (in {lock.parent}); wait for it, or use "
+                    "another folder"
+                ) from error
 
 
 def require_empty(out: Path, name: str) -> None:
@@ -154,23 +138,28 @@ def require_empty(out: Path, name: str) -> None:
         raise SettingError(f"out is {name}, which holds {first.name}; it must be a new or empty folder")
 
 
-def make_folder(building: Path, out: str) -> None:
-    try:
-        building.mkdir(parents=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise SettingError(
-            f"out is {out}, which can't be made ({error.strerror}); it must be a new or empty folder"
-        ) from error
-
-
 @contextmanager
-def removed_in_the_end(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def building_folder(out: Path, name: str) -> Iterator[Path]:
+    """A folder beside `out`, or within it where it is there (as a mounted disk, perhaps); removed in the end.
+
+    Raises SettingError where none can be made.
+    """
+    part = PART.format(name=out.name, own=uuid.uuid4().hex[:8])
+    building = out / part if out.exists() else out.with_name(part)
+    with no_empty_folders(building.parent):
+        try:
+            building.mkdir(parents=True)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            raise SettingError(
+                f"out is {name}, which can't be made ({error.strerror}); it must be a new or empty folder"
+            ) from error
+        try:
+            with FileLock(building / LOCK, timeout=0):  # as long as it is held, the folder isn't abandoned
+                yield building
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def put_into_place(building: Path, out: Path, name: str) -> None:
@@ -180,12 +169,14 @@ def put_into_place(building: Path, out: Path, name: str) -> None:
     """
     if not out.exists():
         building.rename(out)
+        (out / LOCK).unlink()
         return
     if any(path != building for path in out.iterdir()):  # a working directory, perhaps: it stays the same folder
         raise SettingError(f"out is {name}, which was filled meanwhile; it must be a new or empty folder")
     placed: list[Path] = []
     try:
-        for path in sorted(building.iterdir(), key=lambda path: path.name == "config.json"):
+        finished = [path for path in building.iterdir() if path.name != LOCK]
+        for path in sorted(finished, key=lambda path: path.name == "config.json"):
             placed.append(path.rename(out / path.name))
     except BaseException:
         for path in placed:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from query_experts.checkpoints import UNLOADABLE, load_config, reason, require_checkpoint
+from query_experts.checkpoints import load_config, reason, require_checkpoint
 from query_experts.convert.configs import check_convertible, untied
 from query_experts.convert.names import LAYERS
 from query_experts.errors import SettingError
@@ -42,7 +42,7 @@ def find_checkpoint(name: str) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(name, ignore_patterns=NOT_FETCHED))
-    except UNLOADABLE as error:
+    except Exception as error:
         raise SettingError(
             f"checkpoint is {name}, which can't be had from the hub ({type(error).__name__}: {reason(error)}); it must "
             "be a folder with config.json and safetensors, or the name of a model on the hub"
@@ -95,7 +95,9 @@ class Folder:
         if not files[0].is_file() and index.exists():
             try:
                 listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                files = [self.folder / Path(name).name for name in sorted(set(listed.values()))]
+                files = [self.folder / name for name in sorted(set(listed.values()))]
+                if any(Path(name).is_absolute() or ".." in Path(name).parts for name in listed.values()):
+                    raise ValueError("files outside of the folder")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise SettingError(
                     f"checkpoint is {self.folder}, whose {index.name} is damaged; it must be the index that "

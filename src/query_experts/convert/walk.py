@@ -157,11 +157,7 @@ class Both:
             for hook in hooks:
                 hook.remove()
             layer.to("meta")
-        if not is_finite(self.hidden):
-            raise SettingError(
-                f"checkpoint is of {str(self.dtype).removeprefix('torch.')}, which the dense model's {where}* leave on "
-                "the text to calibrate on; it must be of a wider one, such as float32"
-            )
+        self.require_finite(self.hidden, f"{where[:-1]} of the dense model")
         head_dim = attention.head_dim
         rows = self.held_out.to(self.hidden.device).repeat_interleave(self.hidden.shape[1])
         return Observed(
@@ -174,6 +170,18 @@ class Both:
         self.gqe_layer.load_state_dict({name: tensor.to(self.dtype) for name, tensor in ours.items()}, assign=True)
         self.ours = self._run(self.gqe_layer, self.ours, self.gqe_place)
         self.gqe_layer.to("meta")
+        self.require_finite(self.ours, "the converted model")
+
+    def require_finite(self, tensor: Tensor, what: str) -> None:
+        """Raises SettingError where it isn't."""
+        if not is_finite(tensor):
+            dtype = str(self.dtype).removeprefix("torch.")
+            wanted = (
+                "must be saved in bfloat16 or float32" if self.dtype == torch.float16 else "must hold other weights"
+            )
+            raise SettingError(
+                f"checkpoint is of {dtype}, beyond whose numbers {what} comes on the text to calibrate on; it {wanted}"
+            )
 
     def _run(self, layer: nn.Module, hidden: Tensor, place: dict[str, Any]) -> Tensor:
         sequences = max(1, PASS_TOKENS // hidden.shape[1])
@@ -191,6 +199,7 @@ class Both:
             losses = [F.nll_loss(log, labels, reduction="sum") for log in logs]
             divergence = F.kl_div(logs[1], logs[0], reduction="sum", log_target=True)
             sums += torch.stack([*losses, divergence]).double().cpu()
+        self.require_finite(sums, "the output embedding")
         report.tokens = held_out.shape[0] * (held_out.shape[1] - 1)
         report.dense_loss, report.gqe_loss, report.kl = (sums / report.tokens).tolist()
 

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -281,8 +281,9 @@ def own_folder(out: Path) -> Iterator[Path]:
         try:
             yield out
         finally:
-            if [path.name for path in out.iterdir()] == [LOCK]:
-                (out / LOCK).unlink()
+            with suppress(OSError):
+                if [path.name for path in out.iterdir()] == [LOCK]:
+                    (out / LOCK).unlink()
             lock.release()
 
 
