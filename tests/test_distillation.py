@@ -211,10 +211,11 @@ def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
     hidden = packed | {"attention_mask": (torch.arange(12) >= 2).long().expand(2, -1)}
     with pytest.raises(ValueError, match="attention_mask hides tokens before others and position_ids begin anew"):
         seen_by_teacher(hidden, apart=True)
+    first = {name: tensor[:1] for name, tensor in packed.items()}
     for holes in ([4, 5], [4], [5]):  # within the row: at the end of a document, or at the beginning of the next
-        mask = torch.ones(2, 12).long().index_fill(1, torch.tensor(holes), 0)
+        mask = torch.ones(1, 12).long().index_fill(1, torch.tensor(holes), 0)
         with pytest.raises(ValueError, match="attention_mask hides tokens before others"):
-            seen_by_teacher(packed | {"attention_mask": mask}, apart=True)
+            seen_by_teacher(first | {"attention_mask": mask}, apart=True)
     one = hidden | {"position_ids": torch.arange(12)[None]}
     assert seen_by_teacher(one, apart=True) == one
     assert seen_by_teacher(hidden, apart=False) == hidden  # a stock student sees it as its teacher does
