@@ -46,6 +46,17 @@ def test_what_the_readme_tells_of_another_processor_is_in_its_result():
     assert f"`gqe` loses to `static` by {lost[0]:.3f} and {lost[1]:.3f}" in readme
 
 
+def test_what_the_notebook_tells_of_kernels_is_in_their_result():
+    result = json.loads((ROOT / "benchmarks" / "results" / "demo-kernels.json").read_text(encoding="utf-8"))
+    losses = {(run["instructions"], run["dtype"]): run["validation_loss"] for run in result["runs"]}
+    sets = [losses[name, "bfloat16"] for name in ("DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE")]
+    (single,) = {loss for (_, dtype), loss in losses.items() if dtype == "float32"}
+    notebook = " ".join((ROOT / "LOG.md").read_text(encoding="utf-8").split())
+    assert f"ends at {sets[0]:.3f}, and at {sets[1]:.3f} and {sets[2]:.3f} where" in notebook
+    assert f"all three come to {single}" in notebook
+    assert f"by {max(sets) - min(sets):.2f}, more than anything" in notebook
+
+
 def test_the_tables_of_the_page_on_performance_are_those_of_the_committed_results():
     page = PERFORMANCE.read_text(encoding="utf-8")
     assert page == script("performance_tables").filled(page)
