@@ -130,7 +130,7 @@ def main() -> None:
             "settings": held,
             "data": info | {"source": [Path(name).name for name in options.data]},
             "teacher": {"parameters": costs.parameters(teacher), "heads": teacher.config.num_attention_heads},
-            "environment": environment(resolve_device(settings.device), settings.dtype),
+            "environment": environment(resolve_device(settings.device), settings.autocast_dtype()),
             "runs": runs,
         },
     )

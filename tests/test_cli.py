@@ -536,3 +536,11 @@ def test_a_really_full_disk_ends_in_one_line_and_with_room_again_the_run_goes_on
     assert main(argv) == 0
     a, b = (load_file(out / "model" / "model.safetensors") for out in (small_disk / "out", run))
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_the_demo_trains_in_float32_and_the_other_presets_in_what_the_hardware_has(settings_of):
+    assert settings_of("compare").dtype == settings_of("train").dtype == "float32"
+    for preset in ("small", "gpu"):
+        assert settings_of("compare", "--preset", preset).dtype == "auto"
+    assert settings_of("train", "--preset", "distill", "--init", "a").dtype == "auto"
+    assert settings_of("compare", "--dtype", "bfloat16").dtype == "bfloat16"

@@ -709,6 +709,40 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path):
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        ({"avx2": True, "avx512_f": True, "amx_bf16": False, "avx512_bf16": False}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16"),
+        ({"neon": True, "bf16": True}, "bfloat16"),
+        ({"neon": True}, "float32"),
+    ],
+)
+def test_dtype_auto_is_bfloat16_where_the_processor_multiplies_in_it(tmp_path, monkeypatch, there, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+    automatic = tiny_train(tmp_path, dtype="auto", device="cpu")
+    automatic.check()
+    assert automatic.autocast_dtype() == fingerprint(automatic)["dtype"] == chosen
+    for dtype in ("bfloat16", "float32"):
+        assert tiny_train(tmp_path, dtype=dtype).autocast_dtype() == dtype
+
+
+def test_dtype_auto_on_a_gpu_is_bfloat16_where_the_gpu_does_not_emulate_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert tiny_train(tmp_path, dtype="auto", device="auto").autocast_dtype() == ("bfloat16" if native else "float32")
+
+
+def test_a_run_by_dtype_auto_is_not_gone_on_with_in_another_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert not train(tiny_train(tmp_path, dtype="auto", device="cpu", stop_after_minutes=0), quiet())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    with pytest.raises(SettingError, match="dtype was 'bfloat16', now 'float32'"):
+        train(tiny_train(tmp_path, dtype="auto", device="cpu"), quiet())
+
+
 def test_settings_default_to_the_demo_preset():
     assert CompareSettings().out == "runs/demo"
     assert TrainSettings().arm == "gqe"

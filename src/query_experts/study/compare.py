@@ -99,7 +99,7 @@ def write_comparison(settings: CompareSettings, corpus: Corpus, out: Path) -> di
     comparison = {
         "settings": dataclasses.asdict(settings) | both,
         "data": data_facts(settings, corpus),
-        "environment": environment(resolve_device(settings.device), settings.dtype),
+        "environment": environment(resolve_device(settings.device), settings.autocast_dtype()),
         "runs": runs,
         "prefill": kept_prefill(settings, trained_models(out), out / "prefill.json"),
     }

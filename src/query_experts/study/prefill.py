@@ -65,7 +65,7 @@ def kept_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path
     return {
         "lengths": settings.prefill_lengths,
         "repeats": settings.prefill_repeats,
-        "dtype": settings.dtype,
+        "dtype": settings.autocast_dtype(),
         "limit": {arm: costs.attention_limit(config, dense) for arm, config in configs.items()} if dense else {},
         "seconds": {arm: [at_length.get(arm, []) for at_length in timed] for arm in folders},
     }
@@ -73,7 +73,7 @@ def kept_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path
 
 def conditions(settings: CompareSettings, folders: dict[str, Path]) -> dict[str, Any]:
     """All that timings which are set side by side must have in common."""
-    where = environment(resolve_device(settings.device), settings.dtype)
+    where = environment(resolve_device(settings.device), settings.autocast_dtype())
     configs = {arm: (folder / "config.json").read_bytes() for arm, folder in folders.items()}
     return {
         "models": {arm: [folders[arm].parent.name, hashlib.sha256(configs[arm]).hexdigest()] for arm in folders},
@@ -116,7 +116,7 @@ def time_in_turn(
 
 
 def load(folder: Path, settings: CompareSettings) -> PreTrainedModel:
-    model = read(AutoModelForCausalLM, folder, dtype=getattr(torch, settings.dtype))
+    model = read(AutoModelForCausalLM, folder, dtype=getattr(torch, settings.autocast_dtype()))
     return model.to(resolve_device(settings.device)).eval()
 
 

@@ -88,7 +88,7 @@ def train_arm(
 
     validation = held_out(settings, corpus)
     progress = TokenProgress(f"{arm} seed {seed}", settings.tokens_per_step)
-    where = Pieces(resolve_device(settings.device), settings.dtype)
+    where = Pieces(resolve_device(settings.device), settings.autocast_dtype())
     callbacks = [ZClipCallback(), progress, where, StopAtDivergence(), StopWhenAsked(stop)]
     arguments = training_arguments(settings, seed, folder / "checkpoints")
     checkpoint = last_checkpoint(folder / "checkpoints")
@@ -221,7 +221,7 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         lr_scheduler_kwargs={"num_decay_steps": decay, "min_lr_ratio": settings.min_learning_rate_ratio},
         warmup_steps=warmup,
         max_grad_norm=0.0,  # ZClip clips
-        bf16=settings.dtype == "bfloat16",
+        bf16=settings.autocast_dtype() == "bfloat16",
         use_cpu=resolve_device(settings.device) == "cpu",
         seed=seed,
         data_seed=seed,
@@ -271,7 +271,9 @@ def describe(
         "dense_attention_heads": settings.num_attention_heads,
         "intermediate_size": model.config.intermediate_size,
         "flops_per_token": costs.flops_per_token(model.config, settings.seq_len),
-        "kv_bytes_per_token": costs.kv_bytes_per_token(model.config, getattr(torch, settings.dtype).itemsize),
+        "kv_bytes_per_token": costs.kv_bytes_per_token(
+            model.config, getattr(torch, settings.autocast_dtype()).itemsize
+        ),
         "tokens_per_s": round(progress.tokens_per_s, 1),
         "train_seconds": round(progress.seconds, 1),
         "train_tokens": trained_tokens,
@@ -293,7 +295,7 @@ def loss_of(model: PreTrainedModel, sequences: Subset, settings: RunSettings) ->
     for begin in range(0, len(sequences), settings.batch_size):
         chosen = range(begin, min(begin + settings.batch_size, len(sequences)))
         ids = torch.stack([sequences[i]["input_ids"] for i in chosen]).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast_dtype() == "bfloat16"):
             outputs = model.eval()(ids, labels=ids, use_cache=False)
         loss = outputs.get("lm_loss", outputs.loss)
         count = ids[:, 1:].numel()

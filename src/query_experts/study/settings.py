@@ -16,6 +16,8 @@ from query_experts.errors import SettingError
 from query_experts.study.arms import ModelSize, arm_config
 from query_experts.study.report.text import ARMS
 
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # by torch's names, of x86 and of ARM
+
 
 def field(default: Any, text: str) -> Any:
     """A dataclass field with the help that the command line prints."""
@@ -26,7 +28,7 @@ def field(default: Any, text: str) -> Any:
 
 @dataclass
 class RunSettings:
-    """One training run. The defaults are the `demo` preset."""
+    """One training run. The defaults are the `demo` preset, but for its dtype."""
 
     out: str = field("runs/demo", "folder for checkpoints, results and the report")
     data: list[str] = field([], "text files or folders, a hub dataset, or a folder of tokens from cache_dir; default: "
@@ -37,7 +39,9 @@ class RunSettings:
     max_bytes: int | None = field(12_000_000, "read at most so many bytes of text; none: all of it")
     validation_sequences: int = field(128, "sequences for the validation loss, spread over the held-out text")
     device: str = field("auto", "auto, cpu, cuda or mps")
-    dtype: str = field("bfloat16", "autocast dtype: bfloat16, or float32 for none")
+    dtype: str = field(
+        "auto", "autocast dtype: bfloat16, float32 for none, or auto: bfloat16 where the hardware has it"
+    )
     stop_after_minutes: float | None = field(None, "save and stop then; the same command goes on from there")
 
     vocab_size: int = field(2048, "vocabulary; an own tokenizer must fit into it")
@@ -75,6 +79,12 @@ class RunSettings:
         held = {f.name: getattr(self, f.name) for f in fields(ModelSize) if hasattr(self, f.name)}
         return ModelSize(max_position_embeddings=self.seq_len, **held)
 
+    def autocast_dtype(self) -> str:
+        """bfloat16 or float32."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if has_bfloat16(resolve_device(self.device)) else "float32"
+
     def check(self) -> None:
         """Raises SettingError, naming the field, what it held and what is allowed."""
         if not self.out:
@@ -109,8 +119,8 @@ class RunSettings:
             raise SettingError(f"stop_after_minutes is {self.stop_after_minutes}; it must be a number, 0 or more")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise SettingError(f"max_bytes is {self.max_bytes}; it must be 1 or more")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise SettingError(f"dtype is {self.dtype!r}; it must be bfloat16 or float32")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise SettingError(f"dtype is {self.dtype!r}; it must be auto, bfloat16 or float32")
         resolve_device(self.device)
         require_one_process()
 
@@ -194,6 +204,13 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def has_bfloat16(device: str) -> bool:
+    """Whether the device multiplies in bf16 by instructions of its own, without which it takes longer than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in BFLOAT16_INSTRUCTIONS)
+
+
 def require_one_process() -> None:
     """Raises SettingError for a launch on several processes."""
     processes = os.environ.get("WORLD_SIZE", "1")
@@ -227,7 +244,9 @@ def fingerprint(settings: RunSettings) -> dict[str, Any]:
     """What must not change while results of a folder are kept: all but where they are and how many of them."""
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE_TO_CHANGE}
     one = [settings.arm, settings.seed] if isinstance(settings, TrainSettings) else "several"
-    return kept | {"device": resolve_device(settings.device), "arm and seed": one}
+    return kept | {
+        "device": resolve_device(settings.device), "dtype": settings.autocast_dtype(), "arm and seed": one,
+    }  # fmt: skip
 
 
 def _change(name: str, before: Any, now: Any) -> str:
