@@ -2,11 +2,13 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_data_that_cannot_be_used_is_named(tmp_path, refused):
     def refuse(name, *words):
         refused(options("train", tmp_path / "out", tmp_path / name), "data", *words)
 
-    refuse("missing.txt", "missing.txt", "does not exist")
+    refuse("missing.txt", "missing.txt", "doesn't exist")
     refuse("empty.txt", "empty.txt", "empty file")
     refuse("binary.txt", "binary.txt", "not UTF-8", "byte 5")
     refuse("folder", "folder")
@@ -277,6 +279,16 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, text, refused, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     refused(options("train", out, text), f"out is {out}", "must be a folder that can be written to")
+
+
+def test_names_that_are_empty_are_not_taken_for_this_folder(tmp_path, monkeypatch, refused, text):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(Path(text).read_text())
+    refused(["report", ""], "folder is empty; it must be a compared folder")
+    refused(["compare", "--recipe", ""], "recipe is .")
+    refused(options("train", "run", ""), "data holds ''")
+    refused(options("train", "run", text, tokenizer=""), "tokenizer is ''")
+    assert os.listdir() == ["text.txt"]
 
 
 def test_report_says_where_no_run_has_finished_yet(tmp_path, refused):

@@ -709,6 +709,30 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path):
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+def test_the_page_is_there_as_soon_as_a_run_is_finished(tmp_path, monkeypatch):
+    held = []
+    original = compare_module.train_arm
+
+    def watched(*args):
+        numbers = tmp_path / "out" / "comparison.json"
+        held.append(len(json.loads(numbers.read_text())["runs"]) if numbers.exists() else None)
+        return original(*args)
+
+    monkeypatch.setattr(compare_module, "train_arm", watched)
+    assert compare(tiny_compare(tmp_path), quiet())
+    assert held == [None, 1]
+
+
+def test_fewer_validation_sequences_than_asked_for_are_told(tmp_path):
+    console = quiet()
+    assert train(tiny_train(tmp_path, validation_sequences=10**6, steps=2), console)
+    held = "validation_sequences is 1,000,000; data holds out "
+    assert held in said(console)
+    console = quiet()
+    assert train(tiny_train(tmp_path, steps=2, out=str(tmp_path / "other")), console)
+    assert "validation_sequences" not in said(console)
+
+
 @pytest.mark.parametrize(
     ("there", "chosen"),
     [
@@ -732,7 +756,9 @@ def test_dtype_auto_on_a_gpu_is_bfloat16_where_the_gpu_does_not_emulate_it(tmp_p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for native in (True, False):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert tiny_train(tmp_path, dtype="auto", device="auto").autocast_dtype() == ("bfloat16" if native else "float32")
+        assert tiny_train(tmp_path, dtype="auto", device="auto").autocast_dtype() == (
+            "bfloat16" if native else "float32"
+        )
 
 
 def test_a_run_by_dtype_auto_is_not_gone_on_with_in_another_dtype(tmp_path, monkeypatch):

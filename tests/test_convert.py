@@ -6,6 +6,7 @@ another.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,10 @@ def test_k_can_be_changed_while_it_runs():
     assert torch.equal(converted(tokens()).logits, sparse)
     with pytest.raises(ValueError, match="top_k is 5; it must be 1 to 4"):
         converted.set_top_k(5)
+    for wrong in (1.5, True, "a", None):
+        with pytest.raises(ValueError, match=re.escape(f"top_k is {wrong!r}; it must be 1 to 4")):
+            converted.set_top_k(wrong)
+    assert converted.config.active_query_experts == 1
     by_slot = convert_model(dense, 1, output_projection="slot", router="random")[0]
     with pytest.raises(ValueError, match="output_projection is 'slot'"):
         by_slot.set_top_k(2)

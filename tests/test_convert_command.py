@@ -367,12 +367,11 @@ def test_a_disk_that_is_full_while_weights_are_written_is_told_in_one_line(tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("out", ["gqe", "new/gqe"])
-def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch, out, number):
+def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch, capsys, out, number):
     monkeypatch.setattr(folder_module, "save_file", lambda *args, **kwargs: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as ended:
-        main(["convert", str(dense), str(tmp_path / out)])
-    assert ended.value.code == 128 + number
+    assert main(["convert", str(dense), str(tmp_path / out)]) == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1] == "query-experts: stopped"
     assert signal.getsignal(number) is before
     assert not [*tmp_path.iterdir()]
 
@@ -484,8 +483,8 @@ def test_a_name_is_asked_of_the_hub_once_and_without_waiting(tmp_path, dense, te
         assert hub.asked == 3
     hub.error, hub.asked = None, 0
     tokenizer = {"tokenizer": "some/model", "vocab_size": 300}
-    refused(options("train", tmp_path / "run", text, **tokenizer), "`tokenizer` is 'some/model', which is no folder")
-    refused(options("train", tmp_path / "run", "some/texts"), "`data` holds 'some/texts'", "no dataset of that name")
+    refused(options("train", tmp_path / "run", text, **tokenizer), "tokenizer is 'some/model', which is no folder")
+    refused(options("train", tmp_path / "run", "some/texts"), "data holds 'some/texts'", "no dataset of that name")
     assert hub.asked == 2
     refused(["convert", "not a name!", tmp_path / "out"], "the hub has no such names")
     hub.holds = [("model", "some/model")]
@@ -501,6 +500,7 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
     refused(["convert", dense, ""], "out is empty; it must be a new or empty folder")
     refused(["convert", dense, dense / "config.json"], "which is a file; it must be a new or empty folder")
     refused(["convert", tmp_path, out], "which holds no config.json; it must be a model's folder")
+    refused(["convert", dense, out, "--calibrate", ""], "query-experts: calibrate holds ''; an entry is a file")
     for settings, words in {
         ("hidden_act", "nonsense"): "hidden_act is 'nonsense'; it must be an activation",
         ("rope_parameters", "weird"): "rope_type is 'weird'; it must be default or one of",
@@ -577,9 +577,9 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     for count in (0, 3):
         (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": count}))
         refused(["convert", tmp_path / "copy", out], f"num_key_value_heads {count}; the former must be a multiple")
-    for held in ("{", "\xff", "[]"):
+    for held, words in {"{": "is damaged", "\xff": "is damaged", "[]": "holds no JSON object"}.items():
         (tmp_path / "copy" / "config.json").write_text(held, encoding="latin-1")
-        refused(["convert", tmp_path / "copy", out], "copy, whose config.json")
+        refused(["convert", tmp_path / "copy", out], f"copy, whose config.json {words}")
     calibrated = ["--calibrate", text, "--calibration_tokens", 320, "--calibration_length", 16]
     copy()
     del tensors["model.layers.0.input_layernorm.weight"]
@@ -706,12 +706,14 @@ def test_weights_of_the_routers_losses_are_inits_own_unless_the_user_gives_them_
         ({"init": "GQE", "distillation": 2.0}, "distillation is 2.0; it must be 0 to 1"),
         ({"init": "GQE", "sparsify_fraction": 1.0}, "sparsify_fraction is 1.0; it must be 0 or more and below 1"),
         ({"init": "DENSE"}, "whose model_type is 'llama'; it must be 'gqe'"),
+        ({"init": "GQE", "teacher": "SHORT"}, "seq_len is 16; it must be at most teacher's max_position_embeddings, 8"),
     ],
 )
 def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, changes, words):
     folders = {name: tmp_path / name for name in ("GQE", "TWO", "NAN", "OTHER")} | {"DENSE": dense}
     assert main(["convert", str(dense), str(folders["GQE"]), "--top_k", "1"]) == 0
     assert main(["convert", str(dense), str(folders["TWO"]), "--top_k", "2"]) == 0
+    folders["SHORT"] = copy_with(dense, tmp_path / "SHORT", {"max_position_embeddings": 8})
     copy_with_nan(folders["GQE"] if changes.get("init") == "NAN" else dense, folders["NAN"])
     shutil.copytree(dense, folders["OTHER"])
     tokenizer = folders["OTHER"] / "tokenizer.json"
@@ -736,6 +738,8 @@ def copy_with(checkpoint, folder, config=None, without=None):
 
 
 DAMAGE = {
+    "dtype": ({"config": {"dtype": 3}}, "whose config.json holds dtype 3; it must be a dtype of torch"),
+    "float": ({"config": {"torch_dtype": "float99"}}, "holds torch_dtype 'float99'; it must be a dtype of torch"),
     "lacks": ({"without": "layers.1.self_attn.k_proj.weight"}, "lacks 1 weights", "layers.1.self_attn.k_proj.weight"),
     "layers": ({"config": {"num_hidden_layers": 3, "layer_types": None}}, "lacks", "model.layers.2."),
     "shape": ({"config": {"intermediate_size": 49}}, "has shape", "by config.json it must have"),
@@ -802,7 +806,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path, dense, text, refused, monkeypa
     refused(["evaluate", own, "--tasks", "piqa"], "config.json holds model_type 'mine'")
     start = options("train", tmp_path / "run", text, **WITHOUT_SIZES, init=tmp_path / "gqe", teacher=foreign)
     refused(start, "teacher is", "whose tokenizer can't be loaded")
-    refused(options("train", tmp_path / "run", text, tokenizer=foreign), "`tokenizer` is")
+    refused(options("train", tmp_path / "run", text, tokenizer=foreign), "tokenizer is")
     assert main(["convert", str(foreign), str(tmp_path / "out")]) == 0
     assert not ran.exists()
 
@@ -811,9 +815,14 @@ def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
     out = tmp_path / "out"
     for name, value in {
         "vocab_size": -1, "pad_token_id": 10**6, "max_position_embeddings": 0, "head_dim": 0, "hidden_size": 0,
+        "attention_dropout": 1.0,
     }.items():  # fmt: skip
         wrong = copy_with(dense, tmp_path / name, {name: value})
         refused(["convert", wrong, out], f"checkpoint is {wrong}, whose ", f"{name} is {value}; it must be")
+    for number, theta in enumerate((0, -1.0, "x", None)):
+        turned = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+        wrong = copy_with(dense, tmp_path / f"theta{number}", turned)
+        refused(["convert", wrong, out], f"{wrong}, whose rope_theta is {theta!r}; it must be a number above 0")
     refused(["evaluate", tmp_path / "pad_token_id", "--tasks", "piqa"], "which can't be loaded")
     for dtype in (torch.int8, torch.float8_e4m3fn):
         cast = shutil.copytree(dense, tmp_path / str(dtype))
@@ -853,6 +862,10 @@ def test_generate_needs_nothing_of_generation_config_json_and_takes_text_alone(t
     (gqe / "generation_config.json").write_text(json.dumps(asks))
     assert main(["generate", str(gqe), "--prompt", "def", "--max_new_tokens", "3"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("def")
+    assert main(["generate", str(gqe), "--prompt", "def", "--max_new_tokens", "16"]) == 0
+    assert "the model was made for 16 (max_position_embeddings)" in capsys.readouterr().err
+    assert main(["generate", str(gqe), "--prompt", "def", "--max_new_tokens", "15"]) == 0
+    assert "max_position_embeddings" not in capsys.readouterr().err
     refused(["generate", gqe, "--prompt", "a\udcff"], "prompt is 'a\\udcff', which isn't UTF-8")
     tokenizer = AutoTokenizer.from_pretrained(gqe)
     tokenizer.add_tokens([f"new{n}" for n in range(300)])

@@ -116,6 +116,24 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path):
     other.config.vocab_size = 301
     with pytest.raises(ValueError, match="teacher has a vocabulary of 301; it must be the model's, 300"):
         trainer_of(tmp_path, other, from_dense(teacher), 0.5)
+    with pytest.raises(TypeError, match="teacher is None; it must be a causal language model"):
+        trainer_of(tmp_path, None, from_dense(teacher), 0.5)
+
+
+@pytest.mark.parametrize("fraction", [1, 2, -0.1, float("nan"), "a", None])
+def test_a_schedule_of_no_fraction_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"fraction is .*; it must be a number, 0 or more and below 1"):
+        TopKSchedule(1, fraction)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_schedule_to_a_k_that_the_model_cannot_have_is_refused_before_the_first_step(tmp_path, top_k):
+    teacher = model_of("dense")
+    trainer = trainer_of(tmp_path, teacher, from_dense(teacher), 0.5, max_steps=4)
+    trainer.add_callback(TopKSchedule(top_k, 0.5))
+    with pytest.raises(ValueError, match=f"top_k is {top_k}; it must be 1 to 2, the experts in a group"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_k_falls_one_by_one_and_reaches_its_end_in_time():

@@ -449,6 +449,7 @@ def test_the_command_prints_a_table_and_writes_what_ran(checkpoints, data, tmp_p
     assert main([*argv, "--dtype", "bfloat16", "--limit", "2"]) == 0
     shown = capsys.readouterr()
     assert "Running loglikelihood requests: 100%" in shown.err
+    assert "Of each task at most 2 questions (limit): these are no benchmark's scores." in " ".join(shown.out.split())
     for word in ("standard error", "arc_easy", "piqa", "winogrande", "lambada_openai", "acc_norm", "perplexity"):
         assert word in shown.out
     results = json.loads(out.read_text())
@@ -586,6 +587,7 @@ def refused(capsys, checkpoints, data):
         (["--tasks", "piqa", "--device", "tpu"], ["device is 'tpu'"]),
         (["--tasks", "piqa", "--out", "."], ["out is .", "folder"]),
         (["--tasks", "piqa", "--data-dir", "nowhere"], ["data_dir is nowhere"]),
+        (["--tasks", "piqa", "--data-dir", ""], ["data_dir is empty; it must be a folder of benchmark files"]),
         ([], ["--tasks"]),
     ],
 )
@@ -716,7 +718,7 @@ def test_a_checkpoint_that_cannot_be_scored_is_named(name, refused, checkpoints,
     refused(["nothing", "doesn't exist"], "--tasks", "piqa", checkpoint=tmp_path / "nothing")
     refused(["can't be loaded"], "--tasks", "piqa", checkpoint=weightless)
     refused(
-        ["tokenizer can't be loaded"], "--tasks", "piqa",
+        ["which holds no tokenizer"], "--tasks", "piqa",
         checkpoint=copy(whole, tmp_path / "mute", "tokenizer.json", "tokenizer_config.json"),
     )  # fmt: skip
     refused(

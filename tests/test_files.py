@@ -8,9 +8,10 @@ import shutil
 from collections import namedtuple
 
 import pytest
+from safetensors import SafetensorError
 
 from query_experts.errors import SettingError
-from query_experts.files import require_space, write_json
+from query_experts.files import disk_errors_as_os_errors, require_space, write_json
 
 
 def test_json_is_written_whole_with_its_folder_and_nothing_beside_it(tmp_path):
@@ -49,3 +50,23 @@ def test_too_little_room_is_refused_with_what_there_is_and_what_is_needed(tmp_pa
     assert (tmp_path / "new").is_dir()
     with pytest.raises(SettingError, match=r"out is .*run, whose disk has 3.0 MB free; it needs about 40.0 MB"):
         require_space(tmp_path / "run", 40 * 10**6)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (SafetensorError("I/O error: File too large (os error 27)"), errno.EFBIG),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), errno.EDQUOT),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), errno.ENOSPC),
+    ],
+)
+def test_a_disk_that_refuses_is_told_by_its_number_and_folder(tmp_path, error, number):
+    with pytest.raises(OSError, match=os.strerror(number)) as raised, disk_errors_as_os_errors(tmp_path):
+        raise error
+    assert (raised.value.errno, raised.value.filename) == (number, str(tmp_path))
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(SafetensorError, match="header"), disk_errors_as_os_errors(tmp_path):
+        raise SafetensorError("invalid header")

@@ -200,8 +200,9 @@ class GQEAttention(nn.Module):
                 f"output_projection is {self.output_projection!r} and routing {self.routing!r}; to change top_k, they "
                 "must be 'expert' and have a router"
             )
-        if not 1 <= top_k <= self.experts_per_group:
-            raise ValueError(f"top_k is {top_k}; it must be 1 to {self.experts_per_group}, the experts in a group")
+        whole = isinstance(top_k, Integral) and not isinstance(top_k, bool)
+        if not whole or not 1 <= top_k <= self.experts_per_group:
+            raise ValueError(f"top_k is {top_k!r}; it must be 1 to {self.experts_per_group}, the experts in a group")
         self.top_k = self.routed_heads.num_key_value_groups = top_k
 
     def _warn_if_router_gets_no_gradient(self) -> None:

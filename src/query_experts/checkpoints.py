@@ -64,7 +64,16 @@ def check_config_file(folder: Path, field: str) -> None:
         raise SettingError(f"{field} is {folder}, whose config.json is damaged ({error})") from error
     except OSError as error:
         raise SettingError(f"{field} is {folder}, whose config.json can't be read ({error.strerror})") from error
-    model_type = held.get("model_type") if isinstance(held, dict) else None
+    if not isinstance(held, dict):
+        raise SettingError(f"{field} is {folder}, whose config.json holds no JSON object; it must be a model's")
+    for name in ("dtype", "torch_dtype"):
+        dtype = held.get(name)
+        known = isinstance(dtype, str) and isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype)
+        if not known and dtype is not None and not isinstance(dtype, dict):  # one for each part of a model
+            raise SettingError(
+                f"{field} is {folder}, whose config.json holds {name} {dtype!r}; it must be a dtype of torch"
+            )
+    model_type = held.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise SettingError(
             f"{field} is {folder}, whose config.json holds model_type {model_type!r}; it must be one that Transformers "
@@ -97,6 +106,8 @@ def is_named(path: Path, patterns: tuple[str, ...]) -> bool:
 
 def load_tokenizer(checkpoint: str, model: PreTrainedModel, field: str) -> Any:
     """The tokenizer of a model. Raises SettingError, naming the field, for none, and for one that isn't the model's."""
+    if not has_tokenizer(checkpoint):
+        raise SettingError(f"{field} is {checkpoint}, which holds no tokenizer; it must have its own beside the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # of Transformers, tokenizers, the hub's HTTP client: of any kind

@@ -33,11 +33,15 @@ COMMANDS = {
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and on a CPU
 
 
+class Ended(SystemExit):
+    """By a signal that asks a process to end."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its status.
 
-    0: done. 1: the time was up, and the same command goes on. 2: a setting is unusable. 130, 143: ended by Ctrl-C, by
-    SIGTERM.
+    0: done. 1: the time was up, and the same command goes on. 2: a setting is unusable. 130, 143, 129: ended by
+    Ctrl-C, SIGTERM, SIGHUP.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--version"]:
@@ -63,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
             case "report":
                 return run_report(argv[1:])
         raise SettingError(f"command is {argv[0]!r}; it must be one of {', '.join(COMMANDS)}")
+    except Ended as ended:
+        return refuse("stopped", int(str(ended.code)))
     except KeyboardInterrupt:
         kept = "; the same command goes on from the last checkpoint" if argv[0] in ("compare", "train") else ""
         return refuse(f"stopped{kept}", 130)
@@ -141,7 +147,9 @@ def run_convert(argv: list[str]) -> int:
     parser = options_of("convert")
     parser.add_argument("checkpoint", help="folder of a dense checkpoint, or its name on the hub")
     parser.add_argument("out", help="new folder for the GQE checkpoint")
-    parser.add_argument("--top_k", "--top-k", type=int, help="experts that a token wakes in a group; default: all")
+    parser.add_argument(
+        "--top_k", "--top-k", type=int, help="experts that a token wakes in a group, 1 to all of them; default: all"
+    )
     parser.add_argument("--output_projection", "--output-projection", default="expert",
                         help="expert, exact with all experts awake, or slot, the paper's")  # fmt: skip
     parser.add_argument("--router", help="where it starts: random, query_norm, calibrated, or none for the control; "
@@ -150,9 +158,9 @@ def run_convert(argv: list[str]) -> int:
                         help="text files or folders, or a hub dataset, on which the dense model's heads are "
                              "observed and the difference is measured")  # fmt: skip
     parser.add_argument("--calibration_tokens", "--calibration-tokens", type=int,
-                        help="read so many tokens of it; default: 16,384")  # fmt: skip
+                        help="read so many tokens of it, five sequences or more; default: 16,384")  # fmt: skip
     parser.add_argument("--calibration_length", "--calibration-length", type=int,
-                        help="tokens in a sequence; default: 512, or as many as the model takes")  # fmt: skip
+                        help="tokens in a sequence, 2 or more; default: 512, or as many as it takes")  # fmt: skip
     parser.add_argument("--text_field", "--text-field",
                         help="field of a jsonl line or parquet column that holds the text; default: text")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
@@ -183,8 +191,12 @@ def ended_in_order() -> Iterator[None]:
     """SIGTERM and SIGHUP end the process with 143 and 129 and not at once, so that what is half written is removed."""
     ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     ours = ours if threading.current_thread() is threading.main_thread() else []
+
+    def end(number: int, _: Any) -> None:
+        raise Ended(128 + number)
+
     for number in ours:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, end)
     try:
         yield
     finally:
@@ -246,13 +258,16 @@ def run_evaluate(argv: list[str]) -> int:
 def run_report(argv: list[str]) -> int:
     parser = options_of("report")
     parser.add_argument("folder", help="a compared folder, with comparison.json")
-    folder = Path(parser.parse_args(argv).folder)
+    named = parser.parse_args(argv).folder
+    folder = Path(named)
 
     from rich.console import Console
 
     from query_experts.study.report import print_summary, write_report
 
     console = Console()
+    if not named:
+        raise SettingError("folder is empty; it must be a compared folder")
     source = folder / "comparison.json"
     wanted = (
         f"folder is {folder}; it must hold comparison.json as compare wrote it, and the same compare command writes it "

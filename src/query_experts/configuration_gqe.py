@@ -76,8 +76,9 @@ class GQEConfig(LlamaConfig):
             self.head_dim, True, self.variant, self.output_projection, self.routing, self.shared_head_kv,
         )  # fmt: skip
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            if getattr(self, name) is None or not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, 0 or more")
+            held = getattr(self, name)
+            if not isinstance(held, int | float) or not 0 <= held < math.inf:
+                raise ValueError(f"{name} is {held!r}; it must be a number, 0 or more")
 
     def __getattr__(self, name: str) -> Any:
         """Of what isn't there. Whoever reads num_experts (TRL) is about to balance one list of experts a layer.

@@ -25,6 +25,8 @@ class DistillationTrainer(GQETrainer):
 
     def __init__(self, *args: Any, teacher: PreTrainedModel, weight: float = 0.9, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if not hasattr(teacher, "config"):
+            raise TypeError(f"teacher is {teacher!r}; it must be a causal language model")
         if not 0 <= weight <= 1:
             raise ValueError(f"weight is {weight}; it must be 0 to 1")
         theirs, ours = teacher.config.vocab_size, self.model.config.vocab_size
@@ -91,12 +93,15 @@ def divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, num_items
 
 
 class TopKSchedule(TrainerCallback):
-    """k falls from all M experts to `top_k`, one by one, in equal parts of the first `fraction` (below 1) of the steps.
+    """k falls from all M experts to `top_k`, one by one, in equal parts of the first `fraction` of the steps.
 
-    The last step is always of `top_k`. Validation and checkpoints in between are of the k of that moment.
+    fraction: 0 or more and below 1. The last step is always of `top_k`. Validation and checkpoints in between are of
+    the k of that moment. Raises ValueError for another fraction, and for a k that the model can't have.
     """
 
     def __init__(self, top_k: int, fraction: float):
+        if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
+            raise ValueError(f"fraction is {fraction!r}; it must be a number, 0 or more and below 1")
         self.top_k = top_k
         self.fraction = fraction
 
@@ -105,6 +110,14 @@ class TopKSchedule(TrainerCallback):
         falls = experts - self.top_k
         falling = min(round(self.fraction * steps), steps - 1)
         return experts - (falls if step >= falling else falls * step // falling)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        config = kwargs["model"].config
+        experts = config.num_attention_heads // config.num_key_value_heads
+        if not 1 <= self.top_k <= experts:
+            raise ValueError(f"top_k is {self.top_k}; it must be 1 to {experts}, the experts in a group")
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -232,6 +232,8 @@ def load_tasks(
     names = task_names(tasks, manager.task_index)
     notes: dict[str, str] = {}
     if data_dir is not None:
+        if not data_dir:
+            raise SettingError("data_dir is empty; it must be a folder of benchmark files")
         notes = write_definitions(names, manager.task_index, Path(data_dir), folder, num_fewshot)
         manager = TaskManager(include_defaults=False, include_path=str(folder))
     asked: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -339,6 +341,10 @@ def print_results(results: dict[str, Any], console: Console) -> None:
             numbers = (readable(score[kind]) for kind in ("value", "stderr"))
             table.add_row(name, metric, *numbers, f"{task['items']:,}")
     console.print(table)
+    if (limit := results["settings"]["limit"]) is not None:
+        console.print(
+            f"Of each task at most {limit:,} questions (limit): these are no benchmark's scores.", highlight=False
+        )
     requests = results["requests"]
     if requests["truncated"]:
         console.print(

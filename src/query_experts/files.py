@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -62,19 +63,20 @@ def require_space(folder: Path, num_bytes: int, out: str | None = None) -> None:
         )
 
 
-# safetensors (ENOSPC, EDQUOT), then torch.save
-FULL_DISK = ("(os error 28)", "(os error 122)", "unexpected pos ", "iostream error", "Writer failed writing")
+FULL_DISK = ("unexpected pos ", "iostream error", "Writer failed writing")  # torch.save
 
 
 @contextmanager
-def full_disk_as_os_error(folder: Path) -> Iterator[None]:
-    """safetensors and torch.save tell of a full disk in errors of their own kinds, by words alone."""
+def disk_errors_as_os_errors(folder: Path) -> Iterator[None]:
+    """safetensors and torch.save tell of a disk that refuses in errors of their own kinds, by words alone."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        if not any(words in str(error) for words in FULL_DISK):
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told is None and not any(words in str(error) for words in FULL_DISK):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        number = int(told[1]) if told is not None else errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 from transformers import GenerationConfig, TextStreamer, set_seed
@@ -33,6 +34,13 @@ def generate(
     model, tokenizer = load_gqe(checkpoint)
     set_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt").to(device)
+    longest, length = model.config.max_position_embeddings, tokens.input_ids.shape[1] + max_new_tokens
+    if length > longest:
+        print(
+            f"query-experts: the text may have {length:,} tokens, and the model was made for {longest:,} "
+            "(max_position_embeddings); beyond them it may get worse",
+            file=sys.stderr,
+        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     model.generation_config = GenerationConfig()  # a checkpoint's own may ask for beams, which can't be streamed
     model.to(device).eval().generate(

@@ -60,11 +60,11 @@ def parse_settings(
         raise SettingError(f"preset is {first.preset!r}; it must be one of {', '.join(sorted(known))}")
     recipe: dict[str, Any] = {"out": f"runs/{first.preset}"} if out_follows_preset else {}
     written: dict[str, Any] = {}
-    for source in [known[first.preset], *([Path(first.recipe)] if first.recipe else [])]:
+    for source in [known[first.preset], *([Path(first.recipe)] if first.recipe is not None else [])]:
         written = read_recipe(source, names | set(also_known))
         check_recipe(source, written, parser, names, optional)
         recipe |= written
-    written = written if first.recipe else {}  # by the user
+    written = written if first.recipe is not None else {}  # by the user
     recipe = {name: value for name, value in recipe.items() if name in names}
     options = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
     parser.set_defaults(**{name: value for name, value in recipe.items() if value is None or value == []})

@@ -111,10 +111,10 @@ def write_plot(result: dict[str, Any], folder: Path, name: str = "bench") -> lis
     columns = min(3, len(lines))
     rows = -(-len(lines) // columns)
     figure = new_figure(2.6 * rows + 0.5, 3.4 * columns)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
     for axes in panels[len(lines) :]:
-        axes.set_visible(False)
-    for axes, (title, arms) in zip(panels, lines.items(), strict=False):
+        axes.set_axis_off()
+    for number, (axes, (title, arms)) in enumerate(zip(panels, lines.items(), strict=False)):
         axes.set_title(title, fontsize=9.5, loc="left")
         axes.axhline(1, color="#9aa4b0", linewidth=0.8)
         axes.set_xscale("log", base=2)
@@ -124,10 +124,14 @@ def write_plot(result: dict[str, Any], folder: Path, name: str = "bench") -> lis
         axes.set_xticks(lengths, [text.length_name(length) for length in lengths], fontsize=8)
         axes.minorticks_off()
         axes.tick_params(labelsize=8)
-        axes.set_xlabel("tokens", fontsize=8.5)
-    panels[0].set_ylabel("speed (\N{MULTIPLICATION SIGN} dense); dashed: predicted", fontsize=8.5)
+        axes.set_xlabel("cached tokens" if title.startswith("decode") else "tokens", fontsize=8.5)
+        if number % columns == 0:
+            axes.set_ylabel("speed (\N{MULTIPLICATION SIGN} dense); dashed: predicted", fontsize=8.5)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    if len(lines) < len(panels):  # in the first empty cell
+        panels[len(lines)].legend(handles, labels, loc="center", frameon=False, fontsize=9)
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return save(figure, folder, name)
 
 

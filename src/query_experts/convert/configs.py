@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -125,6 +126,12 @@ def check_convertible(dense: PreTrainedConfig) -> None:
         )
     if dense.hidden_act not in ACT2FN:
         raise SettingError(f"hidden_act is {dense.hidden_act!r}; it must be an activation that Transformers knows")
+    dropout = dense.attention_dropout
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise SettingError(f"attention_dropout is {dropout!r}; it must be a number, 0 or more and below 1")
+    theta = dense.rope_parameters.get("rope_theta")
+    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise SettingError(f"rope_theta is {theta!r}; it must be a number above 0")
     rope_type = dense.rope_parameters.get("rope_type", "default")
     if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
         raise SettingError(

@@ -31,7 +31,7 @@ from query_experts.convert.walk import Report, convert
 from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_tokenizer
 from query_experts.errors import SettingError
-from query_experts.files import full_disk_as_os_error, no_empty_folders, require_space, write_json
+from query_experts.files import disk_errors_as_os_errors, no_empty_folders, require_space, write_json
 
 TOKENS = 16_384  # of text, where nothing else is asked for
 LENGTH = 512  # of a sequence of it, where the model takes so many
@@ -77,7 +77,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
         )
     report = Report()
     with building_folder(out, settings.out) as building, ExitStack() as stack:
-        with full_disk_as_os_error(building):
+        with disk_errors_as_os_errors(building):
             source = Folder(folder, config, settings.device, stack)
             plan = make_plan(
                 source.config, settings.top_k, settings.output_projection, "gqe", settings.router, settings.seed,
@@ -258,8 +258,10 @@ def calls_them_by_our_names(folder: Path) -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        said = str(error).replace("`data`", "calibrate").replace("`text_field`", "text_field")
-        if said.startswith("`tokenizer` is "):
+        said = str(error)
+        if said.startswith("data "):
+            said = f"calibrate {said.removeprefix('data ')}"
+        if said.startswith("tokenizer is "):
             said = f"checkpoint is {folder}, whose tokenizer isn't there, damaged, slow or without an eos_token; with "
             said += "calibrate it must have a fast one that ends a text"
         raise SettingError(said) from error

@@ -89,7 +89,7 @@ class _Settings:
 
 def _require(name: str, value: object, fits: bool, allowed: str) -> None:
     if not fits:
-        raise SettingError(f"`{name}` is {value!r}; it has to be {allowed}")
+        raise SettingError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def _whole(value: object, least: int) -> bool:
@@ -173,8 +173,8 @@ def _corpus(folder: Path, meta: dict[str, Any], seq_len: int, skipped: dict[str,
         if tokens < seq_len:
             documents = info[f"{split}_documents"]
             raise SettingError(
-                f"`seq_len` is {seq_len}, but the {split} split of `data` has only {tokens} tokens "
-                f"({documents} document{'s' * (documents != 1)}); it has to be at most that, or give more text"
+                f"seq_len is {seq_len}, but the {split} split of data has only {tokens} tokens "
+                f"({documents} document{'s' * (documents != 1)}); it must be at most that, or give more text"
             )
     train, validation = (
         TokenSequences([folder / name for name in meta["shards"][split]], meta["dtype"], seq_len) for split in SPLITS
@@ -198,12 +198,12 @@ def _build_into(folder: Path, settings: _Settings, sources: Sources, progress: b
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise SettingError(
-                    f"`cache_dir` is {str(cache_dir)!r}, where the tokens cannot be written "
-                    f"({error.strerror or error}); it has to be a folder that can be made or written to"
+                    f"cache_dir is {str(cache_dir)!r}, where the tokens can't be written "
+                    f"({error.strerror or error}); it must be a folder that can be made or written to"
                 ) from error
             raise SettingError(
-                f"`cache_dir` is {str(cache_dir)!r}, whose disk is full: {build.need()}; "
-                "free that much, lower `max_bytes` or name a folder on another disk"
+                f"cache_dir is {str(cache_dir)!r}, whose disk is full: {build.need()}; "
+                "free that much, lower max_bytes or name a folder on another disk"
             ) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -256,7 +256,7 @@ class _Build:
         save_tokenizer(tokenizer, self.folder / "tokenizer")
         self._write(tokenizer, _chain(sample, stream))
         if not documents.documents:
-            raise SettingError(f"`data` holds {self.sources.names!r}, in which there is no text; it has to hold some")
+            raise SettingError(f"data holds {self.sources.names!r}, in which there is no text; it must hold some")
         return self._write_meta(documents, vocabulary_size(tokenizer))
 
     def need(self) -> str:

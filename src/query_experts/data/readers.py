@@ -83,7 +83,7 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
     # The hub's error derives from that of whichever HTTP client its version uses; any error of the client counts.
     failures = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, DatasetsError)
     if (why := missing_on_hub(name, "dataset")) is not None:
-        raise SettingError(f"`data` holds {full_name!r}, which is no file or folder here, and {why}")
+        raise SettingError(f"data holds {full_name!r}, which is no file or folder here, and {why}")
     number = 0
     try:
         with _quiet("datasets", "huggingface_hub"):
@@ -96,11 +96,11 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
     except failures as error:
         if number:
             raise SettingError(
-                f"`data` holds {full_name!r}, which could not be read past row {number} ({_one_line(error)}); "
-                "try again, or lower `max_bytes`"
+                f"data holds {full_name!r}, which can't be read past row {number} ({_one_line(error)}); "
+                "try again, or lower max_bytes"
             ) from error
         raise SettingError(
-            f"`data` holds {full_name!r}, which is no file or folder here, and no data set with a train split that "
+            f"data holds {full_name!r}, which is no file or folder here, and no data set with a train split that "
             f"the Hugging Face hub could load ({_one_line(error)})"
         ) from error
 
@@ -121,7 +121,7 @@ def _quiet(*packages: str) -> Iterator[None]:
 
 def _missing(name: str, package: str) -> str:
     return (
-        f"`data` holds {name}, which needs the package {package}; "
+        f"data holds {name}, which needs the package {package}; "
         "install it with `pip install query-experts[data]` or name another source"
     )
 
@@ -139,8 +139,8 @@ def _told_as_setting_error(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise SettingError(
-            f"`data` holds {str(path)!r}, which is damaged, cut short or closed to this user ({_one_line(error)}); "
-            "a file has to be readable to its end"
+            f"data holds {str(path)!r}, which is damaged, cut short or closed to this user ({_one_line(error)}); "
+            "a file must be readable to its end"
         ) from error
 
 
@@ -204,8 +204,8 @@ def _decode(path: Path, encoded: bytes, offset: int) -> str:
         text = encoded.decode()
     except UnicodeDecodeError as error:
         raise SettingError(
-            f"`data` holds {str(path)!r}, which is not UTF-8 at byte {offset + error.start} ({error.reason}); "
-            "text has to be UTF-8"
+            f"data holds {str(path)!r}, which is not UTF-8 at byte {offset + error.start} ({error.reason}); "
+            "text must be UTF-8"
         ) from error
     return text if offset else text.removeprefix("\ufeff")
 
@@ -222,13 +222,13 @@ def _jsonl(path: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise SettingError(
-                f"`data` holds {where} is not JSON ({error.msg} at column {error.colno}); "
-                f"each line has to be a JSON object with the field {text_field!r}"
+                f"data holds {where} is not JSON ({error.msg} at column {error.colno}); "
+                f"each line must be a JSON object with the field {text_field!r}"
             ) from error
         if not isinstance(row, dict):
             raise SettingError(
-                f"`data` holds {where} is a JSON {type(row).__name__}; "
-                f"each line has to be a JSON object with the field {text_field!r}"
+                f"data holds {where} is a JSON {type(row).__name__}; "
+                f"each line must be a JSON object with the field {text_field!r}"
             )
         yield _field(row, text_field, where, "fields")
 
@@ -263,15 +263,15 @@ def _parquet(path: Path, stream: BinaryIO, text_field: str, scratch: Path) -> It
                     yield _field({text_field: value}, text_field, f"{str(path)!r}, where row {number}", "columns")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise SettingError(
-            f"`data` holds {str(path)!r}, which cannot be read as parquet after row {number} ({_one_line(error)}); "
-            "a file has to be readable to its end"
+            f"data holds {str(path)!r}, which can't be read as parquet after row {number} ({_one_line(error)}); "
+            "a file must be readable to its end"
         ) from error
 
 
 def _no_field(where: str, text_field: str, names: list[str], kind: str) -> str:
     return (
-        f"`data` holds {where} has no {text_field!r} among its {kind} ({', '.join(names)}); "
-        "`text_field` has to name one of them"
+        f"data holds {where} has no {text_field!r} among its {kind} ({', '.join(names)}); "
+        "text_field must name one of them"
     )
 
 
@@ -283,13 +283,13 @@ def _field(row: Mapping[str, Any], text_field: str, where: str, kind: str) -> st
         return ""
     if not isinstance(text, str):
         raise SettingError(
-            f"`data` holds {where} has {text_field!r} of type {type(text).__name__}; `text_field` has to name text"
+            f"data holds {where} has {text_field!r} of type {type(text).__name__}; text_field must name text"
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise SettingError(
-            f"`data` holds {where} has half a surrogate pair in {text_field!r} at character {error.start}; "
-            "text has to be valid Unicode"
+            f"data holds {where} has half a surrogate pair in {text_field!r} at character {error.start}; "
+            "text must be valid Unicode"
         ) from error
     return text

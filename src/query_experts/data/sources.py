@@ -80,19 +80,21 @@ def find_sources(data: Sequence[str] | None) -> Sources:
         return _standard_library()
     entries = [data] if isinstance(data, str | os.PathLike) else list(data)
     if not entries:
-        raise SettingError("`data` is an empty list; name at least one file, folder or hub data set, or leave it None")
+        raise SettingError("data is an empty list; name at least one file, folder or hub data set, or leave it None")
     names = [os.fspath(entry) for entry in entries]
     files: list[tuple[bytes, SourceFile]] = []
     skipped: Counter[str] = Counter()
     hub: list[tuple[str, str | None]] = []
     for name in names:
+        if not name:  # as a shell's unset variable gives it; Path would take it for this folder
+            raise SettingError(f"data holds {name!r}; {_ALLOWED}")
         path = Path(name).expanduser()
         if path.exists():
             files += [(_shuffle_key(file.name), file) for file in _files_of(path, name, skipped)]
         elif (match := _HUB_NAME.fullmatch(name)) and readers.format_of(path) is None:
             hub.append((match["name"], match["config"]))
         else:
-            raise SettingError(f"`data` holds {name!r}, which does not exist; {_ALLOWED}")
+            raise SettingError(f"data holds {name!r}, which doesn't exist; {_ALLOWED}")
     in_order = [file for _, file in sorted(files, key=lambda pair: pair[0])]
     return Sources(names, in_order, hub, skipped=dict(skipped.most_common()))
 
@@ -111,11 +113,13 @@ def _files_of(path: Path, given: str, skipped: Counter[str]) -> list[SourceFile]
     """What can be read of a file or folder; files of other kinds are counted in `skipped`."""
     if path.is_file():
         if readers.format_of(path) is None:
-            raise SettingError(f"`data` holds {given!r}, a kind of file that cannot be read; {_ALLOWED}")
+            raise SettingError(f"data holds {given!r}, a kind of file that can't be read; {_ALLOWED}")
         file = _source_file(path, given, path.name)
         if not file.size:
-            raise SettingError(f"`data` holds {given!r}, which is an empty file; a file has to hold some text")
+            raise SettingError(f"data holds {given!r}, which is an empty file; a file must hold some text")
         return [file]
+    if not path.is_dir():
+        raise SettingError(f"data holds {given!r}, which is neither a file nor a folder; {_ALLOWED}")
     files = []
     for found in _walk(path):
         if readers.format_of(found):
@@ -123,7 +127,7 @@ def _files_of(path: Path, given: str, skipped: Counter[str]) -> list[SourceFile]
         else:
             skipped[found.suffix.lower() or found.name] += 1
     if not files:
-        raise SettingError(f"`data` holds {given!r}, a folder without a file that can be read; {_ALLOWED}")
+        raise SettingError(f"data holds {given!r}, a folder without a file that can be read; {_ALLOWED}")
     return files
 
 
@@ -140,7 +144,7 @@ def _source_file(path: Path, given: str, name: str) -> SourceFile:
     try:
         status = path.stat()
     except OSError as error:
-        raise SettingError(f"`data` holds {given!r}, where {name!r} cannot be read: {error.strerror}") from error
+        raise SettingError(f"data holds {given!r}, where {name!r} can't be read: {error.strerror}") from error
     return SourceFile(path, given, name, status.st_size, status.st_mtime_ns)
 
 
@@ -152,7 +156,7 @@ def _standard_library() -> Sources:
     files = [_source_file(path, name, path.relative_to(root).as_posix()) for path in found]
     if not files:
         raise SettingError(
-            "`data` is None, which reads the source of the Python standard library, but this Python has none on disk; "
+            "data is None, which reads the source of the Python standard library, but this Python has none on disk; "
             + _ALLOWED
         )
     files.sort(key=lambda file: _shuffle_key(file.name))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from query_experts.checkpoints import missing_on_hub
+from query_experts.checkpoints import has_tokenizer, missing_on_hub
 from query_experts.data.documents import Split
 from query_experts.errors import SettingError
 
@@ -55,21 +55,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     allowed = (
         "a folder that holds a tokenizer, the name of one on the Hugging Face hub, or None to train one on the data"
     )
+    if not name:
+        raise SettingError(f"tokenizer is {name!r}; it must be {allowed}")
     if not folder.exists() and (why := missing_on_hub(name)) is not None:
-        raise SettingError(f"`tokenizer` is {name!r}, which is no folder here, and {why}; it has to be {allowed}")
+        raise SettingError(f"tokenizer is {name!r}, which is no folder here, and {why}; it must be {allowed}")
+    if folder.is_dir() and not has_tokenizer(str(folder)):
+        raise SettingError(f"tokenizer is {name!r}, a folder that holds none; it must be {allowed}")
     try:
         if (folder / "tokenizer.json").is_file():
             json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, trust_remote_code=False)
     except Exception as error:  # tokenizers raises it plainly
         reason = " ".join(str(error).split())[:200]
-        raise SettingError(
-            f"`tokenizer` is {name!r}, which could not be loaded ({reason}); it has to be {allowed}"
-        ) from error
+        raise SettingError(f"tokenizer is {name!r}, which can't be loaded ({reason}); it must be {allowed}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise SettingError(f"`tokenizer` is {name!r}, which has no fast form; it has to be a fast tokenizer")
+        raise SettingError(f"tokenizer is {name!r}, which has no fast form; it must be a fast tokenizer")
     if tokenizer.eos_token_id is None:
-        raise SettingError(f"`tokenizer` is {name!r}, which has no eos_token; it needs one to end a document with")
+        raise SettingError(f"tokenizer is {name!r}, which has no eos_token; it needs one to end a document with")
     return tokenizer
 
 

@@ -59,15 +59,15 @@ def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
     asked = [(arm, seed) for seed in settings.seeds for arm in settings.arms]  # what is finished first is paired
     for number, (arm, seed) in enumerate(asked, 1):
         folder = run_folder(out, arm, seed)
-        if not (folder / "result.json").exists():
+        if new := not (folder / "result.json").exists():
             console.print(f"Run {number} of {len(asked)}: {arm}, seed {seed}")
         run = train_arm(settings, arm, seed, corpus, folder, stop)
         if run is not None and run.get("diverged_at_tokens") is not None:
             console.print(Text(diverged(settings, run), style="yellow"))
+        if new or number == len(asked):
+            write_comparison(settings, corpus, out)  # of all runs so far: the page is there to look at meanwhile
         if run is None or stop.signal is not None:
-            write_comparison(settings, corpus, out)
             return stopped(settings, stop, console)
-    write_comparison(settings, corpus, out)
     timed = measure_prefill(settings, trained_models(out), out / "prefill.json", stop)
     comparison = write_comparison(settings, corpus, out)
     if not timed:
@@ -178,6 +178,11 @@ def load_start(settings: TrainSettings) -> Start:
         theirs, ours = teacher.config.vocab_size, model.config.vocab_size
         if theirs != ours:
             raise SettingError(f"teacher has a vocabulary of {theirs}; it must be that of init, {ours}")
+        longest = getattr(teacher.config, "max_position_embeddings", None)
+        if longest is not None and settings.seq_len > longest:
+            raise SettingError(
+                f"seq_len is {settings.seq_len}; it must be at most teacher's max_position_embeddings, {longest}"
+            )
         beside = has_tokenizer(settings.teacher)
         if beside and load_tokenizer(settings.teacher, teacher, "teacher").get_vocab() != tokenizer.get_vocab():
             raise SettingError(f"teacher is {settings.teacher}, whose tokenizer isn't that of init; they must agree")
@@ -256,6 +261,14 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
             f"({info['validation']})"
         )
     )
+    if settings.validation_sequences > len(corpus.validation):
+        console.print(
+            Text(
+                f"validation_sequences is {settings.validation_sequences:,}; data holds out "
+                f"{len(corpus.validation):,}, and all of them are used",
+                style="yellow",
+            )
+        )
     if info["skipped_files"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in [*info["skipped_files"].items()][:5])
         skipped = plural(sum(info["skipped_files"].values()), "file")

@@ -35,7 +35,7 @@ from query_experts.configuration_gqe import GQEConfig
 from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.errors import SettingError
-from query_experts.files import full_disk_as_os_error, read_json, require_space, save_tokenizer, write_json
+from query_experts.files import disk_errors_as_os_errors, read_json, require_space, save_tokenizer, write_json
 from query_experts.initial_values import initialise_by_name
 from query_experts.modeling_gqe import GQEForCausalLM
 from query_experts.router import select_top_k
@@ -107,7 +107,7 @@ def train_arm(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    with full_disk_as_os_error(folder), clean_up(trainer), stop.listening():
+    with disk_errors_as_os_errors(folder), clean_up(trainer), stop.listening():
         train_on(trainer, checkpoint)
         if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
