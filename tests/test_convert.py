@@ -417,6 +417,23 @@ def test_a_dense_model_that_overflows_on_the_text_is_refused():
 
 
 @torch.no_grad()
+def test_a_converted_model_that_overflows_where_the_dense_one_does_not_is_refused():
+    """Of four equal heads two take back what two add; one of them alone is beyond float16."""
+    dense = dense_model("llama", torch.float16)
+    for layer in dense.model.layers:
+        attention = layer.self_attn
+        q = attention.q_proj.weight.unflatten(0, (2, 4, 8))
+        q.copy_(q[:, :1].expand_as(q))
+        attention.v_proj.weight.fill_(1.0)
+        o = attention.o_proj.weight.unflatten(1, (2, 4, 8))
+        o.copy_(torch.tensor([1.0, -1, 1, -1])[:, None] * 3e4)
+    dense.model.embed_tokens.weight.abs_()
+    assert dense(tokens(10, 40)).logits.isfinite().all()
+    with pytest.raises(SettingError, match="of float16, beyond whose numbers the converted model comes"):
+        from_dense(dense, 1, calibration=tokens(10, 40))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("silent", "best"), [([0, 1, 3, 4, 6, 7], 1), ([*range(8)], 0)])
 def test_heads_that_add_nothing_leave_the_fit_finite(silent, best):
     dense = dense_model()

@@ -19,7 +19,14 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    GPTNeoXForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from query_experts import checkpoints
 from query_experts.checkpoints import require_checkpoint
@@ -79,7 +86,7 @@ def test_tokenizer_template_and_licence_come_along_and_the_card_does_not(tmp_pat
     assert main(["convert", str(dense), str(tmp_path / "gqe")]) == 0
     there = {path.name for path in dense.iterdir()}
     more = shutil.copytree(dense, tmp_path / "more")
-    for name in ("adapter_config.json", "model.onnx", "pytorch_model.bin.index.json", "training_args.bin"):
+    for name in ("model.onnx", "pytorch_model.bin.index.json", "training_args.bin"):
         (more / name).write_text("{}")
     assert main(["convert", str(more), str(tmp_path / "again")]) == 0
     assert {path.name for path in (tmp_path / "again").iterdir()} == {
@@ -101,7 +108,7 @@ COME_ALONG = (
     "tekken.json", "USE_POLICY.md", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 STAY_BEHIND = (
-    "README.md", "pytorch_model.bin", "training_args.bin", "trainer_state.json", "optimizer.pt", "adapter_config.json",
+    "README.md", "pytorch_model.bin", "training_args.bin", "trainer_state.json", "optimizer.pt", "adapter_model.bin",
     "quantize_config.json", "preprocessor_config.json", "model.gguf", "model.onnx", "tf_model.h5", "modeling_other.py",
     ".gitattributes", "original/tokenizer.model", "tokenizer_files/tokenizer.model",
 )  # fmt: skip
@@ -385,12 +392,61 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, dense, r
     code += "folder.save_file = lambda *args, **kwargs: os.kill(os.getpid(), 9); main(sys.argv[1:])"
     killed = subprocess.run([sys.executable, "-c", code, "convert", str(dense), str(out)], capture_output=True)
     assert killed.returncode == -9
-    (left,) = (out if there else tmp_path).iterdir()
-    assert left.name.endswith(".part")
-    with FileLock(left / ".lock"):
-        refused(["convert", dense, out], f"another conversion is at work (in {left})")
+    place = out if there else tmp_path
+    lock, left = sorted(place.iterdir(), key=lambda path: path.suffix)
+    assert (lock.name, left.suffix) == (".out.lock", ".part")
+    with FileLock(lock):
+        refused(["convert", dense, out], f"another conversion is at work ({lock} is held)")
+        assert left.is_dir()
     assert main(["convert", str(dense), str(out)]) == 0
-    assert not [*tmp_path.rglob("*.part")]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_two_conversions_to_one_folder_keep_apart(tmp_path, dense, monkeypatch, refused, there):
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    save, tried = folder_module.save_file, []
+
+    def meanwhile(*args, **kwargs):
+        if not tried:
+            tried.append(True)
+            refused(["convert", dense, out], "to which another conversion is at work")
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(folder_module, "save_file", meanwhile)
+    assert main(["convert", str(dense), str(out)]) == 0
+    assert tried
+    assert torch.equal(logits(out), logits(dense))
+    assert not [*tmp_path.rglob(".out*")]
+
+
+def test_what_is_removed_is_of_this_out_alone(tmp_path, dense):
+    ours, others = (tmp_path / f".m-[3].{own}.part" for own in ("0123abcd", "1.0123abcd"))
+    third = tmp_path / ".m-3.0123abcd.part"
+    for folder in (ours, others, third):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    with FileLock(tmp_path / ".m-[3].1.lock"):
+        assert main(["convert", str(dense), str(tmp_path / "m-[3]")]) == 0
+    assert (ours.exists(), others.exists(), third.exists()) == (False, True, True)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "words"),
+    [
+        ("adapter_config.json", {}, "which holds adapter_config.json, an adapter that Transformers adds"),
+        (None, {"transformers_weights": "other.safetensors"}, "whose transformers_weights is 'other.safetensors'"),
+    ],
+)
+def test_weights_that_transformers_would_take_elsewhere_are_refused(tmp_path, dense, refused, file, settings, words):
+    copy = copy_with(dense, tmp_path / "copy", settings)
+    if file is not None:
+        (copy / file).write_text("{}")
+    refused(["convert", copy, tmp_path / "out"], f"checkpoint is {copy}, {words}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_another_version_of_tokenizers_is_spoken_of(tmp_path, dense, text, refused, capsys):
@@ -529,7 +585,7 @@ def test_convert_refuses_what_it_cannot_use(tmp_path, dense, text, refused):
     refused(["convert", dense, out, "--text_field", "body"], "text_field is 'body'", "calibrate must be given")
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     refused(["convert", dense, tmp_path / "circle"], f"out is {tmp_path / 'circle'}, which can't be read")
-    refused(["convert", dense, few_or_file / "sub"], f"out is {few_or_file / 'sub'}, which can't be made (Not a dir")
+    refused(["convert", dense, few_or_file / "sub"], f"out is {few_or_file / 'sub'}, where {few_or_file} is a file; it")
     refused(["convert", dense, out, "--output_projection", "slot"], "calibrate must be given")
     refused(["convert", dense, out, "--router", "calibrated"], "router is 'calibrated'")
     refused(["convert", dense, out, "--router", "best"], "router is 'best'; it must be one of")
@@ -836,6 +892,8 @@ def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
     shutil.copy(dense / "model.safetensors", tmp_path / "elsewhere.safetensors")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}))
     refused(["convert", outside, out], "outside, whose model.safetensors.index.json is damaged")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": str(tmp_path / "elsewhere.safetensors")}}))
+    refused(["convert", outside, out], "outside, whose model.safetensors.index.json is damaged")
     (outside / "below").mkdir()
     shutil.copy(dense / "model.safetensors", outside / "below" / "weights.safetensors")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "below/weights.safetensors"}}))
@@ -898,6 +956,34 @@ def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path, dense, tex
     assert checkpoints.is_finite(torch.zeros(3, 5))
     assert not any(checkpoints.is_finite(torch.zeros(15).index_fill(0, torch.tensor(n), math.inf)) for n in range(15))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_router_that_is_not_finite_is_refused(tmp_path, dense, refused):
+    gqe = tmp_path / "gqe"
+    assert main(["convert", str(dense), str(gqe), "--top_k", "1"]) == 0
+    frozen = copy_with(gqe, tmp_path / "frozen", {"routing": "frozen"})
+    path = next(p for p in frozen.glob("*.safetensors") if any("router" in name for name in load_file(p)))
+    tensors = load_file(path)
+    name = next(name for name in tensors if "router" in name)
+    save_file(tensors | {name: tensors[name] * math.nan}, path, metadata={"format": "pt"})
+    refused(["generate", frozen], f"checkpoint is {frozen}, whose {name} holds numbers that aren't finite")
+
+
+@pytest.mark.parametrize("kind", [GPT2LMHeadModel, GPTNeoXForCausalLM])
+def test_layers_that_any_models_configuration_does_not_have_are_refused(tmp_path, kind):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    kind(kind.config_class(num_hidden_layers=4, **sizes)).save_pretrained(tmp_path / "model")
+    assert load_teacher(str(tmp_path / "model")).num_parameters()
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    count = next(name for name in ("n_layer", "num_hidden_layers") if name in config)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {count: 2}))
+    with pytest.raises(SettingError, match=r"which holds \S*\.2\.\S*; by config.json it must not be there"):
+        load_teacher(str(tmp_path / "model"))
+
+
+def test_what_an_error_says_is_cut_but_not_to_nothing():
+    assert checkpoints.reason(ValueError("x" * 400)) == "x" * 300 + " ..."
+    assert checkpoints.reason(ValueError("a\n  b")) == "a b"
 
 
 def test_as_a_process_a_refusal_is_one_line(tmp_path):

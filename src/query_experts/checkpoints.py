@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import textwrap
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -149,23 +148,25 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
             f"{field} is {checkpoint}, which lacks {len(missing)} weights of {type(model).__name__}, such as "
             f"{missing[0]}; it must hold them all"
         )
-    if beyond := sorted(filter(partial(is_beyond, model.config), loading["unexpected_keys"])):
+    held = model.state_dict()
+    if beyond := sorted(filter(partial(is_beyond, model, held), loading["unexpected_keys"])):
         raise SettingError(f"{field} is {checkpoint}, which holds {beyond[0]}; by config.json it must not be there")
-    for name, parameter in model.named_parameters():
-        if not is_finite(parameter):
+    for name, tensor in held.items():  # a frozen router is no parameter
+        if not is_finite(tensor):
             raise SettingError(f"{field} is {checkpoint}, whose {name} holds numbers that aren't finite; all must be")
     return model
 
 
-def is_beyond(config: PreTrainedConfig, name: str) -> bool:
-    """Whether a tensor that the model has no place for shows that config.json isn't this checkpoint's.
+def is_beyond(model: PreTrainedModel, held: dict[str, Tensor], name: str) -> bool:
+    """Whether a tensor that the model, which has those held, has no place for tells of another config.json.
 
-    Other models' checkpoints may hold more than Transformers uses, but for whole layers.
+    Other models' checkpoints may hold more than Transformers uses, but not what a layer of the model has by a number
+    that it hasn't.
     """
-    if config.model_type == "gqe":
+    if model.config.model_type == "gqe":
         return True
-    number, layers = re.match(r"model\.layers\.(\d+)\.", name), getattr(config, "num_hidden_layers", None)
-    return number is not None and layers is not None and int(number[1]) >= layers
+    first = re.sub(r"(^|\.)\d+\.", r"\g<1>0.", name, count=1)
+    return first != name and (first in held or f"{model.base_model_prefix}.{first}" in held)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -177,7 +178,8 @@ def reason(error: BaseException) -> str:
     """What an error says, in one line; with its kind where it only names what it didn't find."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # a wrapper
         error = error.__cause__
-    said = textwrap.shorten(str(error), 300, placeholder=" ...")
+    said = " ".join(str(error).split())
+    said = said if len(said) <= 300 else f"{said[:300]} ..."
     return (
         said
         if isinstance(error, (OSError, ValueError, RuntimeError, ImportError))

@@ -8,7 +8,7 @@ import glob
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +35,7 @@ from query_experts.files import disk_errors_as_os_errors, no_empty_folders, requ
 
 TOKENS = 16_384  # of text, where nothing else is asked for
 LENGTH = 512  # of a sequence of it, where the model takes so many
-PART, LOCK = ".{name}.{own}.part", ".lock"  # the folder that a conversion is made in, and what it holds meanwhile
+PART, LOCK = ".{name}.{own}.part", ".{name}.lock"  # the folder that a conversion is made in, and what keeps it alone
 PIECE = 2**16  # characters that are tokenised at once
 
 
@@ -60,12 +60,6 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     """Write the GQE checkpoint, its config.json last. Raises SettingError for what can't be converted."""
     settings = with_defaults(settings)
     out = new_folder(settings.out)
-    remove_abandoned(out, settings.out)
-    require_empty(out, settings.out)
-    logging.set_verbosity_error()
-    folder = find_checkpoint(settings.checkpoint)
-    config = read_config(folder, settings.checkpoint)
-    check_beside(folder)
     if settings.output_projection == "slot" and not settings.calibrate:
         raise SettingError(
             "output_projection is 'slot', which doesn't start equal to the dense model; calibrate must be given, so "
@@ -75,8 +69,12 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
         raise SettingError(
             "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
         )
+    logging.set_verbosity_error()
     report = Report()
     with building_folder(out, settings.out) as building, ExitStack() as stack:
+        folder = find_checkpoint(settings.checkpoint)
+        config = read_config(folder, settings.checkpoint)
+        check_beside(folder)
         with disk_errors_as_os_errors(building):
             source = Folder(folder, config, settings.device, stack)
             plan = make_plan(
@@ -109,57 +107,64 @@ def new_folder(name: str) -> Path:
         raise SettingError("out is empty; it must be a new or empty folder")
     try:
         out = Path(name).resolve()
-        is_file = out.exists() and not out.is_dir()
+        blocked = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
     except (OSError, RuntimeError) as error:  # links in a circle
         raise SettingError(f"out is {name}, which can't be read ({error}); it must be a new or empty folder") from error
-    if is_file:
-        raise SettingError(f"out is {name}, which is a file; it must be a new or empty folder")
+    if blocked is not None:
+        what = "which" if blocked == out else f"where {blocked}"
+        raise SettingError(f"out is {name}, {what} is a file; it must be a new or empty folder")
     return out
-
-
-def remove_abandoned(out: Path, name: str) -> None:
-    """What conversions to the same `out` left when they were killed. Raises SettingError where one is at work."""
-    for folder in (out, out.parent):
-        for lock in folder.glob(f"{PART.format(name=glob.escape(out.name), own='*')}/{LOCK}"):
-            try:
-                with FileLock(lock, timeout=0):
-                    shutil.rmtree(lock.parent, ignore_errors=True)
-            except Timeout as error:
-                raise SettingError(
-                    f"out is {name}, to which another conversion is at work (in {lock.parent}); wait for it, or use "
-                    "another folder"
-                ) from error
-
-
-def require_empty(out: Path, name: str) -> None:
-    """Raises SettingError for an `out` that holds something."""
-    first = min(out.iterdir(), default=None) if out.exists() else None
-    if first is not None:
-        raise SettingError(f"out is {name}, which holds {first.name}; it must be a new or empty folder")
 
 
 @contextmanager
 def building_folder(out: Path, name: str) -> Iterator[Path]:
     """A folder beside `out`, or within it where it is there (as a mounted disk, perhaps); removed in the end.
 
-    Raises SettingError where none can be made.
+    Meanwhile a lock keeps other conversions to the same `out` away. So folders of this kind that are there before were
+    left by conversions that were killed, and are removed. Raises SettingError where another is at work, for an `out`
+    that holds something, and where none can be made.
     """
-    part = PART.format(name=out.name, own=uuid.uuid4().hex[:8])
-    building = out / part if out.exists() else out.with_name(part)
-    with no_empty_folders(building.parent):
+    place = out if out.exists() else out.parent
+    lock = place / LOCK.format(name=out.name)
+    building = place / PART.format(name=out.name, own=uuid.uuid4().hex[:8])
+    with no_empty_folders(place), ExitStack() as stack:
         try:
-            building.mkdir(parents=True)
+            place.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(lock, timeout=0))
+            stack.callback(remove, lock)
+            for left in place.glob(PART.format(name=glob.escape(out.name), own="[0-9a-f]" * 8)):
+                shutil.rmtree(left, ignore_errors=True)
+            require_empty(out, name)
+            stack.callback(shutil.rmtree, building, ignore_errors=True)
+            building.mkdir()
+        except Timeout as error:
+            raise SettingError(
+                f"out is {name}, to which another conversion is at work ({lock} is held); wait for it, or use another "
+                "folder"
+            ) from error
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
             raise SettingError(
                 f"out is {name}, which can't be made ({error.strerror}); it must be a new or empty folder"
             ) from error
-        try:
-            with FileLock(building / LOCK, timeout=0):  # as long as it is held, the folder isn't abandoned
-                yield building
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        yield building
+
+
+def remove(lock: Path) -> None:
+    with suppress(OSError):  # gone, or on a system that doesn't let go of it yet
+        lock.unlink()
+
+
+def require_empty(out: Path, name: str) -> None:
+    """Raises SettingError for an `out` that holds something besides the lock."""
+    first = min(held_in(out), default=None) if out.exists() else None
+    if first is not None:
+        raise SettingError(f"out is {name}, which holds {first.name}; it must be a new or empty folder")
+
+
+def held_in(out: Path) -> list[Path]:
+    return [path for path in out.iterdir() if path.name != LOCK.format(name=out.name)]
 
 
 def put_into_place(building: Path, out: Path, name: str) -> None:
@@ -169,14 +174,12 @@ def put_into_place(building: Path, out: Path, name: str) -> None:
     """
     if not out.exists():
         building.rename(out)
-        (out / LOCK).unlink()
         return
-    if any(path != building for path in out.iterdir()):  # a working directory, perhaps: it stays the same folder
+    if any(path != building for path in held_in(out)):  # a working directory, perhaps: it stays the same folder
         raise SettingError(f"out is {name}, which was filled meanwhile; it must be a new or empty folder")
     placed: list[Path] = []
     try:
-        finished = [path for path in building.iterdir() if path.name != LOCK]
-        for path in sorted(finished, key=lambda path: path.name == "config.json"):
+        for path in sorted(building.iterdir(), key=lambda path: path.name == "config.json"):
             placed.append(path.rename(out / path.name))
     except BaseException:
         for path in placed:

@@ -19,6 +19,7 @@ from query_experts.convert.configs import check_convertible, untied
 from query_experts.convert.names import LAYERS
 from query_experts.errors import SettingError
 
+ADAPTER = "adapter_config.json"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # what a hub repository may hold besides: the same weights in other forms
 NOT_FETCHED = [
@@ -52,6 +53,16 @@ def find_checkpoint(name: str) -> Path:
 def read_config(folder: Path, checkpoint: str) -> PreTrainedConfig:
     """Raises SettingError, naming the checkpoint, for a configuration that can't be read or converted."""
     config = load_config(str(folder), "checkpoint")
+    if (folder / ADAPTER).exists():
+        raise SettingError(
+            f"checkpoint is {checkpoint}, which holds {ADAPTER}, an adapter that Transformers adds as it loads the "
+            "model; it must be merged into the weights first (merge_and_unload of PEFT), or taken away"
+        )
+    if (named := getattr(config, "transformers_weights", None)) is not None:
+        raise SettingError(
+            f"checkpoint is {checkpoint}, whose transformers_weights is {named!r}; its weights must be those of "
+            f"{SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}"
+        )
     try:
         check_convertible(config)
     except SettingError as error:
