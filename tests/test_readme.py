@@ -1,5 +1,6 @@
 """The README says what the committed result file says, and what it shows runs."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from query_experts.bench import run as bench
 from query_experts.cli import COMMANDS, main
 from query_experts.study import compare as study
+from query_experts.study.settings import CompareSettings
 from test_training import model_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,21 +36,35 @@ def test_the_table_in_the_readme_is_that_of_the_committed_result():
     assert readme == tables.with_table(readme, json.loads(tables.RESULT.read_text(encoding="utf-8")))
 
 
-def test_what_the_readme_tells_of_another_processor_is_in_its_result():
-    results = [ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("compare-demo", "compare-demo-xeon")]
-    here, there = (
-        {(run["arm"], run["seed"]): run["validation_loss"] for run in json.loads(path.read_text())["runs"]}
-        for path in results
-    )
+def result(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def losses_of(name):
+    return {(run["arm"], run["seed"]): run["validation_loss"] for run in result(name)["runs"]}
+
+
+def lost_to_static(losses):
+    return [f"{losses['gqe', seed] - losses['static', seed]:.3f}" for seed in (0, 1)]
+
+
+def test_the_table_in_the_readme_is_of_what_make_compare_runs():
+    demo = yaml.safe_load((ROOT / "src" / "query_experts" / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
+    settings = result("compare-demo")["settings"]
+    for name, value in dataclasses.asdict(CompareSettings(**demo)).items():
+        assert settings[name] == value, name
+
+
+def test_what_the_readme_tells_of_an_older_processors_kernels_is_in_its_result():
+    here, there = losses_of("compare-demo"), losses_of("compare-demo-avx2")
     away = max(abs(there[run] - loss) for run, loss in here.items())
-    lost = [there["gqe", seed] - there["static", seed] for seed in (0, 1)]
     readme = " ".join(README.read_text(encoding="utf-8").split())
     assert f"end up to {away:.2f} away from this" in readme
-    assert f"`gqe` loses to `static` by {lost[0]:.3f} and {lost[1]:.3f}" in readme
+    assert f"`gqe` loses to `static` by {' and '.join(lost_to_static(there))}" in readme
 
 
 def test_what_the_notebook_tells_of_kernels_is_in_their_result():
-    result = json.loads((ROOT / "benchmarks" / "results" / "demo-kernels.json").read_text(encoding="utf-8"))
+    result = json.loads((ROOT / "benchmarks" / "results" / "demo-kernels-amx.json").read_text(encoding="utf-8"))
     losses = {(run["instructions"], run["dtype"]): run["validation_loss"] for run in result["runs"]}
     sets = [losses[name, "bfloat16"] for name in ("DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE")]
     (single,) = {loss for (_, dtype), loss in losses.items() if dtype == "float32"}
@@ -55,6 +72,18 @@ def test_what_the_notebook_tells_of_kernels_is_in_their_result():
     assert f"ends at {sets[0]:.3f}, and at {sets[1]:.3f} and {sets[2]:.3f} where" in notebook
     assert f"all three come to {single}" in notebook
     assert f"by {max(sets) - min(sets):.2f}, more than anything" in notebook
+
+
+def test_what_the_notebook_tells_of_float32_is_in_its_results():
+    runs = {(run["kernels"], run["dtype"]): run for run in result("demo-kernels")["runs"]}
+    loss = {key: f"{run['validation_loss']:.3f}" for key, run in runs.items()}
+    notebook = " ".join((ROOT / "LOG.md").read_text(encoding="utf-8").split())
+    here, one, avx2 = (loss[name, "float32"] for name in ("as-it-is", "one-thread", "avx2"))
+    assert f"ends at {here} by two threads, at {one} by one, and at {avx2} by AVX2's kernels" in notebook
+    speeds = [runs["as-it-is", dtype]["tokens_per_s"] for dtype in ("float32", "bfloat16")]
+    assert f"{speeds[0]:,.0f} tokens/s in float32 and {speeds[1]:,.0f} in bf16" in notebook
+    for name in ("compare-demo-epyc", "compare-demo-xeon", "compare-demo", "compare-demo-avx2"):
+        assert f"by {' and '.join(lost_to_static(losses_of(name)))} " in notebook
 
 
 def test_the_tables_of_the_page_on_performance_are_those_of_the_committed_results():
