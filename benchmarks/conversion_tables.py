@@ -18,6 +18,7 @@ from query_experts.study.report.svg import save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
+RATES = sorted(RESULT.parent.glob("conversion-rate-*.json"))
 PAGE = ROOT / "docs" / "convert.md"
 PLOTS = ROOT / "docs" / "plots"
 WITHIN = (0.01, 0.003)  # of the teacher's loss
@@ -161,12 +162,25 @@ def setting(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def rates(results: list[dict[str, Any]]) -> str:
+    """Final losses of single-seed studies that differ in their learning rate, as they are called for."""
+    results = sorted(results, key=lambda result: result["settings"]["learning_rate"])
+    cases = list(by_case(results[0]))
+    rows = [["learning rate", *(CASES[case] for case in cases)]]
+    for result in results:
+        found = by_case(result)
+        losses = [f"{run['validation_loss']:.3f}" for case in cases for run in found[case]]
+        rows.append([f"{result['settings']['learning_rate']:g}", *losses])
+    return markdown(rows)
+
+
 def filled(page: str) -> str:
     """The page with every marked table made anew."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
+    at_rates = [json.loads(path.read_text(encoding="utf-8")) for path in RATES]
     tables = {
         "setting": setting(result), "losses": losses(result), "paired": paired(result), "longer": losses(result, LONG),
-        "paired-longer": paired(result, LONG), "fits": fits(result),
+        "paired-longer": paired(result, LONG), "fits": fits(result), "rates": rates(at_rates),
     }  # fmt: skip
     return with_tables(page, tables.__getitem__)
 
