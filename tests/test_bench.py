@@ -384,6 +384,14 @@ def test_tables_fit_eighty_columns(tmp_path):
     assert not any("…" in line for line in lines)
 
 
+@pytest.mark.parametrize(("dtype", "native"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_bf16_that_is_emulated_is_told(tmp_path, monkeypatch, dtype, native):
+    monkeypatch.setattr(bench_module, "has_bfloat16", lambda device: native)
+    console = quiet()
+    bench(replace(SMALL, out=str(tmp_path), suites=["prefill"], lengths=[64], repeats=1, dtype=dtype), console)
+    assert ("only emulates" in said(console)) == (dtype == "bfloat16" and not native)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -23,7 +23,7 @@ from query_experts.bench.timing import peak_bytes, replayed, time_in_turn
 from query_experts.errors import SettingError
 from query_experts.files import write_json
 from query_experts.study.environment import environment
-from query_experts.study.settings import resolve_device
+from query_experts.study.settings import has_bfloat16, resolve_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,9 @@ def bench(settings: BenchSettings, console: Console) -> None:
     settings.check()
     device = resolve_device(settings.device)
     out = Path(settings.out) / "bench.json"
+    if settings.dtype == "bfloat16" and not has_bfloat16(device):
+        told = f"dtype is bfloat16, which {device} here only emulates, slowly: times say little; float32 is faster"
+        console.print(Text(told, style="yellow"))
     checks = gate(settings, device)
     result: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
