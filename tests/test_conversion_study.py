@@ -69,6 +69,16 @@ def test_every_table_is_made_of_the_runs_and_the_plot_is_drawn(result, tmp_path,
     assert (tmp_path / "conversion.svg").stat().st_size > 1000
 
 
+def test_rates_are_told_in_their_order(result):
+    one = result | {"runs": [run for run in result["runs"] if run["seed"] == 0]}
+    fast = one | {"settings": one["settings"] | {"learning_rate": 0.5}}
+    head, _, low, high = conversion_tables.rates([fast, one]).splitlines()
+    assert head.startswith("| learning rate | all four experts awake | static")
+    assert low.startswith(f"| {one['settings']['learning_rate']:g} | ")
+    assert high.startswith("| 0.5 | ")
+    assert low.count("|") == head.count("|")
+
+
 def test_tokens_to_come_near_are_those_of_the_first_validation_that_does():
     run = {"case": "static", "train_tokens": 30, "teacher_loss": 4.0}
     run["validation_curve"] = [[0, 4.5], [10, 4.03], [20, 4.05], [30, 4.01]]

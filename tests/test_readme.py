@@ -104,6 +104,20 @@ def test_the_tables_and_figures_of_the_page_on_converting_are_those_of_the_commi
     assert not [number for number in told if min(abs(float(number) - mean) for mean in means) > 5.5e-4]
 
 
+def test_what_the_page_tells_of_learning_rates_is_in_their_results():
+    found = {}
+    for rate in ("5e-4", "1e-3", "2e-3"):
+        held = result(f"conversion-rate-{rate}")
+        assert held["settings"]["learning_rate"] == float(rate)
+        found[rate] = {run["case"]: run["validation_loss"] for run in held["runs"]}
+    for case in ("static", "expert-calibrated", "slot-calibrated"):
+        assert min(found, key=lambda rate: found[rate][case]) == "1e-3"
+    for rate, loss in found.items():
+        assert loss["expert-calibrated"] > loss["static"]
+        ahead = loss["slot-calibrated"] - loss["static"]
+        assert abs(ahead) < 1e-4 if rate == "5e-4" else ahead > 1e-3
+
+
 def test_the_python_of_the_page_on_converting_runs(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
