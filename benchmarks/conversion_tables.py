@@ -18,7 +18,7 @@ from query_experts.study.report.svg import save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
-RATES = sorted(RESULT.parent.glob("conversion-rate-*.json"))
+RATES = [*RESULT.parent.glob("conversion-rate-*.json")]
 PAGE = ROOT / "docs" / "convert.md"
 PLOTS = ROOT / "docs" / "plots"
 WITHIN = (0.01, 0.003)  # of the teacher's loss

@@ -36,6 +36,8 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and
 class Ended(SystemExit):
     """By a signal that asks a process to end."""
 
+    code: int
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its status.
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
                 return run_report(argv[1:])
         raise SettingError(f"command is {argv[0]!r}; it must be one of {', '.join(COMMANDS)}")
     except Ended as ended:
-        return refuse("stopped", int(str(ended.code)))
+        return refuse("stopped", ended.code)
     except KeyboardInterrupt:
         kept = "; the same command goes on from the last checkpoint" if argv[0] in ("compare", "train") else ""
         return refuse(f"stopped{kept}", 130)

@@ -48,7 +48,7 @@ def bench(settings: BenchSettings, console: Console) -> None:
     device = resolve_device(settings.device)
     out = Path(settings.out) / "bench.json"
     if settings.dtype == "bfloat16" and not has_bfloat16(device):
-        told = f"dtype is bfloat16, which {device} here only emulates, slowly: times say little; float32 is faster"
+        told = f"dtype is bfloat16, for which {device} has no instructions as far as torch tells: times say little then"
         console.print(Text(told, style="yellow"))
     checks = gate(settings, device)
     result: dict[str, Any] = {

@@ -40,7 +40,7 @@ def tokenizer_note(folder: Path) -> str | None:
         return "the checkpoint has no tokenizer, and so the GQE checkpoint has none"
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # of Transformers and tokenizers, which raise Exception itself
         return f"the tokenizer was copied as it is, and can't be loaded here ({reason(error)})"
     return None
 

@@ -12,14 +12,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from query_experts.checkpoints import load_config, reason, require_checkpoint
 from query_experts.convert.configs import check_convertible, untied
 from query_experts.convert.names import LAYERS
 from query_experts.errors import SettingError
 
-ADAPTER = "adapter_config.json"
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # what a hub repository may hold besides: the same weights in other forms
 NOT_FETCHED = [
@@ -43,7 +42,7 @@ def find_checkpoint(name: str) -> Path:
         return Path(name)
     try:
         return Path(snapshot_download(name, ignore_patterns=NOT_FETCHED))
-    except Exception as error:
+    except Exception as error:  # of the hub's client and of what it calls: of any kind
         raise SettingError(
             f"checkpoint is {name}, which can't be had from the hub ({type(error).__name__}: {reason(error)}); it must "
             "be a folder with config.json and safetensors, or the name of a model on the hub"
@@ -53,10 +52,10 @@ def find_checkpoint(name: str) -> Path:
 def read_config(folder: Path, checkpoint: str) -> PreTrainedConfig:
     """Raises SettingError, naming the checkpoint, for a configuration that can't be read or converted."""
     config = load_config(str(folder), "checkpoint")
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG_NAME).exists():
         raise SettingError(
-            f"checkpoint is {checkpoint}, which holds {ADAPTER}, an adapter that Transformers adds as it loads the "
-            "model; it must be merged into the weights first (merge_and_unload of PEFT), or taken away"
+            f"checkpoint is {checkpoint}, which holds {ADAPTER_CONFIG_NAME}, an adapter that Transformers adds as it "
+            "loads the model; it must be merged into the weights first (merge_and_unload of PEFT), or taken away"
         )
     if (named := getattr(config, "transformers_weights", None)) is not None:
         raise SettingError(
