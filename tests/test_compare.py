@@ -755,7 +755,9 @@ def test_dtype_auto_is_bfloat16_where_the_processor_multiplies_in_it(tmp_path, m
 def test_dtype_auto_on_a_gpu_is_bfloat16_where_the_gpu_does_not_emulate_it(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, own=native: including_emulation or own
+        )
         assert tiny_train(tmp_path, dtype="auto", device="auto").autocast_dtype() == (
             "bfloat16" if native else "float32"
         )

@@ -98,9 +98,9 @@ def test_a_hidden_size_that_the_heads_dont_divide_needs_a_head_dim():
 
 
 @pytest.mark.parametrize("name", ["router_aux_loss_coef", "router_z_loss_coef"])
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "x", None])
 def test_a_loss_coefficient_must_be_a_number_from_zero_on(name, value):
-    with pytest.raises(StrictDataclassError, match=f"{name} is {value}; it must be a number, 0 or more"):
+    with pytest.raises(StrictDataclassError, match=f"{name} is {value!r}; it must be a number, 0 or more"):
         tiny_config(**{name: value})
 
 
