@@ -36,10 +36,10 @@ test-oldest: $(VENV)-oldest/.installed-$(OLDEST_TORCH)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-quantized: $(VENV)-quantized/.installed
-	OMP_NUM_THREADS=1 $(VENV)-quantized/bin/python -m pytest tests/test_fits_quantized.py tests/test_fits_page.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-quantized/bin/python -m pytest tests/integrations/test_quantized.py tests/integrations/test_page.py $(ARGS)
 
 test-serve: $(VENV)-serve/.installed
-	OMP_NUM_THREADS=1 $(VENV)-serve/bin/python -m pytest tests/serving $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-serve/bin/python -m pytest tests/vllm_plugin $(ARGS)
 
 test-transformers: $(VENV)/.installed-dev
 	$(BIN)/python tests/transformers_common/run.py $(ARGS)

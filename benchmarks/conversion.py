@@ -5,7 +5,7 @@ python benchmarks/conversion.py --teacher runs/teacher/model --data TEXT ... [--
 The dense model is that of conversion-teacher.yaml, the runs' settings those of conversion.yaml, and all cases of a seed
 see the same tokens in the same order. A run that is finished isn't repeated, so the cases may be made in pieces. What
 all runs of the folder came to goes into benchmarks/results/conversion.json; conversion_tables.py makes the tables of
-docs/convert.md and the plot of it.
+docs/converting.md and the plot of it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from query_experts import costs
-from query_experts.callbacks import StopRequest
+from query_experts.common.device import resolve_device
+from query_experts.common.environment import environment
+from query_experts.common.files import write_json
+from query_experts.common.settings import parse_settings
 from query_experts.convert import convert_model
 from query_experts.data import Corpus
-from query_experts.files import write_json
-from query_experts.options import parse_settings
-from query_experts.study.compare import load_teacher, open_corpus, own_folder
-from query_experts.study.environment import environment
-from query_experts.study.run import Start, train_arm
-from query_experts.study.settings import TrainSettings, resolve_device
+from query_experts.model import costs
+from query_experts.study.callbacks import StopRequest
+from query_experts.study.compare import open_corpus
+from query_experts.study.distill import load_teacher
+from query_experts.study.settings import TrainSettings
+from query_experts.study.train import Start, train_arm
+from query_experts.study.workspace import own_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"

@@ -1,4 +1,4 @@
-"""Puts the tables of docs/convert.md together from benchmarks/results/conversion.json, and draws its plot.
+"""Puts the tables of docs/converting.md together from benchmarks/results/conversion.json, and draws its plot.
 
 python benchmarks/conversion_tables.py
 """
@@ -12,14 +12,13 @@ from typing import Any
 
 import conversion
 from page_tables import markdown, with_tables
-from query_experts.study.report import text
-from query_experts.study.report.charts import new_figure
-from query_experts.study.report.svg import save
+from query_experts.common import formatting as text
+from query_experts.common.plots import new_figure, save
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
 RATES = [*RESULT.parent.glob("conversion-rate-*.json")]
-PAGE = ROOT / "docs" / "convert.md"
+PAGE = ROOT / "docs" / "converting.md"
 PLOTS = ROOT / "docs" / "plots"
 WITHIN = (0.01, 0.003)  # of the teacher's loss
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from query_experts.files import write_json
+from query_experts.common.files import write_json
 
 RESULT = Path(__file__).resolve().parent / "results" / "demo-kernels.json"
 VARIATIONS = {

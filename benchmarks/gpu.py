@@ -89,7 +89,7 @@ def main() -> int:
         "-p",
         "no:cacheprovider",
         "tests/test_gpu.py",
-        "tests/test_fused_decode.py",
+        "tests/ops/test_fused_decode.py",
     ]
     status, said = run(tests, 180, options.dry)
     result["tests"] = {"status": status, "last": said.strip().splitlines()[-5:]}

@@ -13,9 +13,10 @@ from typing import Any
 from transformers import LlamaConfig
 
 from page_tables import markdown, with_tables
-from query_experts import GQEConfig, costs
+from query_experts import GQEConfig
 from query_experts.bench.report import speedup, write_plot
-from query_experts.study.report import text
+from query_experts.common import formatting as text
+from query_experts.model import costs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from query_experts.study.report import text, write_plots
+from query_experts.common import formatting as text
+from query_experts.study.report import write_plots
 from query_experts.study.report.rows import BASELINES, Comparison, Row, by_seed, seeds_of, summary_rows
 
 ROOT = Path(__file__).resolve().parent.parent

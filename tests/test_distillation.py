@@ -11,9 +11,8 @@ from transformers import default_data_collator
 from query_experts.convert import from_dense
 from query_experts.distillation import DistillationTrainer, TopKSchedule, divergence, seen_by_teacher
 from query_experts.study.compare import open_corpus
-from query_experts.study.run import Start, stop_after, train_arm
-from study_helpers import Rows, quiet, tiny_train
-from test_training import LENGTHS, arguments, logged, model_of
+from query_experts.study.train import Start, stop_after, train_arm
+from study_helpers import LENGTHS, Rows, arguments, logged, model_of, quiet, tiny_train
 
 
 def test_the_divergence_is_that_of_the_predicted_tokens_alone():

@@ -28,8 +28,8 @@ from model_helpers import (
     tiny_model,
 )
 from query_experts import GQEForCausalLM
-from query_experts.callbacks import StopRequest, StopWhenAsked
 from query_experts.distillation import DistillationTrainer
+from query_experts.study.callbacks import StopRequest, StopWhenAsked
 from query_experts.training import GQETrainer
 
 WORLD = 2

@@ -8,40 +8,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-from query_experts.callbacks import StopRequest, StopWhenAsked, TokenProgress, ZClipCallback
-from query_experts.initial_values import initialise_by_name
-from query_experts.study.arms import arm_config, build
-from query_experts.study.run import training_arguments
+from query_experts.study.callbacks import StopRequest, StopWhenAsked, TokenProgress, ZClipCallback
 from query_experts.study.settings import TrainSettings
+from query_experts.study.train import training_arguments
 from query_experts.training import GQETrainer, count_tokens
-from study_helpers import SIZE, TINY, Rows
-
-LENGTHS = [12, 5, 9, 12, 3, 7, 12, 11, 2, 8, 10, 6]
-
-
-def model_of(arm="gqe", seed=0, **changes):
-    config = arm_config(arm, SIZE)
-    for name, value in changes.items():
-        setattr(config, name, value)
-    model = build(config)
-    initialise_by_name(model, seed, model.config.initializer_range)
-    return model
-
-
-def arguments(tmp_path, **changes):
-    defaults = {
-        "output_dir": str(tmp_path / "run"), "max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True,
-        "per_device_eval_batch_size": 4, "max_grad_norm": 0.0, "learning_rate": 1e-3, "save_strategy": "no",
-        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False,
-        "log_level": "error", "lr_scheduler_type": "constant", "prediction_loss_only": True,
-    }  # fmt: skip
-    return TrainingArguments(**defaults | changes)
-
-
-def logged(trainer, key):
-    return [log[key] for log in trainer.state.log_history if key in log]
+from study_helpers import LENGTHS, TINY, Rows, arguments, logged, model_of
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Grouped Query Experts (arXiv 2606.20945): experts and a router inside the attention layer of a language model."""
 
-from query_experts.attention import GQEAttention, Routing
-from query_experts.configuration_gqe import GQEConfig
-from query_experts.modeling_gqe import GQECausalLMOutput, GQEForCausalLM, GQEModel
+from query_experts.layers.attention import GQEAttention, Routing
+from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.modeling_gqe import GQECausalLMOutput, GQEForCausalLM, GQEModel
 
 __version__ = "0.1.0"
 __all__ = ["GQEAttention", "GQECausalLMOutput", "GQEConfig", "GQEForCausalLM", "GQEModel", "Routing"]

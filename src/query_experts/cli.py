@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from query_experts import __version__
-from query_experts.errors import SettingError
+from query_experts.common.errors import SettingError
 
 COMMANDS = {
     "compare": "train arms head to head and report; the main job",
@@ -107,8 +107,9 @@ def refuse(sentence: str, status: int = 2) -> int:
 def run_study(command: str, argv: list[str]) -> int:
     from rich.console import Console
 
-    from query_experts.options import parse_settings
+    from query_experts.common.settings import parse_settings
     from query_experts.study import compare as study
+    from query_experts.study import distill
     from query_experts.study.settings import CompareSettings, TrainSettings
 
     both = {f.name for settings in (CompareSettings, TrainSettings) for f in fields(settings)}
@@ -117,7 +118,9 @@ def run_study(command: str, argv: list[str]) -> int:
     if command == "compare":
         done = study.compare(parse_settings(CompareSettings, argv, prog=prog, **common), console)
     else:
-        done = study.train(parse_settings(TrainSettings, argv, prog=prog, out_follows_preset=False, **common), console)
+        done = distill.train(
+            parse_settings(TrainSettings, argv, prog=prog, out_follows_preset=False, **common), console
+        )
     return 0 if done else 1
 
 
@@ -126,7 +129,7 @@ def run_bench(argv: list[str]) -> int:
 
     from query_experts.bench import run
     from query_experts.bench.settings import BenchSettings
-    from query_experts.options import parse_settings
+    from query_experts.common.settings import parse_settings
 
     settings = parse_settings(
         BenchSettings, argv, prog="query-experts bench", about=COMMANDS["bench"], folder="recipes/bench", preset="cpu",
@@ -137,7 +140,7 @@ def run_bench(argv: list[str]) -> int:
 
 
 def options_of(command: str) -> argparse.ArgumentParser:
-    from query_experts.options import Options
+    from query_experts.common.settings import Options
 
     return Options(
         prog=f"query-experts {command}", description=COMMANDS[command],
@@ -172,9 +175,10 @@ def run_convert(argv: list[str]) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from query_experts.convert.beside import tokenizer_note
+    from query_experts.common.device import resolve_device
+    from query_experts.common.settings import check_seeds
     from query_experts.convert.folder import ConvertSettings, convert_folder, print_report
-    from query_experts.study.settings import check_seeds, resolve_device
+    from query_experts.convert.sidecar_files import tokenizer_note
 
     check_seeds("seed", [options.seed])
     settings = ConvertSettings(**vars(options) | {"device": resolve_device(options.device)})
@@ -216,7 +220,7 @@ def run_generate(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     options = parser.parse_args(argv)
 
-    from query_experts.generation import generate
+    from query_experts.evaluate.generate import generate
 
     generate(
         Path(options.checkpoint), options.prompt, options.max_new_tokens, options.temperature, options.seed,
@@ -251,7 +255,7 @@ def run_evaluate(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from query_experts.evaluation import evaluate
+    from query_experts.evaluate.harness import evaluate
 
     evaluate(options.pop("checkpoint"), options.pop("tasks"), Console(), **options)
     return 0

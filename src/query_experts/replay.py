@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from query_experts.attention import GQEAttention
-from query_experts.modeling_gqe import GQEModel
+from query_experts.layers.attention import GQEAttention
+from query_experts.model.modeling_gqe import GQEModel
 
 
 @contextmanager

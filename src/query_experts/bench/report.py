@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from query_experts.bench.settings import SUITES
-from query_experts.study.report import text
+from query_experts.common import formatting as text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,8 +94,7 @@ def _parts_table(points: list[dict[str, Any]]) -> list[list[str]]:
 
 def write_plot(result: dict[str, Any], folder: Path, name: str = "bench") -> list[Path]:
     """Speed against dense by length: measured with its spread, and predicted dashed; one panel a suite."""
-    from query_experts.study.report.charts import new_figure
-    from query_experts.study.report.svg import save
+    from query_experts.common.plots import new_figure, save
 
     lines: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for point in result["points"]:
@@ -136,7 +135,7 @@ def write_plot(result: dict[str, Any], folder: Path, name: str = "bench") -> lis
 
 
 def _draw(axes: Axes, arm: str, lengths: list[int], points: list[dict[str, Any]]) -> None:
-    from query_experts.study.report.charts import ARM_COLOURS, MARKERS
+    from query_experts.common.plots import ARM_COLOURS, MARKERS
 
     look: dict[str, Any] = {"color": ARM_COLOURS[arm]}
     speeds = [speedup(point, arm) for point in points]

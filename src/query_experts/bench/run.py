@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.text import Text
 from tqdm.auto import tqdm
 
-from query_experts import costs
-from query_experts.bench.gate import Check, check_layer
-from query_experts.bench.parts import time_parts
+from query_experts.bench.breakdown import time_parts
+from query_experts.bench.correctness import Check, check_layer
+from query_experts.bench.models import Layer, Model
 from query_experts.bench.report import print_tables, write_plot
 from query_experts.bench.settings import BenchSettings
-from query_experts.bench.subjects import Layer, Model
-from query_experts.bench.timing import peak_bytes, replayed, time_in_turn
-from query_experts.errors import SettingError
-from query_experts.files import write_json
-from query_experts.study.environment import environment
-from query_experts.study.settings import has_bfloat16, resolve_device
+from query_experts.common.device import has_bfloat16, resolve_device
+from query_experts.common.environment import environment
+from query_experts.common.errors import SettingError
+from query_experts.common.files import write_json
+from query_experts.common.timing import peak_bytes, replayed, time_in_turn
+from query_experts.model import costs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from query_experts.configuration_gqe import GQEConfig
-from query_experts.errors import SettingError
-from query_experts.study.arms import ModelSize, arm_config
-from query_experts.study.settings import check_arms, field, resolve_device
+from query_experts.common.device import resolve_device
+from query_experts.common.errors import SettingError
+from query_experts.common.settings import field
+from query_experts.model.arms import ModelSize, arm_config, check_arms
+from query_experts.model.configuration_gqe import GQEConfig
 
 SUITES = {
     "prefill": "a layer over a prompt, into an empty dynamic cache",

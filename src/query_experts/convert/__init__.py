@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from query_experts.attention import GQEAttention
+from query_experts.common.errors import SettingError
 from query_experts.convert.configs import gqe_config, untied
 from query_experts.convert.layers import ROUTERS, Plan
-from query_experts.convert.names import LAYER, LAYERS, OUTSIDE, to_dense
-from query_experts.convert.walk import Report, convert
-from query_experts.errors import SettingError
-from query_experts.modeling_gqe import GQEForCausalLM
+from query_experts.convert.pipeline import Report, convert
+from query_experts.convert.weight_map import LAYER, LAYERS, OUTSIDE, to_dense
+from query_experts.layers.attention import GQEAttention
+from query_experts.model.modeling_gqe import GQEForCausalLM
 
 __all__ = ["Report", "convert_model", "dense_tensors", "from_dense", "from_reference", "make_plan"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from query_experts.router import select_top_k
+from query_experts.layers.router import select_top_k
 
 HELD_OUT = 5  # every fifth sequence judges the fit
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # over the features' mean sum of squares, all rows together

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from query_experts.configuration_gqe import GQEConfig
-from query_experts.convert.names import LAYER
-from query_experts.errors import SettingError
+from query_experts.common.errors import SettingError
+from query_experts.convert.weight_map import LAYER
+from query_experts.model.configuration_gqe import GQEConfig
 
 CARRIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -21,17 +21,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
-from query_experts.configuration_gqe import GQEConfig
+from query_experts.common.errors import SettingError
+from query_experts.common.files import disk_errors_as_os_errors, no_empty_folders, require_space, write_json
 from query_experts.convert import make_plan
-from query_experts.convert.beside import check_beside, copied_bytes, copy_beside
 from query_experts.convert.calibration import HELD_OUT
 from query_experts.convert.layers import Plan
+from query_experts.convert.pipeline import Report, convert
+from query_experts.convert.sidecar_files import check_beside, copied_bytes, copy_beside
 from query_experts.convert.source import Folder, find_checkpoint, read_config
-from query_experts.convert.walk import Report, convert
 from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_tokenizer
-from query_experts.errors import SettingError
-from query_experts.files import disk_errors_as_os_errors, no_empty_folders, require_space, write_json
+from query_experts.model.configuration_gqe import GQEConfig
 
 TOKENS = 16_384  # of text, where nothing else is asked for
 LENGTH = 512  # of a sequence of it, where the model takes so many

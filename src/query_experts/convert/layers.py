@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from query_experts.configuration_gqe import GQEConfig
 from query_experts.convert.calibration import Fit, contributions, fit_router, importance, rank_shares
-from query_experts.convert.names import O_PROJ, with_extra_slots
-from query_experts.initial_values import named_generator
+from query_experts.convert.weight_map import O_PROJ, with_extra_slots
+from query_experts.layers.router import select_top_k
+from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.initialization import named_generator
 from query_experts.ops.select import row_numbers
-from query_experts.router import select_top_k
 
 ROUTERS = ("random", "query_norm", "calibrated", "none")
 Q_PROJ, ROUTER, SHARED = "self_attn.q_proj", "self_attn.router.weight", "self_attn.q_shared"

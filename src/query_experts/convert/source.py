@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from query_experts.checkpoints import load_config, reason, require_checkpoint
+from query_experts.common.checkpoints import load_config, reason, require_checkpoint
+from query_experts.common.errors import SettingError
 from query_experts.convert.configs import check_convertible, untied
-from query_experts.convert.names import LAYERS
-from query_experts.errors import SettingError
+from query_experts.convert.weight_map import LAYERS
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # what a hub repository may hold besides: the same weights in other forms

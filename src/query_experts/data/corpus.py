@@ -14,6 +14,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from query_experts.common.errors import SettingError
+from query_experts.common.files import no_empty_folders, save_tokenizer
 from query_experts.data.documents import SPLITS, Split, SplitDocuments
 from query_experts.data.shards import ShardWriter, TokenSequences, token_dtype
 from query_experts.data.sources import Sources, find_sources
@@ -25,8 +27,6 @@ from query_experts.data.tokenizing import (
     train_bpe,
     vocabulary_size,
 )
-from query_experts.errors import SettingError
-from query_experts.files import no_empty_folders, save_tokenizer
 
 _LAYOUT = 2  # of a cache folder; a folder of another layout is never found
 _BUILDING = ".building-"

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from query_experts.checkpoints import missing_on_hub
-from query_experts.errors import SettingError
+from query_experts.common.checkpoints import missing_on_hub
+from query_experts.common.errors import SettingError
 
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")

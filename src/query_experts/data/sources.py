@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+from query_experts.common.errors import SettingError
 from query_experts.data import readers
-from query_experts.errors import SettingError
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
 _FEW = 50

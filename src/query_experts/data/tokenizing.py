@@ -10,9 +10,9 @@ from typing import NamedTuple
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from query_experts.checkpoints import has_tokenizer, missing_on_hub
+from query_experts.common.checkpoints import has_tokenizer, missing_on_hub
+from query_experts.common.errors import SettingError
 from query_experts.data.documents import Split
-from query_experts.errors import SettingError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token

@@ -28,9 +28,9 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.models.utils import extract_layer_index
 
-from query_experts.configuration_gqe import GQEConfig
+from query_experts.layers.router import Router, select_top_k
+from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.ops.select import scatter_experts, select_experts
-from query_experts.router import Router, select_top_k
 from query_experts.serving.rotary import rotary_embedding
 
 

@@ -10,7 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from query_experts.configuration_gqe import GQEConfig
+from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.serving.attention import GQEAttention
 from query_experts.serving.sharding import as_ranks_hold_it, output_rows
 

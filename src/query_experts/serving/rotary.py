@@ -6,7 +6,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from query_experts.configuration_gqe import GQEConfig
+from query_experts.model.configuration_gqe import GQEConfig
 
 # what Transformers' functions read, and two that are set below
 KNOWN = {"type", "mscale", "mscale_all_dim", "truncate", "short_mscale", "long_mscale", *RopeParameters.__annotations__}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from query_experts.configuration_gqe import GQEConfig
+from query_experts.model.configuration_gqe import GQEConfig
 
 
 def output_rows(config: GQEConfig) -> int:

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from query_experts.callbacks import StopRequest
-from query_experts.checkpoints import has_tokenizer, load_gqe, load_tokenizer, load_whole
-from query_experts.configuration_gqe import GQEConfig
+from query_experts.common.device import resolve_device
+from query_experts.common.environment import environment
+from query_experts.common.errors import SettingError
+from query_experts.common.files import read_json, write_json
+from query_experts.common.formatting import plural
 from query_experts.data import Corpus, prepare
-from query_experts.errors import SettingError
-from query_experts.files import no_empty_folders, read_json, write_json
-from query_experts.study.arms import ModelSize
-from query_experts.study.environment import environment
+from query_experts.model.arms import ARMS
+from query_experts.study.callbacks import StopRequest
 from query_experts.study.prefill import kept_prefill, measure_prefill
 from query_experts.study.report import print_summary, write_report
-from query_experts.study.report.text import ARMS, plural
-from query_experts.study.run import Start, held_out, read_result, stop_after, train_arm, trained_on
-from query_experts.study.settings import (
-    CompareSettings,
-    RunSettings,
-    TrainSettings,
-    default_of,
-    fingerprint,
-    refuse_change,
-    resolve_device,
-)
-
-LOCK = ".lock"
+from query_experts.study.results import read_result
+from query_experts.study.settings import CompareSettings, RunSettings
+from query_experts.study.train import held_out, stop_after, train_arm, trained_on
+from query_experts.study.workspace import fingerprint, holds_results, own_folder, refuse_change
 
 
 def compare(settings: CompareSettings, console: Console) -> bool:
@@ -129,90 +114,6 @@ def trained_models(out: Path) -> dict[str, Path]:
     return folders
 
 
-def train(settings: TrainSettings, console: Console) -> bool:
-    """Train one arm with one seed. False if `stop_after_minutes` cut it off.
-
-    Raises SettingError where the loss diverged; that is kept as the run's result.
-    """
-    settings.check()
-    start, arm = None, settings.arm
-    if settings.init is not None:
-        start, arm = load_start(settings), "converted"
-        settings = of_its_size(settings, start.model.config)
-    with own_folder(Path(settings.out)) as out:
-        stop = stop_after(settings.stop_after_minutes)
-        corpus = open_corpus(settings, out, console)
-        run = train_arm(settings, arm, settings.seed, corpus, out, stop, start)
-    if run is None:
-        return stopped(settings, stop, console)
-    if run.get("diverged_at_tokens") is not None:
-        raise SettingError(diverged(settings, run))
-    began = f"{run['validation_curve'][0][1]:.4f} at the start, " if start is not None else ""
-    began += f"teacher's {run['teacher_loss']:.4f}, " if "teacher_loss" in run else ""
-    console.print(
-        Text(
-            f"{arm} seed {settings.seed}: validation loss {began}{run['validation_loss']:.4f} after "
-            f"{run['train_tokens']:,} tokens at {run['tokens_per_s']:,.0f} tokens/s. Model: {out / 'model'}"
-        )
-    )
-    return True
-
-
-def load_start(settings: TrainSettings) -> Start:
-    """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
-    assert settings.init is not None
-    model, tokenizer = load_gqe(Path(settings.init), "init")
-    if tokenizer.eos_token_id is None:
-        raise SettingError(f"init is {settings.init}, whose tokenizer has no eos_token; it needs one to end a document")
-    for name in ("router_aux_loss_coef", "router_z_loss_coef"):  # of the training, not of the model that comes
-        if settings.is_given(name):
-            setattr(model.config, name, getattr(settings, name))
-    if settings.sparsify_fraction and (model.config.output_projection != "expert" or model.config.routing == "none"):
-        raise SettingError(
-            f"sparsify_fraction is {settings.sparsify_fraction}, which needs an init with a router and "
-            "output_projection 'expert'; it must be 0"
-        )
-    teacher = None
-    if settings.teacher is not None:
-        teacher = load_teacher(settings.teacher)
-        theirs, ours = teacher.config.vocab_size, model.config.vocab_size
-        if theirs != ours:
-            raise SettingError(f"teacher has a vocabulary of {theirs}; it must be that of init, {ours}")
-        longest = getattr(teacher.config, "max_position_embeddings", None)
-        if longest is not None and settings.seq_len > longest:
-            raise SettingError(
-                f"seq_len is {settings.seq_len}; it must be at most teacher's max_position_embeddings, {longest}"
-            )
-        beside = has_tokenizer(settings.teacher)
-        if beside and load_tokenizer(settings.teacher, teacher, "teacher").get_vocab() != tokenizer.get_vocab():
-            raise SettingError(f"teacher is {settings.teacher}, whose tokenizer isn't that of init; they must agree")
-    return Start(model, teacher, settings.distillation, settings.sparsify_fraction)
-
-
-def load_teacher(name: str) -> PreTrainedModel:
-    """A causal language model, float32. Raises SettingError for a checkpoint that can't be loaded."""
-    return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
-
-
-def of_its_size(settings: TrainSettings, config: GQEConfig) -> TrainSettings:
-    """The settings with the sizes of the model that is trained on, and with its tokenizer.
-
-    Raises SettingError for a size that was set to something else, another tokenizer, an arm, and sequences that are
-    longer than the model takes.
-    """
-    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(ModelSize) if hasattr(settings, f.name)}
-    for name, own in (sizes | {"arm": default_of(settings, "arm"), "tokenizer": None}).items():
-        held = getattr(settings, name)
-        if settings.is_given(name) and held != own:
-            raise SettingError(f"{name} is {held!r}, and init brings its own; it must be left out")
-    if settings.seq_len > config.max_position_embeddings:
-        raise SettingError(
-            f"seq_len is {settings.seq_len}; it must be at most init's max_position_embeddings, "
-            f"{config.max_position_embeddings}"
-        )
-    return dataclasses.replace(settings, **sizes, tokenizer=settings.init)
-
-
 def diverged(settings: RunSettings, run: dict[str, Any]) -> str:
     return (
         f"learning_rate is {settings.learning_rate}, with which arm {run['arm']}, seed {run['seed']}, diverged after "
@@ -274,52 +175,6 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
         skipped = plural(sum(info["skipped_files"].values()), "file")
         console.print(Text(f"{skipped} of other kinds in the folders skipped ({kinds})", style="yellow"))
     return corpus
-
-
-@contextmanager
-def own_folder(out: Path) -> Iterator[Path]:
-    """Has `out` for this process alone. Raises SettingError where another is at work, or it is no run's folder.
-
-    What is refused before anything was written leaves no folder, and no lock in one.
-    """
-    with no_empty_folders(out):
-        require_own_folder(out)
-        lock = FileLock(out / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SettingError(
-                f"out is {out}, in which another process is at work; wait for it, or use another folder"
-            ) from error
-        try:
-            yield out
-        finally:
-            with suppress(OSError):
-                if [path.name for path in out.iterdir()] == [LOCK]:
-                    (out / LOCK).unlink()
-            lock.release()
-
-
-def require_own_folder(out: Path) -> None:
-    """Raises SettingError for an `out` that can't be a run's folder, or that holds other files."""
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"out is {out}, which is a file; it must be a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in out.iterdir() if path.name not in ("cache", LOCK)]
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise SettingError(
-            f"out is {out}, which can't be made or read ({error.strerror}); it must be a folder that can be written to"
-        ) from error
-    if others and not (out / "settings.json").exists():
-        raise SettingError(f"out is {out}, which holds other files; it must be an empty or new folder, or a run's")
-
-
-def holds_results(out: Path) -> bool:
-    """Whether training has begun in a run's folder, so that its settings must not change any more."""
-    return any((out / name).exists() for name in ("runs", "checkpoints", "result.json"))
 
 
 def data_facts(settings: RunSettings, corpus: Corpus) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from query_experts import costs
-from query_experts.callbacks import StopRequest
-from query_experts.errors import SettingError
-from query_experts.files import write_json
-from query_experts.study.environment import environment
-from query_experts.study.settings import CompareSettings, resolve_device
+from query_experts.common.device import resolve_device
+from query_experts.common.environment import environment
+from query_experts.common.errors import SettingError
+from query_experts.common.files import write_json
+from query_experts.model import costs
+from query_experts.study.callbacks import StopRequest
+from query_experts.study.settings import CompareSettings
 from query_experts.study.statistics import disturbed
 
 

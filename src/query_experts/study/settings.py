@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-
-from query_experts.errors import SettingError
-from query_experts.study.arms import ModelSize, arm_config
-from query_experts.study.report.text import ARMS
-
-BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # by torch's names, of x86 and of ARM
-
-
-def field(default: Any, text: str) -> Any:
-    """A dataclass field with the help that the command line prints."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+from query_experts.common.device import has_bfloat16, require_one_process, resolve_device
+from query_experts.common.errors import SettingError
+from query_experts.common.settings import check_seeds, default_of, field
+from query_experts.model.arms import ARMS, ModelSize, check_arms
 
 
 @dataclass
@@ -164,11 +150,6 @@ class TrainSettings(RunSettings):
                     raise SettingError(f"{name} is {getattr(self, name)!r}, which needs init; init must be given")
 
 
-def default_of(settings: Any, name: str) -> Any:
-    """The default of a setting that isn't a list."""
-    return next(f.default for f in fields(settings) if f.name == name)
-
-
 @dataclass
 class CompareSettings(RunSettings):
     """`query-experts compare`: several arms and seeds, on the same tokens in the same order."""
@@ -189,78 +170,3 @@ class CompareSettings(RunSettings):
             raise SettingError(f"{held}; all must be 1 or more")
         check_seeds("seeds", self.seeds)
         check_arms(self.arms, self.model_size())
-
-
-def resolve_device(device: str) -> str:
-    """cpu, cuda or mps. Raises SettingError for a device that isn't there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = "cuda" if there["cuda"] else "cpu"
-    if device not in there:
-        raise SettingError(f"device is {device!r}; it must be auto, {', '.join(there)}")
-    if not there[device]:
-        usable = ", ".join(name for name, present in there.items() if present)
-        raise SettingError(f"device is {device!r}, which is not there; on this machine it must be auto, {usable}")
-    return device
-
-
-def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies in bf16 by instructions of its own, as far as torch tells: of mps it doesn't.
-
-    Without them it takes longer than float32.
-    """
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in BFLOAT16_INSTRUCTIONS)
-
-
-def require_one_process() -> None:
-    """Raises SettingError for a launch on several processes."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise SettingError(
-            f"WORLD_SIZE is {processes}; the study runs in one process on one device, so it must be 1 (on several "
-            "devices, train with GQETrainer in a script of your own)"
-        )
-
-
-def check_seeds(name: str, seeds: list[int]) -> None:
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise SettingError(f"{name} holds {seed}; a seed must be 0 to {2**32 - 1}")
-
-
-def check_arms(arms: list[str], size: ModelSize) -> None:
-    for arm in arms:
-        try:
-            arm_config(arm, size)
-        except StrictDataclassError as error:  # a wrapper; the sentence is in its cause
-            raise SettingError(f"arm {arm}: {error.__cause__ or error}") from error
-
-
-# where results are, how many of them, and what the data hash speaks for
-FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm", "seed",
-                  "prefill_lengths", "prefill_repeats", "data", "tokenizer", "cache_dir"}  # fmt: skip
-
-
-def fingerprint(settings: RunSettings) -> dict[str, Any]:
-    """What must not change while results of a folder are kept: all but where they are and how many of them."""
-    kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE_TO_CHANGE}
-    one = [settings.arm, settings.seed] if isinstance(settings, TrainSettings) else "several"
-    return kept | {
-        "device": resolve_device(settings.device), "dtype": settings.autocast_dtype(), "arm and seed": one,
-    }  # fmt: skip
-
-
-def _change(name: str, before: Any, now: Any) -> str:
-    if name == "data_hash":
-        return f"data holds other text, whose tokens' hash was {str(before)[:12]}, now {str(now)[:12]}"
-    return f"{name} was {before!r}, now {now!r}"
-
-
-def refuse_change(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raises SettingError naming each setting with which the results in the folder were made differently."""
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    if changed:
-        listing = "; ".join(_change(name, before.get(name), now.get(name)) for name in changed)
-        raise SettingError(f"out is {folder}, which holds a run with other settings ({listing}); use another folder")

@@ -13,9 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from query_experts.errors import SettingError
-from query_experts.files import write_text
-from query_experts.study.report import text
+from query_experts.common import formatting as text
+from query_experts.common.errors import SettingError
+from query_experts.common.files import write_text
+from query_experts.common.plots import save
+from query_experts.model.arms import ARMS
 from query_experts.study.report.charts import (
     EXPERT_COLOURS,
     WIDE_LOAD,
@@ -27,7 +29,6 @@ from query_experts.study.report.charts import (
 from query_experts.study.report.machines import trained_on
 from query_experts.study.report.rows import (
     Comparison,
-    PairedDifference,
     Row,
     Run,
     Speedup,
@@ -37,9 +38,10 @@ from query_experts.study.report.rows import (
     seeds_of,
     summary_rows,
 )
-from query_experts.study.report.svg import colour_variable, inline_svg, save
+from query_experts.study.report.svg import colour_variable, inline_svg
 from query_experts.study.report.tables import tables
 from query_experts.study.report.verdict import verdict, verdict_by_topic
+from query_experts.study.statistics import PairedDifference
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,7 +108,7 @@ def _page(comparison: Comparison) -> dict[str, Any]:
         "verdict": verdict_by_topic(comparison),
         "missing": missing_parts(comparison),
         "tables": tables(comparison),
-        "arms": [{"name": arm, "what": text.ARMS[arm], "colour": colour_variable(arm)} for arm in by_arm],
+        "arms": [{"name": arm, "what": ARMS[arm], "colour": colour_variable(arm)} for arm in by_arm],
         "colours": {arm: colour_variable(arm) for arm in by_arm},
         "charts": _charts(comparison),
         "loads": [entry for arm, runs in by_arm.items() if (entry := _load(arm, runs))],

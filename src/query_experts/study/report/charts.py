@@ -10,39 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from query_experts.errors import SettingError
-from query_experts.study.report import text
+from query_experts.common import formatting as text
+from query_experts.common.plots import ARM_COLOURS, DEAD, FAINT, INK, LEGEND, MARKERS, NARROW, WIDTH, new_figure, tidy
 from query_experts.study.report.rows import BASELINES, Comparison, Run, Speedup, diverged, prefill_lengths, summary_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, GRID, DEAD = "#1b1f24", "#5f6873", "#d9dde2", "#b3261e"
-ARM_COLOURS = {
-    "dense": INK, "static": "#d98c00", "half": "#7d8590", "frozen": "#46a5de", "gqe": "#0067b0", "hard": "#c66a9e",
-    "weighted": "#008f6b", "gqe-m4": "#c84e00", "gqe-expert": "#7b4bb3",
-}  # fmt: skip
-MARKERS = dict(zip(ARM_COLOURS, "os^vDPX*p", strict=True))
 SEED_STYLES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 EXPERT_COLOURS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#c4a7e7")
 CURVES = ("train_curve", "validation_curve")
 POINTS_A_LINE = 300
-LEGEND: dict[str, Any] = {
-    "loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9, "labelcolor": INK,
-}  # fmt: skip
-WIDTH, NARROW = 5.8, 4.2
 WIDE_LOAD = 16  # bars in a row, above which the load chart takes the whole width
 ROW = 1.62  # of the load chart: the tallest bar has height 1; entropy stands under it, then a gap
-
-
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure in inches; SettingError names the extra to install if matplotlib is absent."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise SettingError("charts need matplotlib: pip install query-experts[study]") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def loss_figure(by_arm: Mapping[str, Sequence[Run]]) -> Figure | None:
@@ -57,7 +38,7 @@ def loss_figure(by_arm: Mapping[str, Sequence[Run]]) -> Figure | None:
     figure = new_figure(6.4 if validated else 4.2)
     panels = figure.subplots(2, 1, height_ratios=(1.15, 1)) if validated else [figure.add_subplot()]
     for axes, title in zip(panels, ("training (lines), validation (points)", "validation, second half"), strict=False):
-        _tidy(axes)
+        tidy(axes)
         axes.set_title(title, fontsize=9.5, color=INK, loc="left")
         axes.set_ylabel("language-model loss")
         axes.set_xlabel("training tokens")
@@ -169,7 +150,7 @@ def difference_figure(comparison: Comparison) -> Figure | None:
     figure = new_figure(0.9 + 0.3 * len(shown))
     for position, base in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), position + 1, sharey=figure.axes[0] if position else None)
-        _tidy(axes, grid="x")
+        tidy(axes, grid="x")
         axes.axvline(0, color=INK, linewidth=1)
         for y, row in enumerate(shown):
             _draw_difference(axes, y, row.arm, row.versus[base])
@@ -202,7 +183,7 @@ def prefill_figure(comparison: Comparison) -> Figure | None:
         return None
     figure = new_figure(4.0)
     axes = figure.add_subplot()
-    _tidy(axes)
+    tidy(axes)
     axes.set_xscale("log", base=2)
     lengths = prefill_lengths(comparison)
     for position, row in enumerate(rows):
@@ -244,7 +225,7 @@ def load_figure(routing: Mapping[str, Any]) -> Figure:
     tallest = max(active / experts, *(value for layer in load for group in layer for value in group))
     figure = new_figure(0.5 + 0.5 * layers, WIDTH if groups * experts > WIDE_LOAD else NARROW)
     axes = figure.add_subplot()
-    _tidy(axes, grid=None)
+    tidy(axes, grid=None)
     pitch, floors = experts + 1, [ROW * (layers - 1 - layer) for layer in range(layers)]
     for expert in range(experts):
         bars = [
@@ -291,15 +272,3 @@ def _annotate_cell(axes: Axes, routing: Mapping[str, Any], layer: int, group: in
         middle = x + (len(values) - 1) / 2
         axes.text(middle, floor - 0.08, text.fixed(entropy[layer][group], 2), ha="center", va="top", fontsize=7,
                   color=FAINT)  # fmt: skip
-
-
-def _tidy(axes: Axes, grid: str | None = "both") -> None:
-    """One look for all charts: thin frame on two sides, faint grid behind."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[:].set_color(FAINT)
-    axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
-    axes.xaxis.label.set(color=INK, fontsize=9.5)
-    axes.yaxis.label.set(color=INK, fontsize=9.5)
-    axes.set_axisbelow(True)
-    if grid:
-        axes.grid(axis=grid, color=GRID, linewidth=0.7)  # type: ignore[arg-type]

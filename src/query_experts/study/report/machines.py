@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from query_experts.common.formatting import seeds
 from query_experts.study.report.rows import Comparison, Run, completed_runs, runs_by_arm
-from query_experts.study.report.text import seeds
 
 VERSIONS = ("torch", "transformers", "query_experts", "python")
 UNKNOWN = "not recorded"

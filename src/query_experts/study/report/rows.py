@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from query_experts.study.report.text import DIVERGED, MISSING, in_order, length_name, listed, seeds
+from query_experts.common.formatting import DIVERGED, MISSING, length_name, listed, seeds
+from query_experts.model.arms import in_order
 from query_experts.study.statistics import PairedDifference, disturbed, paired_difference
 
 Comparison = Mapping[str, Any]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import html
 import io
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from query_experts.study.report.charts import ARM_COLOURS, DEAD, FAINT, GRID, INK
+from query_experts.common.plots import ARM_COLOURS, DEAD, FAINT, GRID, INK
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,15 +53,3 @@ def inline_svg(figure: Figure, name: str, title: str, description: str) -> str:
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-desc">{html.escape(description)}</desc>'
     )
     return start + svg[svg.index(">") + 1 :].strip()
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write name.svg and name.png on a white ground, for a README."""
-    import matplotlib
-
-    figure.set_facecolor("white")
-    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        figure.savefig(svg, metadata={"Date": None})
-        figure.savefig(png, dpi=160, metadata={"Software": None})
-    return [svg, png]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from query_experts.study.report import text
+from query_experts.common import formatting as text
 from query_experts.study.report.machines import UNKNOWN, hardware
 from query_experts.study.report.rows import BASELINES, Comparison, Row, by_seed, prefill_lengths, seeds_of, summary_rows
 from query_experts.study.statistics import SLOWED

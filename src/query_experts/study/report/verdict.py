@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from query_experts.study.report import text
+from query_experts.common import formatting as text
 from query_experts.study.report.machines import UNKNOWN, hardware
 from query_experts.study.report.rows import (
     BASELINES,

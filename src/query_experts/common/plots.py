@@ -1,0 +1,65 @@
+"""One look for all plots: colours, figures without a display, and how they are saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from query_experts.common.errors import SettingError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+INK, FAINT, GRID, DEAD = "#1b1f24", "#5f6873", "#d9dde2", "#b3261e"
+
+
+ARM_COLOURS = {
+    "dense": INK, "static": "#d98c00", "half": "#7d8590", "frozen": "#46a5de", "gqe": "#0067b0", "hard": "#c66a9e",
+    "weighted": "#008f6b", "gqe-m4": "#c84e00", "gqe-expert": "#7b4bb3",
+}  # fmt: skip
+
+
+MARKERS = dict(zip(ARM_COLOURS, "os^vDPX*p", strict=True))
+
+
+LEGEND: dict[str, Any] = {
+    "loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9, "labelcolor": INK,
+}  # fmt: skip
+
+
+WIDTH, NARROW = 5.8, 4.2
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure in inches; SettingError names the extra to install if matplotlib is absent."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise SettingError("charts need matplotlib: pip install query-experts[study]") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def tidy(axes: Axes, grid: str | None = "both") -> None:
+    """One look for all charts: thin frame on two sides, faint grid behind."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[:].set_color(FAINT)
+    axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
+    axes.xaxis.label.set(color=INK, fontsize=9.5)
+    axes.yaxis.label.set(color=INK, fontsize=9.5)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color=GRID, linewidth=0.7)  # type: ignore[arg-type]
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write name.svg and name.png on a white ground, for a README."""
+    import matplotlib
+
+    figure.set_facecolor("white")
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        figure.savefig(svg, metadata={"Date": None})
+        figure.savefig(png, dpi=160, metadata={"Software": None})
+    return [svg, png]

@@ -1,0 +1,1 @@
+"""The method: the attention layer with its router, masks and balance loss."""

@@ -1,0 +1,107 @@
+"""The losses that keep all experts in use, and the counts over an optimizer step that they are made of."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from query_experts.layers.router import select_top_k
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Sums over tokens from which the router's losses follow. Sums add up over micro-batches and ranks."""
+
+    selected: Tensor  # [L, G, M] how many tokens woke each expert; no gradient
+    prob_sum: Tensor  # [L, G, M] sum of router probabilities
+    z_sum: Tensor  # [L] sum over tokens of the squared logsumexp of the logits, mean over groups
+    tokens: Tensor  # scalar, how many tokens were counted
+
+
+def routing_statistics(
+    router_logits: tuple[Tensor, ...], num_groups: int, top_k: int, token_mask: Tensor | None
+) -> RoutingStatistics:
+    """Count one forward pass.
+
+    router_logits: L tensors [B*T, N]; token_mask: [B, T], nonzero where a token counts, or None for all.
+    """
+    device, dtype = router_logits[0].device, router_logits[0].dtype
+    count = token_mask.reshape(-1).to(device).ne(0).to(dtype) if token_mask is not None else None
+    selected, prob_sum, z_sum = [], [], []
+    for logits in router_logits:
+        grouped = logits.to(device).unflatten(-1, (num_groups, -1))  # [B*T, G, M]
+        probs = grouped.softmax(-1)
+        chosen = F.one_hot(select_top_k(probs.detach(), top_k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
+        z = grouped.logsumexp(-1).square().mean(-1)  # [B*T]
+        if count is not None:
+            chosen, probs, z = chosen * count[:, None, None], probs * count[:, None, None], z * count
+        selected.append(chosen.sum(0))
+        prob_sum.append(probs.sum(0))
+        z_sum.append(z.sum())
+    tokens = count.sum() if count is not None else prob_sum[0].new_tensor(router_logits[0].shape[0])
+    return RoutingStatistics(torch.stack(selected), torch.stack(prob_sum), torch.stack(z_sum), tokens)
+
+
+def balance_loss(selected_fraction: Tensor, mean_probs: Tensor) -> Tensor:
+    """M * sum_m f_m P_m inside each group, mean over groups, sum over layers (section 3; Switch, arXiv 2101.03961).
+
+    Both [L, G, M]: f, the fraction of tokens that woke each expert (sums to k), and P, the mean probability. -> scalar
+    """
+    num_experts = selected_fraction.shape[-1]
+    return num_experts * (selected_fraction * mean_probs).sum(-1).mean(-1).sum()
+
+
+class BalanceWindow:
+    """Selections counted so far in the current optimizer step, so that f spans its micro-batches.
+
+    An optimizer's step empties every window. Where torch sees none (a step that a gradient scaler skips, an optimizer
+    that isn't torch's), a step is recognised by its counts: all micro-batches of a step carry the same total
+    (`num_items_in_batch`), and theirs add up to it; a new step begins when the total changes or would be overrun.
+    Nothing is read back to the host, so the window works under `torch.compile` and costs no synchronisation.
+    """
+
+    live: ClassVar[weakref.WeakSet[BalanceWindow]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # selected, tokens, items, total
+        self.live.add(self)
+        _empty_windows_after_optimizer_steps()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"so_far": None}
+
+    def __setstate__(self, _: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc] # copies begin empty
+
+    def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it.
+
+        items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts. On R ranks, which
+        add up their items, total is R times what the Trainer says: it may have counted a rank's own batch, and
+        replicas count theirs R times. So where torch sees no step and totals are equal, up to R steps add up.
+        """
+        before = self.so_far
+        if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):
+            selected_before, tokens_before, items_before, total_before = before
+            continues = (total_before == total) & (items_before + items <= total)
+            selected = selected + torch.where(continues, selected_before, 0.0)
+            tokens = tokens + torch.where(continues, tokens_before, 0.0)
+            items = items + torch.where(continues, items_before, 0.0)
+        self.so_far = selected, tokens, items, total
+        return selected, tokens
+
+
+@cache
+def _empty_windows_after_optimizer_steps() -> None:
+    def empty(*_: Any) -> None:
+        for window in BalanceWindow.live:
+            window.so_far = None
+
+    register_optimizer_step_post_hook(empty)

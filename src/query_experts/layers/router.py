@@ -1,0 +1,100 @@
+"""The router: which k of a group's M query experts a token wakes, and the losses that keep the experts in use.
+
+Shapes: B batch, T tokens, D hidden size, G groups (= KV heads), M experts in a group, k experts woken in a group,
+N = G*M query experts. Experts are numbered group-major: expert m of group g is g*M + m.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CPU_ROWS = 512  # tokens whose float32 copy stays in a core's cache
+
+
+class Router(nn.Module):
+    """One linear map D -> M for each group, without bias (arXiv 2606.20945, section 3; router weights r_g).
+
+    Logits are float32 whatever the model's dtype, since bf16 logits flip selections; float64 stays float64. The
+    initial weights are small and random: a zero router ties every logit, and devices break ties differently. A router
+    that isn't trainable holds its weight as a buffer, so that nothing ever trains it. Not an `nn.Linear`, so that
+    tools which replace those by quantised or adapted ones leave it alone.
+    """
+
+    def __init__(self, hidden_size: int, num_query_experts: int, trainable: bool = True):
+        super().__init__()
+        weight = nn.init.normal_(torch.empty(num_query_experts, hidden_size), std=0.02)
+        self.weight: Tensor
+        if trainable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows, weight = x.flatten(0, 1), self.weight.to(dtype)
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            if x.dtype == dtype or torch.compiler.is_compiling():  # a compiler sees for itself what is worth keeping
+                return F.linear(rows.to(dtype), weight)
+            return (WideningLinear.apply if torch.is_grad_enabled() else WideningLinear.forward)(rows, weight)
+
+
+class WideningLinear(torch.autograd.Function):
+    """rows [R, D] of a narrow dtype, weight [N, D] of a wide one -> rows @ weight.T [R, N], wide.
+
+    Keeps the narrow rows for the backward pass: a wide copy would be twice as large as the rows, in every layer. And
+    on a CPU it goes piece by piece, as the copy of all rows would go through memory and back for a product of no size.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor) -> Tensor:
+        logits = [F.linear(piece.to(weight.dtype), weight) for piece in pieces_of(rows)]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        of_rows = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_rows = torch.cat([(piece @ weight).to(rows.dtype) for piece in pieces_of(gradient)])
+        if ctx.needs_input_grad[1]:
+            pairs = zip(pieces_of(gradient), pieces_of(rows), strict=True)
+            of_weight = torch.stack([ours.mT @ piece.to(weight.dtype) for ours, piece in pairs]).sum(0)
+        return of_rows, of_weight
+
+    @staticmethod
+    def jvp(ctx: Any, of_rows: Tensor | None, of_weight: Tensor | None) -> Tensor:
+        rows, weight = ctx.saved_tensors
+        moved = rows.new_zeros(rows.shape[0], weight.shape[0], dtype=weight.dtype)
+        if of_rows is not None:
+            moved = moved + of_rows.to(weight.dtype) @ weight.mT
+        if of_weight is not None:
+            moved = moved + rows.to(weight.dtype) @ of_weight.mT
+        return moved
+
+
+def pieces_of(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(CPU_ROWS) if rows.is_cpu else (rows,)
+
+
+def select_top_k(probs: Tensor, top_k: int) -> Tensor:
+    """Indices of the k largest probabilities, largest first, ties to the lowest index.
+
+    probs [..., M] -> int64 [..., k]. `torch.topk` promises no order among ties; argmax and a stable sort do.
+    """
+    if top_k == 1:
+        return probs.argmax(-1, keepdim=True)
+    return torch.sort(probs, dim=-1, descending=True, stable=True).indices[..., :top_k]

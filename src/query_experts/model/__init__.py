@@ -1,0 +1,1 @@
+"""The language model: configuration, model, costs, and the arms of the study."""

@@ -1,0 +1,405 @@
+"""The GQE language model: Transformers' Llama with its attention replaced, and the router's losses in its loss."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
+from transformers import initialization as init
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+)
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from query_experts.layers.attention import GQEAttention, decodes_in_one_read
+from query_experts.layers.balance import BalanceWindow, balance_loss, routing_statistics
+from query_experts.layers.masks import causal_mask
+from query_experts.layers.router import Router
+from query_experts.model.configuration_gqe import GQEConfig
+
+
+class KeptLogits:
+    """Where a layer's attention leaves its router's logits [B*T, N], for the layer to return.
+
+    Llama's decoder layer drops all but the first output of its attention. Filled and emptied within one layer, so that
+    activation checkpointing, which runs a layer by itself, sees the logits as an output like any other.
+    """
+
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+
+
+class GQESelfAttention(GQEAttention):
+    """`GQEAttention` with the arguments and outputs that a Llama decoder layer expects of its attention."""
+
+    def __init__(self, config: GQEConfig, layer_idx: int):
+        super().__init__(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.active_query_experts,
+            config.head_dim,
+            config.variant,
+            config.output_projection,
+            bias=config.attention_bias,
+            layer_idx=layer_idx,
+            routing=config.routing,
+            shared_head_kv=config.shared_head_kv,
+            output_bias=config.attention_output_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.rms_norm_eps,
+            dropout=config.attention_dropout,
+            _config=config,
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        kept: KeptLogits | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [B, T, D] and a mask from `causal_mask` -> y [B, T, D], attention weights or None."""
+        y, weights, routing = self.route_and_attend(
+            hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs
+        )
+        if kept is not None and routing.logits is not None:
+            kept.logits = routing.logits.flatten(2).flatten(0, 1)
+        return y, weights
+
+
+class GQEDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: GQEConfig, layer_idx: int):
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = GQESelfAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, *args: Any, output_router_logits: bool = False, **kwargs: Any) -> Any:
+        """hidden_states [B, T, D] -> the same; with the router's logits [B*T, N] beside it where they are asked for."""
+        if not output_router_logits:
+            return super().forward(hidden_states, *args, **kwargs)
+        kept = KeptLogits()
+        return super().forward(hidden_states, *args, kept=kept, **kwargs), kept.logits
+
+
+class GQEPreTrainedModel(LlamaPreTrainedModel):
+    config: GQEConfig
+    config_class = GQEConfig
+    _no_split_modules = ["GQEDecoderLayer"]  # noqa: RUF012 - as Transformers declares it
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": GQEDecoderLayer,
+        "attentions": GQESelfAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Router):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+
+class GQEModel(GQEPreTrainedModel):
+    """Llama's decoder over GQE layers."""
+
+    def __init__(self, config: GQEConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(GQEDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Phi3RotaryEmbedding(config=config)  # Llama's, and partial
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Llama's forward, but for the mask: here restarting position_ids separate documents always.
+
+        (But under torch.compile with flash attention it isn't checked that all documents begin at the same position.)
+        input_ids, position_ids: [B, T]; attention_mask: [B, S]; inputs_embeds: [B, T, D] in place of input_ids. With
+        `output_router_logits` the output holds `router_logits`, float32 [B*T, N], one tensor a layer.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        mask = causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids,
+            materialise=decodes_in_one_read(self.config, inputs_embeds.shape[1], past_key_values),
+        )  # fmt: skip
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
+
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        output_router_logits = output_router_logits and self.config.routing != "none"
+        router_logits = []
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                output_router_logits=output_router_logits,
+                **kwargs,
+            )
+            if output_router_logits:
+                hidden_states, logits = hidden_states
+                router_logits.append(logits)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+        )
+
+
+@dataclass
+class GQECausalLMOutput(MoeCausalLMOutputWithPast):
+    """`loss` is what is trained; `lm_loss`, the language-model term alone, is the validation loss.
+
+    aux_loss: the balance loss, summed over layers, and router_logits: float32 [B*T, N], one tensor a layer; both only
+    with `output_router_logits`.
+    """
+
+    lm_loss: Tensor | None = None
+
+
+class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
+    """The GQE language model. loss = language-model loss + coefficient * balance loss (+ coefficient * z-loss).
+
+    In training the balance loss speaks of the global batch. Its f, the fraction of tokens that woke each expert, is
+    summed over data-parallel ranks and, where the Trainer passes `num_items_in_batch`, over the optimizer step's
+    micro-batches so far (not over those still to come). Its weight is the micro-batch's share of the step's tokens:
+    exact where `num_tokens_in_batch` is passed, as `GQETrainer` does, else the share of its labels. So with f given
+    the gradient doesn't depend on how a batch is cut.
+    """
+
+    def __init__(self, config: GQEConfig):
+        GQEPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        self.model = GQEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.balance_window = BalanceWindow()
+        self.post_init()
+
+    def set_top_k(self, top_k: int) -> None:
+        """Wake another number of experts in each group of every layer, as `GQEAttention.set_top_k`; config follows."""
+        for module in self.modules():
+            if isinstance(module, GQEAttention):
+                module.set_top_k(top_k)
+        self.config.active_query_experts = top_k
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_tokens_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> GQECausalLMOutput:
+        """As Llama's forward. labels: [B, T], -100 where a token isn't predicted; num_tokens_in_batch: real tokens in
+        the global batch of this optimizer step, over all its micro-batches and ranks.
+
+        Raises ValueError for an attention_mask that leaves out cached keys, where the router's losses need it.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        routed = self.config.routing != "none" and (labels is not None or output_router_logits)
+        tokens = None
+        if routed:  # before the cache moves on
+            tokens = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=routed,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        lm_loss = loss = aux_loss = None
+        if labels is not None:
+            lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = lm_loss.clone()  # the Trainer scales `loss` in place
+        if routed:
+            aux_loss, z_loss, share = self._router_losses(
+                outputs.router_logits, tokens, labels, num_tokens_in_batch, **kwargs
+            )
+            if loss is not None:
+                config = self.config
+                router_loss = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+                loss = loss + (share * router_loss).to(loss.device, loss.dtype)
+
+        return GQECausalLMOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            aux_loss=aux_loss if output_router_logits else None,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As Llama's; where longrope changes its frequencies, a cache of the old ones is computed anew, as in Phi-3."""
+        rope, past = self.config.rope_parameters, 0
+        if rope["rope_type"] == "longrope" and past_key_values is not None:
+            past = past_key_values.get_seq_length()
+        if 0 < past <= rope.get("original_max_position_embeddings", 0) < input_ids.shape[1]:
+            past_key_values = kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
+    def _router_losses(
+        self,
+        router_logits: tuple[Tensor, ...],
+        token_mask: Tensor | None,
+        labels: Tensor | None,
+        num_tokens_in_batch: Tensor | int | None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Balance loss and z-loss, summed over layers, and this micro-batch's share of the optimizer step."""
+        config = self.config
+        statistics = routing_statistics(
+            router_logits, config.num_key_value_heads, config.active_query_experts, token_mask
+        )
+        here = statistics.tokens.clamp(min=1)
+        items = total = None  # how much of the step this is, in tokens or else in labels, as the Trainer counts them
+        if num_tokens_in_batch is not None:
+            items, total = statistics.tokens, num_tokens_in_batch
+        elif num_items_in_batch is not None and labels is not None:
+            counted = shift_labels if shift_labels is not None else labels[..., 1:]
+            items, total = counted.ne(-100).sum().to(here), num_items_in_batch
+
+        selected, tokens = statistics.selected, statistics.tokens
+        if self.training:
+            window_items = items if items is not None else tokens
+            selected, tokens, window_items = sum_over_ranks(selected, tokens, window_items)
+            if total is not None:
+                total = torch.as_tensor(total, device=here.device, dtype=here.dtype)
+                ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+                selected, tokens = self.balance_window.add(selected, tokens, window_items, total * ranks)
+        share = items / total if items is not None and total is not None else 1.0
+        balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
+        return balance, statistics.z_sum.sum() / here, share
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers', which `generate_batch` goes through.
+
+        Raises ValueError, ahead of the thread that generates, where the paged cache can't serve the shared head.
+        """
+        check_paged_cache(self.config)
+        return super().init_continuous_batching(*args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: GQEConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> Any:
+        """The mask that `generate` makes ahead of a compiled step over a static cache."""
+        return causal_mask(
+            config, inputs_embeds, attention_mask, past_key_values, position_ids,
+            materialise=decodes_in_one_read(config, inputs_embeds.shape[1], past_key_values),
+        )  # fmt: skip
+
+
+def check_paged_cache(config: GQEConfig) -> None:
+    """Raises ValueError unless continuous batching's paged cache can be written once and read by two calls."""
+    if config.variant != "gqe":  # no shared head, so one call
+        return
+    if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
+        raise ValueError(
+            f"transformers is {transformers.__version__}, whose paged cache can't serve the shared head: continuous "
+            "batching of variant 'gqe' needs a newer one (5.23 works)"
+        )
+    backend = config._attn_implementation.removeprefix("paged|")
+    if backend == "eager":
+        raise ValueError(
+            "attn_implementation is 'eager', which writes the paged cache in every call and can't serve the shared "
+            "head; continuous batching of variant 'gqe' needs 'sdpa'"
+        )
+
+
+def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Cache | None) -> Tensor | None:
+    """The columns [B, T] of a [B, S] attention mask that stand for the new tokens; None where all of them are real."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return None
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if isinstance(past, int) and attention_mask.shape[1] < past + tokens.shape[1]:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns; it must have one for each of the {past} cached and "
+            f"{tokens.shape[1]} new tokens"
+        )
+    return attention_mask[:, torch.arange(tokens.shape[1], device=attention_mask.device) + past]
+
+
+def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor summed over the process group; with one process, as it is. Replicas (tensor parallel) cancel in f."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(tensors)
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
+
+
+AutoConfig.register("gqe", GQEConfig, exist_ok=True)
+AutoModel.register(GQEConfig, GQEModel, exist_ok=True)
+AutoModelForCausalLM.register(GQEConfig, GQEForCausalLM, exist_ok=True)

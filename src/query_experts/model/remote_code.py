@@ -1,0 +1,38 @@
+"""What lies beside a checkpoint so that it loads by `trust_remote_code` where nobody has imported query_experts.
+
+The files hold no model: they import the installed package, so that a checkpoint never carries a second, older copy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from query_experts.common.files import write_text
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_gqe.GQEConfig",
+    "AutoModel": "modeling_gqe.GQEModel",
+    "AutoModelForCausalLM": "modeling_gqe.GQEForCausalLM",
+}
+SHIMS = {"configuration_gqe.py": ("GQEConfig",), "modeling_gqe.py": ("GQEForCausalLM", "GQEModel")}
+# Transformers looks for missing imports outside of `try`, and would name a package that can't be installed
+SHIM = '''"""This checkpoint's code is the package query-experts; this file only says where Transformers finds it."""
+
+try:
+    from query_experts import {names}
+except ModuleNotFoundError as error:
+    if error.name != "query_experts":
+        raise
+    raise ImportError(
+        "this checkpoint is a Grouped Query Experts model, whose code is a package: pip install query-experts"
+    ) from error
+
+__all__ = [{quoted}]
+'''
+
+
+def write_shim(folder: Path) -> None:
+    """Write the files that AUTO_MAP names into a checkpoint's folder, over those of the same name."""
+    for file, names in SHIMS.items():
+        quoted = ", ".join(f'"{name}"' for name in names)
+        write_text(folder / file, SHIM.format(names=", ".join(names), quoted=quoted))

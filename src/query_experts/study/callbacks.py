@@ -1,0 +1,285 @@
+"""Trainer callbacks: ZClip, a progress bar in tokens, and a clean stop when the time is up or the loss diverged."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from query_experts.common.environment import environment
+
+
+class ZClipCallback(TrainerCallback, ExportableState):
+    """ZClip (arXiv 2504.02507): gradients are scaled down only where their norm is an outlier among recent norms.
+
+    The first `warmup_steps` norms, which pass unclipped, give the mean and variance; then both are exponential moving
+    averages. A norm g with z = (g - mean) / std above `z_threshold` is scaled to mean + (z_threshold**2 / z) * std,
+    so the farther out, the harder; the averages then take the scaled norm. A norm that is not finite is let through
+    and forgotten. Set `max_grad_norm=0` in the Trainer's arguments, so that only one of them clips. Works on DDP and
+    FSDP2 gradients; not with fp16, whose gradients are still scaled here.
+
+    Raises ValueError for fp16, and where the Trainer clips too.
+    """
+
+    def __init__(self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25):
+        self.alpha = alpha
+        self.z_threshold = z_threshold
+        self.warmup_steps = warmup_steps
+        self.warmup_norms: list[float] = []
+        self.mean: float | None = None
+        self.variance = 0.0
+        self.clipped_steps = 0
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {"alpha": self.alpha, "z_threshold": self.z_threshold, "warmup_steps": self.warmup_steps},
+            "attributes": {
+                "warmup_norms": self.warmup_norms,
+                "mean": self.mean,
+                "variance": self.variance,
+                "clipped_steps": self.clipped_steps,
+            },
+        }
+
+    def target_norm(self, norm: float) -> float:
+        """The norm to scale a gradient of this norm to, itself where it is no outlier. Moves the averages on."""
+        if not math.isfinite(norm):
+            return norm
+        if self.mean is None:
+            self.warmup_norms.append(norm)
+            if len(self.warmup_norms) == self.warmup_steps:
+                self.mean = sum(self.warmup_norms) / self.warmup_steps
+                self.variance = sum((n - self.mean) ** 2 for n in self.warmup_norms) / self.warmup_steps
+                self.warmup_norms = []
+            return norm
+        std = math.sqrt(self.variance)
+        z = (norm - self.mean) / (std + 1e-6)
+        target = self.mean + self.z_threshold**2 / z * std if z > self.z_threshold else norm
+        self.mean = self.alpha * self.mean + (1 - self.alpha) * target
+        self.variance = self.alpha * self.variance + (1 - self.alpha) * (target - self.mean) ** 2
+        return target
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.fp16:
+            raise ValueError("fp16 is True; ZClip needs unscaled gradients, so it must be False (use bf16)")
+        if args.max_grad_norm:
+            raise ValueError(f"max_grad_norm is {args.max_grad_norm}; ZClip clips in its place, so it must be 0")
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        parameters = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        if not parameters:
+            raise ValueError("ZClip finds no gradients in the parameters (DeepSpeed keeps its own); it can't clip")
+
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if hasattr(total, "full_tensor"):  # sharded gradients (FSDP2)
+            total = total.full_tensor()
+        norm = float(total)
+        target = self.target_norm(norm)
+        if target < norm:
+            self.clipped_steps += 1
+            for p in parameters:
+                p.grad.mul_(target / norm)
+
+
+class TokenProgress(TrainerCallback, ExportableState):
+    """A bar with tokens, tokens/s, time left and the last losses; and the time that training steps took.
+
+    tokens_per_step: over all micro-batches and ranks. `seconds` counts training steps alone, without validation and
+    checkpoints, over all pieces of a resumed run. `tokens_per_s` leaves out the first steps of each piece, in which
+    the process warms up, unless there were no others. The bar's own rate has validation in it, as its time left must.
+    """
+
+    WARM_UP_STEPS = 2
+
+    def __init__(self, name: str, tokens_per_step: int):
+        self.name = name
+        self.tokens_per_step = tokens_per_step
+        self.seconds = 0.0
+        self.warm_steps = 0
+        self.warm_seconds = 0.0
+        self.cold_steps = 0
+        self.piece_began_at = 0
+        self.started = 0.0
+        self.bar: tqdm | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "args": {"name": self.name, "tokens_per_step": self.tokens_per_step},
+            "attributes": {
+                "seconds": self.seconds,
+                "warm_steps": self.warm_steps,
+                "warm_seconds": self.warm_seconds,
+                "cold_steps": self.cold_steps,
+            },
+        }
+
+    @property
+    def tokens_per_s(self) -> float:
+        if self.warm_steps:
+            return self.warm_steps * self.tokens_per_step / self.warm_seconds
+        return self.cold_steps * self.tokens_per_step / self.seconds
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.piece_began_at = state.global_step
+        if not state.is_world_process_zero:
+            return
+        self.bar = tqdm(
+            total=state.max_steps * self.tokens_per_step,
+            initial=state.global_step * self.tokens_per_step,
+            desc=self.name,
+            unit="tok",
+            unit_scale=True,
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            dynamic_ncols=True,
+        )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        elapsed = time.perf_counter() - self.started
+        self.seconds += elapsed
+        if state.global_step - self.piece_began_at > self.WARM_UP_STEPS:
+            self.warm_steps += 1
+            self.warm_seconds += elapsed
+        else:
+            self.cold_steps += 1
+        self.draw(lambda bar: bar.update(self.tokens_per_step))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        shown = {"loss": "lm_loss", "validation": "eval_loss"}
+        values = {name: f"{logs[key]:.3f}" for name, key in shown.items() if key in logs}
+        if self.bar is not None and values:
+            self.bar.set_postfix(values, refresh=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.draw(lambda bar: bar.close())
+        self.bar = None
+
+    def draw(self, change: Callable[[tqdm], Any]) -> None:
+        """Change the bar; where nobody reads it any more (a closed pipe), training goes on without."""
+        if self.bar is not None:
+            try:
+                change(self.bar)
+            except OSError:
+                self.bar = None
+
+
+class StopRequest:
+    """The wish to save and end: from `deadline` on, and once Ctrl-C or SIGTERM has come within `listening`.
+
+    deadline: on `time.monotonic`'s clock, so that a long run fits into pieces; None for none. `signal`: the number of
+    the one that came, or None.
+    """
+
+    def __init__(self, deadline: float | None = None):
+        self.deadline = math.inf if deadline is None else deadline
+        self.signal: int | None = None
+
+    @property
+    def made(self) -> bool:
+        return self.signal is not None or time.monotonic() >= self.deadline
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM only ask, the first time; the second ends the process. One that is ignored stays so."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        def ask(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                restore()
+                signal.raise_signal(number)
+                return
+            self.signal = number
+            with suppress(OSError):  # Ctrl-C ends the other programs of a pipe as well
+                print("\nSaving within a few steps, then stopping; once more stops at once.", file=sys.stderr)
+
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def on_any_rank(true: bool, device: torch.device) -> bool:
+    """Whether it is true on one rank at least. Every rank must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return true
+    found = torch.tensor(float(true), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Saves a checkpoint and stops at the first log after the request was made, on all ranks once one has it."""
+
+    def __init__(self, request: StopRequest):
+        self.request = request
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        # between two logs, a part of lm_loss's mean would be lost
+        logged = state.global_step % state.logging_steps == 0
+        if logged and state.global_step < state.max_steps and on_any_rank(self.request.made, args.device):
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class StopAtDivergence(TrainerCallback):
+    """Stops where a logged loss is no longer a finite number: nothing that follows can mend it."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        if not losses_are_finite(state.log_history[-1:]):
+            control.should_training_stop = True
+        return control
+
+
+def losses_are_finite(logs: list[dict[str, Any]]) -> bool:
+    """Whether every language-model loss, of training and of validation, that the Trainer logged is finite."""
+    return all(math.isfinite(log[name]) for log in logs for name in ("lm_loss", "eval_loss") if name in log)
+
+
+class Pieces(TrainerCallback, ExportableState):
+    """Notes where each piece of a resumed run was trained: `first_step` and the environment, one entry a change."""
+
+    def __init__(self, device: str, dtype: str):
+        self.device = device
+        self.dtype = dtype
+        self.pieces: list[dict[str, Any]] = []
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"device": self.device, "dtype": self.dtype}, "attributes": {"pieces": self.pieces}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        here = environment(self.device, self.dtype)
+        if not self.pieces or {**self.pieces[-1], **here} != self.pieces[-1]:
+            self.pieces = [*self.pieces, {"first_step": state.global_step, **here}]

@@ -1,0 +1,72 @@
+"""Files that are either whole or not there, and the check of free space."""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+from safetensors import SafetensorError
+
+from query_experts.common.errors import SettingError
+from query_experts.common.files import disk_errors_as_os_errors, require_space, write_json
+
+
+def test_json_is_written_whole_with_its_folder_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "a" / "b" / "result.json"
+    write_json(path, {"loss": 1.5, "name": "東京"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"loss": 1.5, "name": "東京"}
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_json(path, [1])
+
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_room)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, [2])
+    assert json.loads(path.read_text()) == [1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, object()])
+def test_what_json_cannot_hold_is_refused_and_the_file_stays(tmp_path, value):
+    path = tmp_path / "result.json"
+    write_json(path, [1])
+    with pytest.raises((ValueError, TypeError)):
+        write_json(path, {"loss": value})
+    assert json.loads(path.read_text()) == [1]
+
+
+def test_too_little_room_is_refused_with_what_there_is_and_what_is_needed(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 3 * 10**6, 3 * 10**6))
+    require_space(tmp_path / "new", 3 * 10**6)
+    assert (tmp_path / "new").is_dir()
+    with pytest.raises(SettingError, match=r"out is .*run, whose disk has 3.0 MB free; it needs about 40.0 MB"):
+        require_space(tmp_path / "run", 40 * 10**6)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (SafetensorError("I/O error: No space left on device (os error 28)"), errno.ENOSPC),
+        (SafetensorError("I/O error: File too large (os error 27)"), errno.EFBIG),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), errno.EDQUOT),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), errno.ENOSPC),
+    ],
+)
+def test_a_disk_that_refuses_is_told_by_its_number_and_folder(tmp_path, error, number):
+    with pytest.raises(OSError, match=os.strerror(number)) as raised, disk_errors_as_os_errors(tmp_path):
+        raise error
+    assert (raised.value.errno, raised.value.filename) == (number, str(tmp_path))
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(SafetensorError, match="header"), disk_errors_as_os_errors(tmp_path):
+        raise SafetensorError("invalid header")

@@ -1,0 +1,101 @@
+"""A checkpoint's folder loads by `trust_remote_code`, where nobody imports query_experts, and says what is missing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, dynamic_module_utils, modeling_utils
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from model_helpers import EXACT, random_tokens, tiny_config, tiny_model
+from query_experts import GQEConfig, GQEForCausalLM, GQEModel
+from query_experts.model.remote_code import AUTO_MAP
+
+FILES = {"configuration_gqe.py", "modeling_gqe.py"}
+
+ELSEWHERE = """
+import sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+folder, ids, kept = sys.argv[1], torch.load(sys.argv[2]), sys.argv[3]
+assert "query_experts" not in sys.modules
+try:
+    AutoConfig.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    print("untrusted:", " ".join(str(error).split()))
+sys.modules["query_experts"] = None  # as where it isn't installed
+try:
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+except ImportError as error:
+    print("missing:", error)
+del sys.modules["query_experts"]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inner = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    torch.save((model(ids).logits, inner(ids).last_hidden_state), kept)
+model.save_pretrained(folder + "-again")
+print("classes:", type(model).__module__, type(inner).__module__)
+"""
+
+
+def test_a_checkpoint_loads_in_a_process_that_knows_nothing_of_the_package(tmp_path):
+    model, ids = tiny_model(), random_tokens(2, 7)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(ids, tmp_path / "ids.pt")
+    arguments = [str(tmp_path / name) for name in ("model", "ids.pt", "kept.pt")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    said = dict(line.split(": ", 1) for line in ran.stdout.splitlines())
+    assert "trust_remote_code=True" in said["untrusted"]
+    assert "pip install query-experts" in said["missing"]
+    assert said["classes"] == "query_experts.model.modeling_gqe query_experts.model.modeling_gqe"
+    logits, hidden = torch.load(tmp_path / "kept.pt")
+    torch.testing.assert_close(logits, model(ids).logits, **EXACT)
+    torch.testing.assert_close(hidden, model.model(ids).last_hidden_state, **EXACT)
+    for file in FILES:  # and not the package's source, which Transformers would copy
+        assert (tmp_path / "model-again" / file).read_text() == (tmp_path / "model" / file).read_text()
+
+
+def test_where_the_package_is_imported_a_checkpoint_asks_for_no_trust(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for trust in ({}, {"trust_remote_code": True}):
+        assert type(AutoConfig.from_pretrained(tmp_path, **trust)) is GQEConfig
+        assert type(AutoModel.from_pretrained(tmp_path, **trust)) is GQEModel
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path, **trust)) is GQEForCausalLM
+
+
+def test_each_class_that_the_configuration_maps_to_is_the_packages_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tiny_model().save_pretrained(tmp_path)
+    held = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert held == AUTO_MAP
+    found = [get_class_from_dynamic_module(reference, tmp_path) for reference in held.values()]
+    assert found == [GQEConfig, GQEModel, GQEForCausalLM]
+
+
+def test_a_checkpoint_that_came_from_the_hub_is_saved_with_files_of_its_own(tmp_path):
+    config = tiny_config()
+    config.auto_map = {name: f"someone/model--{reference}" for name, reference in AUTO_MAP.items()}
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert set(os.listdir(tmp_path)) > FILES
+
+
+def test_pushing_a_model_uploads_the_files_too(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, operations, **_: pushed.extend(operations))
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *_, **__: card)
+    tiny_model().save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="someone/model")
+    assert {Path(operation.path_in_repo).name for operation in pushed} >= {"config.json", *FILES}
