@@ -12,7 +12,7 @@ from query_experts.bench.models import Layer
 from query_experts.bench.settings import BenchSettings
 from query_experts.common.environment import environment
 from query_experts.common.files import write_json
-from query_experts.common.timing import time_in_turn
+from query_experts.common.timing import time_interleaved
 from query_experts.layers import attention
 
 RESULT = Path(__file__).resolve().parent / "results" / "woken-cpu.json"
@@ -27,9 +27,9 @@ def main() -> None:
         for name, layers_arm in (("dense", "dense"), ("all", "gqe"), ("woken", "gqe")):
             layer = Layer(settings, layers_arm, "cpu", CACHED + 1)
             if name != "dense":
-                layer.module._projects_the_woken_alone = lambda x, alone=name == "woken": alone
+                layer.module._projects_selected_only = lambda x, alone=name == "woken": alone
             calls[name] = layer.cached("static", 1, CACHED, 1)
-        seconds = time_in_turn(calls, REPEATS, "cpu")
+        seconds = time_interleaved(calls, REPEATS, "cpu")
         ratios = [whole / alone for whole, alone in zip(seconds["all"], seconds["woken"], strict=True)]
         points.append({"experts_per_group": heads // settings.num_key_value_heads, "seconds": seconds})
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from transformers import default_data_collator
 
 from query_experts.convert import from_dense
-from query_experts.distillation import DistillationTrainer, TopKSchedule, divergence, seen_by_teacher
+from query_experts.distillation import DistillationTrainer, TopKSchedule, divergence, teacher_inputs
 from query_experts.study.compare import open_corpus
-from query_experts.study.train import Start, stop_after, train_arm
+from query_experts.study.train import StartingPoint, stop_after, train_arm
 from study_helpers import LENGTHS, Rows, arguments, logged, model_of, quiet, tiny_train
 
 
@@ -161,7 +161,7 @@ def test_a_run_that_is_resumed_validates_as_one_that_was_not(tmp_path):
     for settings in (whole, pieces):
         calls = 0
         while True:
-            start = Start(from_dense(teacher, 1), teacher, 0.5, 0.9)
+            start = StartingPoint(from_dense(teacher, 1), teacher, 0.5, 0.9)
             stop = stop_after(0 if settings is pieces else None)
             calls += 1
             if result := train_arm(settings, "converted", 0, corpus, Path(settings.out), stop, start):
@@ -215,27 +215,27 @@ def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
     packed = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
     outputs = [
         model(**given, use_cache=False).logits
-        for model, given in ((student, packed), (teacher, seen_by_teacher(packed, apart=True)))
+        for model, given in ((student, packed), (teacher, teacher_inputs(packed, apart=True)))
     ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     assert (teacher(**packed, use_cache=False).logits - outputs[0]).abs().max() > 1e-3  # as it would be without
     padded = packed | {"attention_mask": (torch.arange(12) < torch.tensor([[10], [12]])).long()}
     outputs = [
         model(**given, use_cache=False).logits[padded["attention_mask"] != 0]
-        for model, given in ((student, padded), (teacher, seen_by_teacher(padded, apart=True)))
+        for model, given in ((student, padded), (teacher, teacher_inputs(padded, apart=True)))
     ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     hidden = packed | {"attention_mask": (torch.arange(12) >= 2).long().expand(2, -1)}
     with pytest.raises(ValueError, match="attention_mask hides tokens before others and position_ids begin anew"):
-        seen_by_teacher(hidden, apart=True)
+        teacher_inputs(hidden, apart=True)
     first = {name: tensor[:1] for name, tensor in packed.items()}
     for holes in ([4, 5], [4], [5]):  # within the row: at the end of a document, or at the beginning of the next
         mask = torch.ones(1, 12).long().index_fill(1, torch.tensor(holes), 0)
         with pytest.raises(ValueError, match="attention_mask hides tokens before others"):
-            seen_by_teacher(first | {"attention_mask": mask}, apart=True)
+            teacher_inputs(first | {"attention_mask": mask}, apart=True)
     one = hidden | {"position_ids": torch.arange(12)[None]}
-    assert seen_by_teacher(one, apart=True) == one
-    assert seen_by_teacher(hidden, apart=False) == hidden  # a stock student sees it as its teacher does
+    assert teacher_inputs(one, apart=True) == one
+    assert teacher_inputs(hidden, apart=False) == hidden  # a stock student sees it as its teacher does
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def test_rows_that_are_padded_on_the_left_are_seen_by_the_teacher_as_they_are():
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     assert positions.diff().ne(1).any()
     padded = {"input_ids": torch.randint(300, (3, 12)), "position_ids": positions, "attention_mask": mask}
-    seen = seen_by_teacher(padded, apart=True)
+    seen = teacher_inputs(padded, apart=True)
     assert seen == padded
     outputs = [
         model(**given, use_cache=False).logits[mask == 1] for model, given in ((student, padded), (teacher, seen))

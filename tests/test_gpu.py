@@ -9,7 +9,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, TrainingArg
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM
 from query_experts.bench.models import Layer
 from query_experts.bench.settings import BenchSettings
-from query_experts.common.timing import replayed
 from query_experts.convert import convert_model, from_dense
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.ops.shared_decode import shared_decode
@@ -83,7 +82,7 @@ def test_a_step_replayed_as_a_cuda_graph_is_that_of_the_call(fused):
     layer = Layer(settings, "gqe", "cuda", 300)
     call = layer.cached("static", 2, 256, 1)
     outputs = []
-    replay = replayed(lambda: outputs.append(call()))
+    replay = as_cuda_graph(lambda: outputs.append(call()))
     outputs[-1].zero_()
     replay()
     torch.testing.assert_close(outputs[-1], call())

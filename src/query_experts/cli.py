@@ -33,7 +33,7 @@ COMMANDS = {
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and on a CPU
 
 
-class Ended(SystemExit):
+class Terminated(SystemExit):
     """By a signal that asks a process to end."""
 
     code: int
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             case "report":
                 return run_report(argv[1:])
         raise SettingError(f"command is {argv[0]!r}; it must be one of {', '.join(COMMANDS)}")
-    except Ended as ended:
+    except Terminated as ended:
         return refuse("stopped", ended.code)
     except KeyboardInterrupt:
         kept = "; the same command goes on from the last checkpoint" if argv[0] in ("compare", "train") else ""
@@ -182,7 +182,7 @@ def run_convert(argv: list[str]) -> int:
 
     check_seeds("seed", [options.seed])
     settings = ConvertSettings(**vars(options) | {"device": resolve_device(options.device)})
-    with ended_in_order():
+    with signals_as_exceptions():
         plan, report = convert_folder(settings)
     console = Console()
     print_report(plan, report, console)
@@ -193,13 +193,13 @@ def run_convert(argv: list[str]) -> int:
 
 
 @contextmanager
-def ended_in_order() -> Iterator[None]:
+def signals_as_exceptions() -> Iterator[None]:
     """SIGTERM and SIGHUP end the process with 143 and 129 and not at once, so that what is half written is removed."""
     ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     ours = ours if threading.current_thread() is threading.main_thread() else []
 
     def end(number: int, _: Any) -> None:
-        raise Ended(128 + number)
+        raise Terminated(128 + number)
 
     for number in ours:
         signal.signal(number, end)

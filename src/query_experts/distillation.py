@@ -47,16 +47,16 @@ class DistillationTrainer(GQETrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training and self.weight:
             with torch.no_grad(), self.accelerator.autocast():
-                seen = seen_by_teacher(inputs, apart=self.model.config.model_type == "gqe")
+                seen = teacher_inputs(inputs, apart=self.model.config.model_type == "gqe")
                 teacher_logits = self.teacher(**seen, use_cache=False).logits
             logits = outputs["logits"]
             kl = divergence(logits, teacher_logits.to(logits.device), labels, num_items_in_batch)
             lm_loss = self.lm_loss(outputs, num_items_in_batch)
-            loss = loss + self.weight * (kl - lm_loss) * self.averaged_over(num_items_in_batch)
+            loss = loss + self.weight * (kl - lm_loss) * self.num_averaging_ranks(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
 
-def seen_by_teacher(inputs: dict[str, Any], apart: bool) -> dict[str, Any]:
+def teacher_inputs(inputs: dict[str, Any], apart: bool) -> dict[str, Any]:
     """The inputs that a stock model takes. Documents of a row are kept apart by it only where no mask is given.
 
     apart: whether the student keeps them apart in any case, as GQE does.

@@ -54,15 +54,15 @@ class GQETrainer(Trainer):
                 self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
             self._lm_loss_sum += lm_loss.detach()
         else:
-            loss = lm_loss * self.averaged_over(num_items_in_batch)
+            loss = lm_loss * self.num_averaging_ranks(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def lm_loss(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
         """The language-model loss, not yet scaled up for being averaged over ranks."""
         lm_loss = outputs.get("lm_loss")
-        return outputs["loss"] / self.averaged_over(num_items_in_batch) if lm_loss is None else lm_loss
+        return outputs["loss"] / self.num_averaging_ranks(num_items_in_batch) if lm_loss is None else lm_loss
 
-    def averaged_over(self, num_items_in_batch: Any) -> int:
+    def num_averaging_ranks(self, num_items_in_batch: Any) -> int:
         """Over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it."""
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             return self.accelerator.num_processes // self.get_tp_size()

@@ -158,8 +158,8 @@ def test_the_gate_looks_at_no_more_than_is_timed():
 
 
 def test_the_gate_looks_at_the_projection_of_the_woken_alone(monkeypatch):
-    project = GQEAttention.project_woken
-    monkeypatch.setattr(GQEAttention, "project_woken", lambda *args: tuple(t * 0 for t in project(*args)))
+    project = GQEAttention.project_selected
+    monkeypatch.setattr(GQEAttention, "project_selected", lambda *args: tuple(t * 0 for t in project(*args)))
     layer = Layer(replace(SMALL, num_attention_heads=16), "gqe", "cpu", 1024)
     assert [c.what for c in check_layer(layer, "gqe", SUITES) if not c.passed] == ["decoding one sequence"]
 
@@ -242,7 +242,7 @@ def test_arms_take_turns_in_going_first():
     calls = {name: lambda name=name: order.append(name) for name in ("a", "b", "c")}
     timing.LEAST_SECONDS, kept = 0.0, timing.LEAST_SECONDS
     try:
-        timing.time_in_turn(calls, 3, "cpu")
+        timing.time_interleaved(calls, 3, "cpu")
     finally:
         timing.LEAST_SECONDS = kept
     assert order == list("abc" * 2 + "abc" + "bca" + "cab")
@@ -255,7 +255,7 @@ def test_a_short_call_is_repeated_though_a_long_one_stands_beside_it():
         counts[name] += 1
         time.sleep(seconds)
 
-    timing.time_in_turn(
+    timing.time_interleaved(
         {name: lambda n=name, s=s: call(n, s) for name, s in [("long", 0.03), ("short", 0.001)]}, 2, "cpu"
     )
     assert counts["long"] == 4
@@ -263,7 +263,7 @@ def test_a_short_call_is_repeated_though_a_long_one_stands_beside_it():
 
 
 def test_each_call_has_as_many_timings():
-    seconds = timing.time_in_turn({name: lambda: None for name in "abc"}, 3, "cpu")
+    seconds = timing.time_interleaved({name: lambda: None for name in "abc"}, 3, "cpu")
     assert [len(times) for times in seconds.values()] == [3, 3, 3]
 
 

@@ -159,7 +159,7 @@ def test_there_and_back_every_tensor_has_the_same_bytes(family):
 def test_a_wrong_map_is_noticed(family, monkeypatch):
     """The test of the tests: with two projections exchanged, the logits are others."""
 
-    def exchanged(line: weight_map.Line) -> weight_map.Line:
+    def exchanged(line: weight_map.WeightRule) -> weight_map.WeightRule:
         swap = {"mlp.gate_proj.weight": "mlp.up_proj.weight", "mlp.up_proj.weight": "mlp.gate_proj.weight"}
         return replace(line, gqe=tuple(swap.get(name, name) for name in line.gqe))
 

@@ -39,7 +39,7 @@ from query_experts.convert.folder import ConvertSettings, convert_folder
 from query_experts.convert.source import Folder
 from query_experts.evaluate.harness import load_model
 from query_experts.study import compare as study
-from query_experts.study.distill import load_start, load_teacher, of_its_size
+from query_experts.study.distill import load_start, load_teacher, with_model_sizes
 from study_helpers import options
 
 
@@ -293,7 +293,7 @@ def test_long_text_is_not_tokenised_whole(dense, text, monkeypatch):
             return self.tokenizer(piece, **options)
 
     monkeypatch.setattr(folder_module, "PIECE", 1000)
-    monkeypatch.setattr(folder_module, "load_tokenizer", lambda name: Watched(AutoTokenizer.from_pretrained(name)))
+    monkeypatch.setattr(folder_module, "load_fast_tokenizer", lambda name: Watched(AutoTokenizer.from_pretrained(name)))
     asked = ConvertSettings(str(dense), "out", 1, "expert", None, [text], 640, 16, "text", 0, "cpu")
     assert folder_module.read_text(asked, dense, 16).shape == (40, 16)
     with open(text, encoding="utf-8") as file:
@@ -336,13 +336,13 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path, dense, mon
 def test_a_folder_that_is_filled_meanwhile_stays_as_it_was_filled(tmp_path, dense, monkeypatch, refused):
     out = tmp_path / "out"
     out.mkdir()
-    copy = folder_module.copy_beside
+    copy = folder_module.copy_sidecar_files
 
     def and_fill(folder, building):
         copy(folder, building)
         (out / "notes.txt").write_text("of another process")
 
-    monkeypatch.setattr(folder_module, "copy_beside", and_fill)
+    monkeypatch.setattr(folder_module, "copy_sidecar_files", and_fill)
     refused(["convert", dense, out], "out is", "which was filled meanwhile; it must be a new or empty folder")
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
@@ -737,7 +737,7 @@ def test_weights_of_the_routers_losses_are_inits_own_unless_the_user_gives_them_
     assert main(["train", "--init", "init", *given]) == 0
     config = load_start(held[0]).model.config
     assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (aux, z)
-    sized = of_its_size(held[0], config)
+    sized = with_model_sizes(held[0], config)
     assert (sized.router_aux_loss_coef, sized.router_z_loss_coef) == (aux, z)
 
 

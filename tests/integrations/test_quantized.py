@@ -106,7 +106,7 @@ def test_the_woken_experts_weights_are_not_read_past_a_quantised_projection(mode
     plain, quantised, _ = models
     x = torch.randn(1, 1, SIZE["hidden_size"])
     for model, reads in ((plain, True), (quantised, False)):
-        assert [layer.self_attn._projects_the_woken_alone(x) for layer in model.model.layers] == [reads] * 2
+        assert [layer.self_attn._projects_selected_only(x) for layer in model.model.layers] == [reads] * 2
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

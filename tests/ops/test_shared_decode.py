@@ -188,13 +188,13 @@ def test_projecting_the_woken_alone_gives_the_queries_that_are_selected_from_all
     routing = layer.route(x)
     query, shared, key, value = layer.project(x)
     expected = layer.select(query, shared, routing), key, value
-    for actual, reference in zip(layer.project_woken(x, routing), expected, strict=True):
+    for actual, reference in zip(layer.project_selected(x, routing), expected, strict=True):
         torch.testing.assert_close(actual, reference, **EXACT)
 
 
 def test_the_woken_are_projected_alone_for_one_token_where_experts_sleep_and_no_weight_is_trained():
     def asked(layer, x):
-        return layer._projects_the_woken_alone(x)
+        return layer._projects_selected_only(x)
 
     many = GQEAttention(24, 16, 2, head_dim=6)
     one = torch.randn(1, 1, 24)

@@ -5,7 +5,7 @@ import torch
 
 from model_helpers import no_router_warning
 from query_experts import GQEConfig, GQEForCausalLM
-from query_experts.serving.sharding import as_ranks_hold_it, deal_output_rows, output_rows
+from query_experts.serving.sharding import deal_output_rows, output_rows, shard_for_ranks
 
 SHAPE = {
     "vocab_size": 7, "hidden_size": 12, "intermediate_size": 5, "num_hidden_layers": 1, "num_attention_heads": 8,
@@ -62,10 +62,10 @@ def test_the_width_of_the_output_projection_is_the_models(variant, output_projec
 def test_quantised_weights_are_dealt_as_others_are_and_scales_stay(dtype):
     config = GQEConfig(**SHAPE)
     weight = torch.randint(-9, 9, (12, output_rows(config))).to(dtype)
-    dealt = as_ranks_hold_it("o_proj.weight", weight, config, 2)
+    dealt = shard_for_ranks("o_proj.weight", weight, config, 2)
     assert dealt.float().equal(deal_output_rows(weight.float(), 2, 2))
     for name, kept in (("bias", torch.ones(12)), ("weight_scale", torch.ones(12, 1)), ("input_scale", torch.ones(()))):
-        assert as_ranks_hold_it(f"o_proj.{name}", kept, config, 2) is kept
+        assert shard_for_ranks(f"o_proj.{name}", kept, config, 2) is kept
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_quantised_weights_are_dealt_as_others_are_and_scales_stay(dtype):
 )
 def test_weights_quantised_so_that_rows_cant_be_told_apart_are_refused(name, shape):
     with pytest.raises(ValueError, match=rf"tensor_parallel_size is 2 and o_proj.{name} \[{shape[0]}, {shape[1]}\]"):
-        as_ranks_hold_it(f"o_proj.{name}", torch.zeros(shape), GQEConfig(**SHAPE), 2)
+        shard_for_ranks(f"o_proj.{name}", torch.zeros(shape), GQEConfig(**SHAPE), 2)

@@ -447,13 +447,13 @@ def test_a_comparison_goes_on_without_an_arm_that_diverged_and_says_so(tmp_path,
 
 def test_prefill_is_measured_once_for_each_length_and_anew_for_other_models(folder, finished, monkeypatch):
     timed = []
-    original = prefill_module.time_in_turn
+    original = prefill_module.time_prefill
 
     def spy(models, length, *rest):
         timed.append((sorted(models), length))
         return original(models, length, *rest)
 
-    monkeypatch.setattr(prefill_module, "time_in_turn", spy)
+    monkeypatch.setattr(prefill_module, "time_prefill", spy)
     monkeypatch.setattr(prefill_module, "disturbed", lambda repeats: False)
     assert compare(tiny_compare(folder), quiet())
     assert timed == []
@@ -486,7 +486,7 @@ def test_arms_take_turns_in_being_timed_first_after_a_turn_that_does_not_count(t
     monkeypatch.setattr(prefill_module, "prefill_seconds", lambda model, prompt: order.append(model) or len(order))
     bar = SimpleNamespace(update=lambda: None)
     models = dict(zip("abc", "abc", strict=True))
-    seconds = prefill_module.time_in_turn(models, 8, tiny_compare(tmp_path, prefill_repeats=3), bar)
+    seconds = prefill_module.time_prefill(models, 8, tiny_compare(tmp_path, prefill_repeats=3), bar)
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
     assert seconds == {"a": [6, 8, 10], "b": [4, 9, 11], "c": [5, 7, 12]}
 

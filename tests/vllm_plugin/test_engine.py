@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from query_experts import GQEForCausalLM
-from query_experts.serving.attention import GQEAttention
+from query_experts.serving.attention import VLLMGQEAttention
 from serve_agreement import agreement, recorded, recording_options, sentence, through_transformers
 from serving_helpers import engine, generated, mixed_prompts, random_prompt, save_checkpoint, sure_cases
 
@@ -230,8 +230,8 @@ def test_routing_is_recorded_from_a_compiled_model_that_was_told_to(tmp_path: Pa
     prompt = random_prompt(100, 0)
     with engine(tmp_path, **options) as llm:
         _, expected = recorded(llm, prompt)
-    records = GQEAttention._records_routing
-    monkeypatch.setattr(GQEAttention, "_records_routing", lambda self: records(self) or True)
+    records = VLLMGQEAttention._records_routing
+    monkeypatch.setattr(VLLMGQEAttention, "_records_routing", lambda self: records(self) or True)
     with engine(tmp_path, enforce_eager=False, **options) as llm:
         _, experts = recorded(llm, prompt)
     assert experts.tolist() == expected.tolist()

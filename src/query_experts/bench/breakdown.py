@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from query_experts.bench.models import Layer
-from query_experts.common.timing import time_in_turn
+from query_experts.common.timing import time_interleaved
 from query_experts.layers.attention import GQEAttention, Routing
 
 ROUTING_STAGES = ("route", "select", "combine")
@@ -51,7 +51,7 @@ def time_parts(layer: Layer, length: int, repeats: int, device: str) -> dict[str
         "combine": lambda: module.combine(routed, shared, routing),
         "output projection": lambda: module.o_proj(slots),
     }
-    return {name: [round(s, 7) for s in times] for name, times in time_in_turn(calls, repeats, device).items()}
+    return {name: [round(s, 7) for s in times] for name, times in time_interleaved(calls, repeats, device).items()}
 
 
 def uniform_routing(routing: Routing) -> Routing:

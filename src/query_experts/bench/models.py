@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from query_experts.bench.settings import SDPA_BACKENDS, BenchSettings
-from query_experts.layers.attention import GQEAttention, decodes_in_one_read
+from query_experts.layers.attention import GQEAttention, uses_shared_decode
 from query_experts.layers.masks import causal_mask
 from query_experts.model.arms import build
 from query_experts.model.configuration_gqe import GQEConfig
@@ -30,7 +30,7 @@ MOST_SHAPES = 64  # that one compiled subject meets, in the gate above all
 Call = Callable[[], Any]
 
 
-def as_called(module: nn.Module, settings: BenchSettings) -> Any:
+def configured_forward(module: nn.Module, settings: BenchSettings) -> Any:
     """The module's forward with the kernels that are asked for, compiled if that is."""
     forward: Any = module
     for part in module.modules():
@@ -64,7 +64,7 @@ class Layer:
         initialise_by_name(self.module, SEED, std=self.config.hidden_size**-0.5)  # outputs of order 1
         self.module.to(device, self.dtype).eval()
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
-        self.forward = as_called(self.module, settings)
+        self.forward = configured_forward(self.module, settings)
 
     def hidden(self, batch: int, length: int) -> Tensor:
         """Normalised hidden states [B, T, D], the same for every arm."""
@@ -76,7 +76,7 @@ class Layer:
         """The layer's other arguments for new tokens x [B, T, D] after `past` cached ones."""
         positions = (torch.arange(x.shape[1], device=self.device) + past)[None]
         if isinstance(self.config, GQEConfig):
-            one_read = decodes_in_one_read(self.config, x.shape[1], cache)
+            one_read = uses_shared_decode(self.config, x.shape[1], cache)
             mask = causal_mask(self.config, x, None, cache, None, materialise=one_read)
         else:
             mask = create_causal_mask(self.config, x, None, past_key_values=cache)
@@ -142,7 +142,7 @@ class Model:
             self.module: PreTrainedModel = build(self.config).to(settings.torch_dtype)
         self.module.set_attn_implementation(settings.attn_implementation)
         initialise_by_name(self.module, SEED, self.config.initializer_range)
-        self.forward = as_called(self.module, settings)
+        self.forward = configured_forward(self.module, settings)
 
     def tokens(self, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)

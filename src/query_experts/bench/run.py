@@ -22,7 +22,7 @@ from query_experts.common.device import has_bfloat16, resolve_device
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import write_json
-from query_experts.common.timing import peak_bytes, replayed, time_in_turn
+from query_experts.common.timing import as_cuda_graph, peak_bytes, time_interleaved
 from query_experts.model import costs
 
 
@@ -58,7 +58,7 @@ def bench(settings: BenchSettings, console: Console) -> None:
         "points": [],
     }
     points = list(points_of(settings))
-    set_aside(out)
+    keep_previous_result(out)
     with tqdm(total=len(points), desc="bench", unit="point", dynamic_ncols=True) as bar:
         for point in points:
             bar.set_postfix_str(point.describe())
@@ -72,7 +72,7 @@ def bench(settings: BenchSettings, console: Console) -> None:
     print(json.dumps(result, separators=(",", ":")))
 
 
-def set_aside(result: Path) -> None:
+def keep_previous_result(result: Path) -> None:
     """An earlier result stays, under the time at which it was last written."""
     if result.exists():
         written = datetime.fromtimestamp(result.stat().st_mtime)
@@ -133,8 +133,8 @@ def measure(point: Point, settings: BenchSettings, device: str) -> dict[str, Any
         arm: call_of(point, kind(settings, arm, device, point.length + settings.chunk_size), settings)
         for arm in settings.arms
     }
-    timed = {arm: replayed(call) for arm, call in calls.items()} if settings.cuda_graph else calls
-    seconds = time_in_turn(timed, settings.repeats, device)
+    timed = {arm: as_cuda_graph(call) for arm, call in calls.items()} if settings.cuda_graph else calls
+    seconds = time_interleaved(timed, settings.repeats, device)
     del timed  # and with it what the graphs hold
     peaks = {arm: peak_bytes(call, device) for arm, call in calls.items()}
     return held | {

@@ -149,7 +149,7 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
             f"{missing[0]}; it must hold them all"
         )
     held = model.state_dict()
-    if beyond := sorted(filter(partial(is_beyond, model, held), loading["unexpected_keys"])):
+    if beyond := sorted(filter(partial(is_unexpected_layer, model, held), loading["unexpected_keys"])):
         raise SettingError(f"{field} is {checkpoint}, which holds {beyond[0]}; by config.json it must not be there")
     for name, tensor in held.items():  # a frozen router is no parameter
         if not is_finite(tensor):
@@ -157,7 +157,7 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
     return model
 
 
-def is_beyond(model: PreTrainedModel, held: dict[str, Tensor], name: str) -> bool:
+def is_unexpected_layer(model: PreTrainedModel, held: dict[str, Tensor], name: str) -> bool:
     """Whether a tensor that the model, which has those held, has no place for tells of another config.json.
 
     Other models' checkpoints may hold more than Transformers uses, but not what a layer of the model has by a number

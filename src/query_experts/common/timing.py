@@ -17,7 +17,7 @@ MOST_LOOPS = 1000
 Call = Callable[[], object]
 
 
-def time_in_turn(calls: Mapping[str, Call], repeats: int, device: str) -> dict[str, list[float]]:
+def time_interleaved(calls: Mapping[str, Call], repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of one call, for each of `repeats` timings. Another call goes first in each round; one round warms up."""
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
     for call in calls.values():
@@ -42,7 +42,7 @@ def _seconds(call: Call, loops: int, synchronise: Call) -> float:
     return (time.perf_counter() - started) / loops
 
 
-def replayed(call: Call) -> Call:
+def as_cuda_graph(call: Call) -> Call:
     """The call as a CUDA graph: all of its kernels at one launch, on the tensors that they were captured with."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

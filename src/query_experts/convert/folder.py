@@ -27,10 +27,10 @@ from query_experts.convert import make_plan
 from query_experts.convert.calibration import HELD_OUT
 from query_experts.convert.layers import Plan
 from query_experts.convert.pipeline import Report, convert
-from query_experts.convert.sidecar_files import check_beside, copied_bytes, copy_beside
+from query_experts.convert.sidecar_files import check_sidecar_files, copied_bytes, copy_sidecar_files
 from query_experts.convert.source import Folder, find_checkpoint, read_config
 from query_experts.data.sources import find_sources
-from query_experts.data.tokenizing import load_tokenizer
+from query_experts.data.tokenizing import load_fast_tokenizer
 from query_experts.model.configuration_gqe import GQEConfig
 
 TOKENS = 16_384  # of text, where nothing else is asked for
@@ -74,7 +74,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     with building_folder(out, settings.out) as building, ExitStack() as stack:
         folder = find_checkpoint(settings.checkpoint)
         config = read_config(folder, settings.checkpoint)
-        check_beside(folder)
+        check_sidecar_files(folder)
         with disk_errors_as_os_errors(building):
             source = Folder(folder, config, settings.device, stack)
             plan = make_plan(
@@ -85,9 +85,9 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
             needed = source.num_bytes + added_bytes(plan.full) + copied_bytes(folder)
             require_space(building, needed, settings.out)
             write_model(building, source, plan, text, report)
-        copy_beside(folder, building)
+        copy_sidecar_files(folder, building)
         write_json(building / "conversion.json", describe(settings, report))
-        put_into_place(building, out, settings.out)
+        move_into_place(building, out, settings.out)
     return plan, report
 
 
@@ -167,7 +167,7 @@ def held_in(out: Path) -> list[Path]:
     return [path for path in out.iterdir() if path.name != LOCK.format(name=out.name)]
 
 
-def put_into_place(building: Path, out: Path, name: str) -> None:
+def move_into_place(building: Path, out: Path, name: str) -> None:
     """The finished folder, under its name; config.json last, where it goes in file by file.
 
     Raises SettingError where the folder is no longer empty.
@@ -234,8 +234,8 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
             f"calibration_length"
         )
     ids: list[int] = []
-    with calls_them_by_our_names(folder), TemporaryDirectory() as scratch:
-        tokenizer = load_tokenizer(str(folder))
+    with errors_in_convert_terms(folder), TemporaryDirectory() as scratch:
+        tokenizer = load_fast_tokenizer(str(folder))
         sources = find_sources(settings.calibrate)
         for document in sources.texts(text_field, Path(scratch)):
             for start in range(0, len(document), PIECE):  # a book as one text would fill the memory
@@ -256,7 +256,7 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
 
 
 @contextmanager
-def calls_them_by_our_names(folder: Path) -> Iterator[None]:
+def errors_in_convert_terms(folder: Path) -> Iterator[None]:
     """What is refused of the text or the tokenizer is refused by the names of training's settings."""
     try:
         yield

@@ -58,38 +58,38 @@ def convert(dense: Dense, plan: Plan, text: Tensor | None, report: Report) -> It
         wanted = {name: t.shape for name, t in GQEForCausalLM(plan.final).state_dict().items()}
     if plan.final.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    outside = finite(dense.outside())
-    both = Both(dense.config, plan, outside, text) if text is not None else None
-    mapped = checked(to_gqe(outside, OUTSIDE, plan.full), wanted)
+    outside = check_values(dense.outside())
+    run = CalibrationRun(dense.config, plan, outside, text) if text is not None else None
+    mapped = check_shapes(to_gqe(outside, OUTSIDE, plan.full), wanted)
     if missing := [name for name in wanted if not name.startswith(LAYERS)]:
         raise SettingError(f"checkpoint has no tensor {min(missing)}; by its config.json it must have it")
     yield mapped
     del outside, mapped
     for number in range(plan.full.num_hidden_layers):
-        yield converted_layer(dense, number, plan, both, wanted, report)
-    if both is not None:
-        both.judge(report)
+        yield converted_layer(dense, number, plan, run, wanted, report)
+    if run is not None:
+        run.judge(report)
 
 
 def converted_layer(
-    dense: Dense, number: int, plan: Plan, both: Both | None, wanted: dict[str, torch.Size], report: Report
+    dense: Dense, number: int, plan: Plan, run: CalibrationRun | None, wanted: dict[str, torch.Size], report: Report
 ) -> dict[str, Tensor]:
     """A layer's tensors by their full names; nothing else holds them, or the dense layer's, once this has returned."""
     where = f"{LAYERS}{number}."
-    tensors = finite(dense.layer(number), where)
+    tensors = check_values(dense.layer(number), where)
     mapped = to_gqe(tensors, LAYER[plan.model_type], plan.full, where)
-    observed = both.observe(tensors, where) if both is not None else None
+    observed = run.observe(tensors, where) if run is not None else None
     ours, fit = convert_layer(mapped, plan, where, observed)
-    complete = checked({where + name: tensor for name, tensor in ours.items()}, wanted)
+    complete = check_shapes({where + name: tensor for name, tensor in ours.items()}, wanted)
     if missing := [name for name in wanted if name.startswith(where)]:
         raise SettingError(f"checkpoint has no tensor {min(missing)}; by its config.json it must have it")
     report.fits.append(fit)
-    if both is not None:
-        both.follow(ours)
+    if run is not None:
+        run.follow(ours)
     return complete
 
 
-def finite(tensors: dict[str, Tensor], where: str = "") -> dict[str, Tensor]:
+def check_values(tensors: dict[str, Tensor], where: str = "") -> dict[str, Tensor]:
     """The tensors as they are. Raises SettingError for one that isn't of a weight's dtype, or holds NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
@@ -102,7 +102,7 @@ def finite(tensors: dict[str, Tensor], where: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def checked(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
+def check_shapes(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
     """The tensors, taken off the list of what is wanted. Raises SettingError for one that isn't, or for its shape."""
     for name, tensor in tensors.items():
         shape = wanted.pop(name, None)
@@ -112,7 +112,7 @@ def checked(tensors: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[s
     return tensors
 
 
-class Both:
+class CalibrationRun:
     """The dense and the converted model at work on text, one layer of each at a time."""
 
     def __init__(self, config: PreTrainedConfig, plan: Plan, outside: dict[str, Tensor], text: Tensor):

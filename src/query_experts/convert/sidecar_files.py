@@ -22,7 +22,7 @@ def copied(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_named(path, COPIED))
 
 
-def check_beside(folder: Path) -> None:
+def check_sidecar_files(folder: Path) -> None:
     """Raises SettingError for a file that would come along and holds no JSON object, though its name says so."""
     for path in copied(folder):
         if path.suffix == ".json":
@@ -49,7 +49,7 @@ def copied_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in copied(folder))
 
 
-def copy_beside(folder: Path, building: Path) -> None:
+def copy_sidecar_files(folder: Path, building: Path) -> None:
     """Tokenizer, chat templates, generation settings and licence."""
     for path in copied(folder):
         shutil.copyfile(path, building / path.name)

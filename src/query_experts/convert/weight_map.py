@@ -1,8 +1,8 @@
 """The map of tensor names between dense Llama-like checkpoints and GQE's, as data; and the two directions through it.
 
-A line of the map says in which GQE tensors the rows of a dense tensor go. Nearly all go into one of the same name. Two
+A rule of the map says in which GQE tensors the rows of a dense tensor go. Nearly all go into one of the same name. Two
 things happen besides: fused projections are taken apart, and W_O gets columns of zeros for GQE's two extra slots. What
-GQE has and dense models don't (`router`, `q_shared`) stands in no line.
+GQE has and dense models don't (`router`, `q_shared`) stands in no rule.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEFT_OUT = ("rotary_emb.inv_freq",)  # of old checkpoints; computed from the con
 
 
 @dataclass(frozen=True)
-class Line:
+class WeightRule:
     """A dense tensor and where its rows go, in that order. optional: a model may have it (a bias) or not."""
 
     dense: str
@@ -29,8 +29,8 @@ class Line:
     optional: bool = False
 
 
-def same(*names: str, optional: bool = False) -> tuple[Line, ...]:
-    return tuple(Line(name, (name,), optional) for name in names)
+def same(*names: str, optional: bool = False) -> tuple[WeightRule, ...]:
+    return tuple(WeightRule(name, (name,), optional) for name in names)
 
 
 OUTSIDE = (
@@ -46,10 +46,10 @@ QK_NORM = same("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 MLP = same("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 MLP_BIAS = same("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias", optional=True)
 FUSED = (
-    Line(
+    WeightRule(
         "self_attn.qkv_proj.weight", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
     ),
-    Line("mlp.gate_up_proj.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    WeightRule("mlp.gate_up_proj.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     *same(O_PROJ, "mlp.down_proj.weight"),
 )
 
@@ -63,7 +63,9 @@ LAYER = {
 }
 
 
-def to_gqe(dense: dict[str, Tensor], lines: tuple[Line, ...], config: GQEConfig, where: str = "") -> dict[str, Tensor]:
+def to_gqe(
+    dense: dict[str, Tensor], rules: tuple[WeightRule, ...], config: GQEConfig, where: str = ""
+) -> dict[str, Tensor]:
     """Dense tensors -> GQE's of the same values, by `expert` and with all experts kept.
 
     where: what the names stand behind, for messages. Raises SettingError for a tensor that is missing, unknown or of
@@ -71,18 +73,18 @@ def to_gqe(dense: dict[str, Tensor], lines: tuple[Line, ...], config: GQEConfig,
     """
     rest = {name: t for name, t in dense.items() if not name.endswith(LEFT_OUT)}
     ours: dict[str, Tensor] = {}
-    for line in lines:
-        tensor = rest.pop(line.dense, None)
+    for rule in rules:
+        tensor = rest.pop(rule.dense, None)
         if tensor is None:
-            if not line.optional:
-                raise SettingError(f"checkpoint has no tensor {where}{line.dense}; it must have it")
+            if not rule.optional:
+                raise SettingError(f"checkpoint has no tensor {where}{rule.dense}; it must have it")
             continue
-        rows = [_rows(name, config) for name in line.gqe] if len(line.gqe) > 1 else [tensor.shape[0]]
+        rows = [_rows(name, config) for name in rule.gqe] if len(rule.gqe) > 1 else [tensor.shape[0]]
         if sum(rows) != tensor.shape[0]:
             raise SettingError(
-                f"{where}{line.dense} has {tensor.shape[0]} rows; by its config it must have {sum(rows)}"
+                f"{where}{rule.dense} has {tensor.shape[0]} rows; by its config it must have {sum(rows)}"
             )
-        ours |= zip(line.gqe, tensor.split(rows), strict=True)
+        ours |= zip(rule.gqe, tensor.split(rows), strict=True)
     if rest:
         raise SettingError(f"checkpoint has a tensor {where}{min(rest)}, for which GQE has no place")
     if O_PROJ in ours:
@@ -90,10 +92,10 @@ def to_gqe(dense: dict[str, Tensor], lines: tuple[Line, ...], config: GQEConfig,
     return ours
 
 
-def to_dense(ours: dict[str, Tensor], lines: tuple[Line, ...], config: GQEConfig) -> dict[str, Tensor]:
+def to_dense(ours: dict[str, Tensor], rules: tuple[WeightRule, ...], config: GQEConfig) -> dict[str, Tensor]:
     """The reverse: the dense tensors in a GQE model by `expert`, without its router and its extra slots."""
     dense = {
-        line.dense: torch.cat([ours[name] for name in line.gqe]) for line in lines if all(n in ours for n in line.gqe)
+        rule.dense: torch.cat([ours[name] for name in rule.gqe]) for rule in rules if all(n in ours for n in rule.gqe)
     }
     if O_PROJ in dense:
         dense[O_PROJ] = dense[O_PROJ][:, : config.num_attention_heads * config.head_dim].contiguous()

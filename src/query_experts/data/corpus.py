@@ -22,7 +22,7 @@ from query_experts.data.sources import Sources, find_sources
 from query_experts.data.tokenizing import (
     SMALLEST_VOCABULARY,
     TRAINING_BYTES,
-    load_tokenizer,
+    load_fast_tokenizer,
     tokenize_documents,
     train_bpe,
     vocabulary_size,
@@ -245,7 +245,7 @@ class _Build:
     def run(self) -> dict[str, Any]:
         """Write everything; returns what meta.json holds. Raises SettingError, and OSError when the disk refuses."""
         settings = self.settings
-        given = None if settings.tokenizer is None else load_tokenizer(settings.tokenizer)
+        given = None if settings.tokenizer is None else load_fast_tokenizer(settings.tokenizer)
         texts = self.sources.texts(settings.text_field, self.folder)
         tails = self.sources.few_documents(settings.max_bytes)
         documents = SplitDocuments(texts, settings.validation_fraction, settings.max_bytes, tails)

@@ -49,7 +49,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_fast_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer `name`, from a folder or the hub. Raises SettingError when it is unusable or ends no text."""
     folder = Path(name).expanduser()
     allowed = (

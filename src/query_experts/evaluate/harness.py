@@ -37,7 +37,7 @@ from query_experts.common.device import resolve_device
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders, write_json
-from query_experts.evaluate.local_tasks import examples_before, write_definitions
+from query_experts.evaluate.local_tasks import num_examples, write_definitions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FEWSHOT_SEED = 1234  # this and seed_all's are lm-eval's own
@@ -272,7 +272,7 @@ def require_texts(name: str, task: Any) -> None:
 
 def set_examples(name: str, task: Any, num_fewshot: int | None) -> None:
     """As many examples before a question as asked. Raises SettingError for more than the task can show."""
-    shots = examples_before(task.OUTPUT_TYPE, task.get_config("num_fewshot"), num_fewshot)
+    shots = num_examples(task.OUTPUT_TYPE, task.get_config("num_fewshot"), num_fewshot)
     task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(FEWSHOT_SEED)
     if not shots or not hasattr(task, "sampler"):
@@ -311,7 +311,11 @@ def task_results(scored: dict[str, Any], notes: dict[str, str]) -> dict[str, Any
                 better = scored["higher_is_better"].get(name, {}).get(metric)
                 label = metric if used == "none" else f"{metric} ({used})"
                 error = found.get(f"{metric}_stderr,{used}")
-                metrics[label] = {"value": finite(value), "stderr": finite(error), "higher_is_better": better}
+                metrics[label] = {
+                    "value": finite_or_none(value),
+                    "stderr": finite_or_none(error),
+                    "higher_is_better": better,
+                }
         if metrics:
             tasks[name] = {
                 "version": scored["versions"].get(name), "items": found["sample_len"],
@@ -320,7 +324,7 @@ def task_results(scored: dict[str, Any], notes: dict[str, str]) -> dict[str, Any
     return tasks
 
 
-def finite(value: Any) -> float | None:
+def finite_or_none(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 

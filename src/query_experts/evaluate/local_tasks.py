@@ -91,7 +91,7 @@ def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: 
         )
     asked = task.get("test_split") or task["validation_split"]
     shown = task.get("fewshot_split") or task.get("training_split")
-    shots = examples_before(task.get("output_type"), task.get("num_fewshot"), shots)
+    shots = num_examples(task.get("output_type"), task.get("num_fewshot"), shots)
     needed = {asked} | ({shown} if shots and shown else set())
     files: dict[str, str] = {}
     note = None
@@ -112,7 +112,7 @@ def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: 
     return here | absent, note
 
 
-def examples_before(output_type: str | None, own: int | None, asked: int | None) -> int:
+def num_examples(output_type: str | None, own: int | None, asked: int | None) -> int:
     """Examples before a question: as many as asked, or the task's own; a task that says 0 has none to show."""
     if output_type == "loglikelihood_rolling":  # a text is scored alone, whatever lm-eval writes down
         return 0

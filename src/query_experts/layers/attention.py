@@ -237,7 +237,7 @@ class GQEAttention(nn.Module):
             raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions; it must be [batch, keys]")
         mask = causal_mask(
             self.config, x, attention_mask, past_key_values, position_ids,
-            materialise=decodes_in_one_read(self, x.shape[1], past_key_values), layer_idx=self.layer_idx,
+            materialise=uses_shared_decode(self, x.shape[1], past_key_values), layer_idx=self.layer_idx,
         )  # fmt: skip
         past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
         new = torch.arange(x.shape[1], device=x.device) + past  # before the cache moves on
@@ -257,8 +257,8 @@ class GQEAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Routing]:
         """The layer, given a mask from `causal_mask`: y [B, T, D], weights [B, heads, T, S] or None, and routing."""
         routing = self.route(x)
-        if self._projects_the_woken_alone(x):
-            query, key, value = self.project_woken(x, routing)
+        if self._projects_selected_only(x):
+            query, key, value = self.project_selected(x, routing)
         else:
             query, shared_query, key, value = self.project(x)
             query = self.select(query, shared_query, routing)
@@ -292,7 +292,7 @@ class GQEAttention(nn.Module):
         value = self.v_proj(x).view(B, T, G, d).transpose(1, 2)
         return query, shared_query, key, value
 
-    def _projects_the_woken_alone(self, x: Tensor) -> bool:
+    def _projects_selected_only(self, x: Tensor) -> bool:
         """Whether reading the woken experts' weights alone is faster: for one token in all, on a CPU (as it was timed).
 
         And whether they may be read past their modules: plain weights without hooks, adapters, offloading or gradients.
@@ -302,7 +302,7 @@ class GQEAttention(nn.Module):
             return False
         return is_plain_linear(self.q_proj, x.device)
 
-    def project_woken(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
+    def project_selected(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
         """x [1, 1, D] -> what `project` and `select` give: queries [1, G*k (+1), 1, d], keys, values [1, G, 1, d]."""
         G, M, d = self.num_kv_heads, self.experts_per_group, self.head_dim
         rows = row_numbers(routing.indices, M)  # [G*k]
@@ -360,7 +360,7 @@ class GQEAttention(nn.Module):
         routed_query, shared_query = query[:, : G * k], query[:, G * k :]
         visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else query.shape[2] == 1
         dropout = self.dropout if self.training else 0.0
-        if visible and decodes_in_one_read(self, query.shape[2], past_key_values):
+        if visible and uses_shared_decode(self, query.shape[2], past_key_values):
             B, _, T, d = query.shape
             queries = routed_query.view(B, G, k, T, d), shared_query.squeeze(1)
             if self.fused_decode and T == 1 and self._may_fuse(mask, query, key, value, dropout):
@@ -446,7 +446,7 @@ def is_plain_linear(module: nn.Module, device: torch.device) -> bool:
     return not graded and all(type(t) is nn.Parameter and t.device == device for t in tensors)
 
 
-def decodes_in_one_read(layer: Any, num_tokens: int, past_key_values: Cache | None) -> bool:
+def uses_shared_decode(layer: Any, num_tokens: int, past_key_values: Cache | None) -> bool:
     """Whether so few new tokens meet a cache that the shared head is best computed from the scores of all heads.
 
     layer: the layer or its configuration.

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from query_experts.layers.attention import GQEAttention, decodes_in_one_read
+from query_experts.layers.attention import GQEAttention, uses_shared_decode
 from query_experts.layers.balance import BalanceWindow, balance_loss, routing_statistics
 from query_experts.layers.masks import causal_mask
 from query_experts.layers.router import Router
@@ -159,7 +159,7 @@ class GQEModel(GQEPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         mask = causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids,
-            materialise=decodes_in_one_read(self.config, inputs_embeds.shape[1], past_key_values),
+            materialise=uses_shared_decode(self.config, inputs_embeds.shape[1], past_key_values),
         )  # fmt: skip
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -357,7 +357,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         """The mask that `generate` makes ahead of a compiled step over a static cache."""
         return causal_mask(
             config, inputs_embeds, attention_mask, past_key_values, position_ids,
-            materialise=decodes_in_one_read(config, inputs_embeds.shape[1], past_key_values),
+            materialise=uses_shared_decode(config, inputs_embeds.shape[1], past_key_values),
         )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ attention in `attention`, the rotary embedding in `rotary`; how W_O is cut for t
 which needs no vLLM.
 """
 
-MODEL = "query_experts.serving.model:GQEForCausalLM"
+MODEL = "query_experts.serving.model:VLLMGQEForCausalLM"
 
 
 def register() -> None:

@@ -41,13 +41,13 @@ def record_routing(indices: Tensor, layer_name: str) -> None:
     An operator, as a compiled graph would not see a listener that comes later. It is declared to change the indices,
     which it only reads: a compiler drops an operator that nothing after it depends on.
     """
-    layer: GQEAttention = get_forward_context().no_compile_layers[layer_name]
+    layer: VLLMGQEAttention = get_forward_context().no_compile_layers[layer_name]
     if layer.capture_fn is not None:
         first = torch.arange(0, layer.groups * layer.experts, layer.experts, device=indices.device)
         layer.capture_fn((indices + first[:, None]).flatten(1))
 
 
-class GQEAttention(nn.Module):
+class VLLMGQEAttention(nn.Module):
     """`query_experts.GQEAttention` for serving. Takes the arguments that vLLM's Llama layer gives its attention.
 
     bias, bias_o_proj: passed over, as vLLM's Llama derives them from fields that GQE doesn't have, too.

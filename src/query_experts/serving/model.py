@@ -11,18 +11,18 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from query_experts.model.configuration_gqe import GQEConfig
-from query_experts.serving.attention import GQEAttention
-from query_experts.serving.sharding import as_ranks_hold_it, output_rows
+from query_experts.serving.attention import VLLMGQEAttention
+from query_experts.serving.sharding import output_rows, shard_for_ranks
 
 FOREIGN = {"sliding_window": None, "logit_scale": 1.0, "is_causal": True}  # vLLM obeys them; by default they do nothing
 
 
-class GQEDecoderLayer(LlamaDecoderLayer):
+class VLLMGQEDecoderLayer(LlamaDecoderLayer):
     def __init__(self, vllm_config: VllmConfig, prefix: str = "", config: Any = None):
-        super().__init__(vllm_config, prefix, config, attn_layer_type=GQEAttention)
+        super().__init__(vllm_config, prefix, config, attn_layer_type=VLLMGQEAttention)
 
 
-class GQEForCausalLM(LlamaForCausalLM):
+class VLLMGQEForCausalLM(LlamaForCausalLM):
     """Serves what `query_experts.GQEForCausalLM` saves.
 
     Raises ValueError for a configuration that can't be built or that vLLM would read otherwise than Transformers, and
@@ -35,7 +35,7 @@ class GQEForCausalLM(LlamaForCausalLM):
         self.ranks = get_tensor_model_parallel_world_size()
         if vllm_config.lora_config is not None and self.ranks > 1:
             raise ValueError(f"tensor_parallel_size is {self.ranks}; with LoRA adapters a GQE model needs 1")
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=GQEDecoderLayer)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=VLLMGQEDecoderLayer)
         self.quantised = vllm_config.quant_config is not None
         # not of dummy weights: what loads later, in whatever pieces, is an update
         self.must_load_all = vllm_config.load_config.load_format != "dummy" and not self.quantised
@@ -47,7 +47,7 @@ class GQEForCausalLM(LlamaForCausalLM):
         those of linear maps, and would serve whatever memory held. (Of quantised weights it does.)
         """
         seen: set[str] = set()
-        loaded = super().load_weights(self._as_ranks_hold_them(weights, seen))
+        loaded = super().load_weights(self._sharded_for_ranks(weights, seen))
         missing = self._names_in_checkpoint() - seen if self.must_load_all else None
         if missing:
             named = ", ".join(sorted(missing)[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
@@ -55,9 +55,7 @@ class GQEForCausalLM(LlamaForCausalLM):
         self.must_load_all = False
         return loaded
 
-    def _as_ranks_hold_them(
-        self, weights: Iterable[tuple[str, Tensor]], seen: set[str]
-    ) -> Iterable[tuple[str, Tensor]]:
+    def _sharded_for_ranks(self, weights: Iterable[tuple[str, Tensor]], seen: set[str]) -> Iterable[tuple[str, Tensor]]:
         rows = output_rows(self.config)
         for name, tensor in weights:
             seen.add(name)
@@ -68,7 +66,7 @@ class GQEForCausalLM(LlamaForCausalLM):
                     f"be [{self.config.hidden_size}, {rows}]"
                 )
             if ".o_proj." in name and self.config.variant == "gqe" and self.ranks > 1:
-                tensor = as_ranks_hold_it(name, tensor, self.config, self.ranks)
+                tensor = shard_for_ranks(name, tensor, self.config, self.ranks)
             yield name, tensor
 
     def _names_in_checkpoint(self) -> set[str]:

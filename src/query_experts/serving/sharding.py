@@ -23,7 +23,7 @@ def output_rows(config: GQEConfig) -> int:
     return (hard + (2 if config.variant == "gqe" else 0)) * config.head_dim
 
 
-def as_ranks_hold_it(name: str, tensor: Tensor, config: GQEConfig, num_ranks: int) -> Tensor:
+def shard_for_ranks(name: str, tensor: Tensor, config: GQEConfig, num_ranks: int) -> Tensor:
     """A tensor of o_proj in the checkpoint: its weight dealt out; its bias and scales of a whole row as they are.
 
     Raises ValueError for weights quantised in blocks or packed, whose rows can't be told apart.

@@ -17,7 +17,7 @@ from query_experts.model.arms import ModelSize
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.study.compare import diverged, open_corpus, stopped
 from query_experts.study.settings import TrainSettings
-from query_experts.study.train import Start, stop_after, train_arm
+from query_experts.study.train import StartingPoint, stop_after, train_arm
 from query_experts.study.workspace import own_folder
 
 
@@ -30,7 +30,7 @@ def train(settings: TrainSettings, console: Console) -> bool:
     start, arm = None, settings.arm
     if settings.init is not None:
         start, arm = load_start(settings), "converted"
-        settings = of_its_size(settings, start.model.config)
+        settings = with_model_sizes(settings, start.model.config)
     with own_folder(Path(settings.out)) as out:
         stop = stop_after(settings.stop_after_minutes)
         corpus = open_corpus(settings, out, console)
@@ -50,7 +50,7 @@ def train(settings: TrainSettings, console: Console) -> bool:
     return True
 
 
-def load_start(settings: TrainSettings) -> Start:
+def load_start(settings: TrainSettings) -> StartingPoint:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
     assert settings.init is not None
     model, tokenizer = load_gqe(Path(settings.init), "init")
@@ -78,7 +78,7 @@ def load_start(settings: TrainSettings) -> Start:
         beside = has_tokenizer(settings.teacher)
         if beside and load_tokenizer(settings.teacher, teacher, "teacher").get_vocab() != tokenizer.get_vocab():
             raise SettingError(f"teacher is {settings.teacher}, whose tokenizer isn't that of init; they must agree")
-    return Start(model, teacher, settings.distillation, settings.sparsify_fraction)
+    return StartingPoint(model, teacher, settings.distillation, settings.sparsify_fraction)
 
 
 def load_teacher(name: str) -> PreTrainedModel:
@@ -86,7 +86,7 @@ def load_teacher(name: str) -> PreTrainedModel:
     return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
 
 
-def of_its_size(settings: TrainSettings, config: GQEConfig) -> TrainSettings:
+def with_model_sizes(settings: TrainSettings, config: GQEConfig) -> TrainSettings:
     """The settings with the sizes of the model that is trained on, and with its tokenizer.
 
     Raises SettingError for a size that was set to something else, another tokenizer, an arm, and sequences that are

@@ -44,7 +44,7 @@ def measure_prefill(settings: CompareSettings, folders: dict[str, Path], kept: P
     models = {arm: load(folder, settings) for arm, folder in folders.items()}
     with tqdm(total=len(todo) * (settings.prefill_repeats + 1), desc="prefill", unit="turn") as bar:
         for length in todo:
-            seconds[str(length)] = time_in_turn(models, length, settings, bar)
+            seconds[str(length)] = time_prefill(models, length, settings, bar)
             write_json(kept, {"made_with": made_with, "seconds": seconds})
             if stop.made:
                 return length in again or length == missing[-1]
@@ -99,7 +99,7 @@ def _read_kept(kept: Path, made_with: dict[str, Any]) -> dict[str, dict[str, lis
         return {}
 
 
-def time_in_turn(
+def time_prefill(
     models: dict[str, PreTrainedModel], length: int, settings: CompareSettings, bar: tqdm
 ) -> dict[str, list[float]]:
     """Seconds of each repeat for each arm, at one prompt length."""

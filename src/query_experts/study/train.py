@@ -42,7 +42,7 @@ from query_experts.training import GQETrainer
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """Where a run starts that isn't an arm's: a converted model, and the dense one that it learns from, if any."""
 
     model: GQEForCausalLM
@@ -58,7 +58,7 @@ def train_arm(
     corpus: Corpus,
     folder: Path,
     stop: StopRequest,
-    start: Start | None = None,
+    start: StartingPoint | None = None,
 ) -> dict[str, Any] | None:
     """Train one arm, going on from its last checkpoint, and write model and result.json; None if asked to stop before.
 
