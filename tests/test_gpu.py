@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, TrainingArg
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM
 from query_experts.bench.models import Layer
 from query_experts.bench.settings import BenchSettings
+from query_experts.common.timing import as_cuda_graph
 from query_experts.convert import convert_model, from_dense
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.ops.shared_decode import shared_decode
