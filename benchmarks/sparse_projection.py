@@ -13,7 +13,7 @@ from query_experts.bench.settings import BenchSettings
 from query_experts.common.environment import environment
 from query_experts.common.files import write_json
 from query_experts.common.timing import time_interleaved
-from query_experts.layers import attention
+from query_experts.ops import select
 
 RESULT = Path(__file__).resolve().parent / "results" / "woken-cpu.json"
 CACHED, REPEATS = 4096, 15
@@ -27,7 +27,7 @@ def main() -> None:
         for name, layers_arm in (("dense", "dense"), ("all", "gqe"), ("woken", "gqe")):
             layer = Layer(settings, layers_arm, "cpu", CACHED + 1)
             if name != "dense":
-                layer.module._projects_selected_only = lambda x, alone=name == "woken": alone
+                select.reads_selected_rows = lambda *_, alone=name == "woken": alone
             calls[name] = layer.cached("static", 1, CACHED, 1)
         seconds = time_interleaved(calls, REPEATS, "cpu")
         ratios = [whole / alone for whole, alone in zip(seconds["all"], seconds["woken"], strict=True)]
@@ -35,7 +35,7 @@ def main() -> None:
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"M = {heads // 8}: the woken alone {spread} times as fast")
     where = environment("cpu", "bfloat16")
-    write_json(RESULT, {"cached": CACHED, "sparse_from": attention.SPARSE_FROM, "environment": where, "points": points})
+    write_json(RESULT, {"cached": CACHED, "sparse_from": select.SPARSE_FROM, "environment": where, "points": points})
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ from query_experts.common.device import has_bfloat16
 from query_experts.common.errors import SettingError
 from query_experts.common.settings import parse_settings
 from query_experts.layers import attention
-from query_experts.layers.attention import CausalKernel, GQEAttention
+from query_experts.layers.attention import GQEAttention
 from query_experts.model import costs
+from query_experts.ops import select
+from query_experts.ops.attend import CausalKernel
 from study_helpers import quiet, said
 
 SMALL = BenchSettings(
@@ -157,21 +159,21 @@ def test_the_gate_looks_at_no_more_than_is_timed():
         assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", suites)] == whats
 
 
-def test_the_gate_looks_at_the_projection_of_the_woken_alone(monkeypatch):
-    project = GQEAttention.project_selected
-    monkeypatch.setattr(GQEAttention, "project_selected", lambda *args: tuple(t * 0 for t in project(*args)))
+def test_the_gate_looks_at_the_projection_of_the_selected_alone(monkeypatch):
+    project = select.project_selected_rows
+    monkeypatch.setattr(select, "project_selected_rows", lambda *args: project(*args) * 0)
     layer = Layer(replace(SMALL, num_attention_heads=16), "gqe", "cpu", 1024)
     assert [c.what for c in check_layer(layer, "gqe", SUITES) if not c.passed] == ["decoding one sequence"]
 
 
 def test_the_gate_looks_at_gradients(monkeypatch):
-    select = GQEAttention.select
+    project = GQEAttention.project_queries
 
-    def without_gradient(self, query, *rest):
-        spoilt = self.config._attn_implementation == "sdpa"
-        return select(self, query.detach() if spoilt else query, *rest)
+    def without_gradient(self, *args):
+        query = project(self, *args)
+        return query.detach() if self.config._attn_implementation == "sdpa" else query
 
-    monkeypatch.setattr(GQEAttention, "select", without_gradient)
+    monkeypatch.setattr(GQEAttention, "project_queries", without_gradient)
     layer = Layer(SMALL, "gqe", "cpu", 1024)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         list(check_layer(layer, "gqe", SUITES))

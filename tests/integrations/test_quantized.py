@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from model_helpers import EXACT, new_cache, random_tokens, tiny_model
 from query_experts import GQEForCausalLM
 from query_experts.layers.router import Router
+from query_experts.ops.select import reads_selected_rows
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test-quantized")
 pytest.importorskip("torchao", reason="torchao is not installed: make test-quantized")
@@ -102,11 +103,15 @@ def test_logits_are_as_near_as_the_roundings_of_the_weights_allow(models):
     assert 0 < error <= 2 * allowed
 
 
-def test_the_woken_experts_weights_are_not_read_past_a_quantised_projection(models):
+def test_the_selected_experts_weights_are_not_read_past_a_quantised_projection(models):
     plain, quantised, _ = models
     x = torch.randn(1, 1, SIZE["hidden_size"])
     for model, reads in ((plain, True), (quantised, False)):
-        assert [layer.self_attn._projects_selected_only(x) for layer in model.model.layers] == [reads] * 2
+        layers = [layer.self_attn for layer in model.model.layers]
+        found = [
+            reads_selected_rows(layer.q_proj, x, layer.route(x).indices, layer.experts_per_group) for layer in layers
+        ]
+        assert found == [reads] * 2
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

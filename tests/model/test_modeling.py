@@ -30,8 +30,8 @@ from model_helpers import (
     tiny_model,
 )
 from query_experts import GQEForCausalLM, GQEModel
-from query_experts.layers.attention import CausalKernel
 from query_experts.model.modeling_gqe import GQESelfAttention
+from query_experts.ops.attend import CausalKernel
 
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=setting_id)
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model_helpers import new_cache, random_tokens, tiny_model
 from query_experts.layers.attention import GQEAttention
+from query_experts.ops.select import project_selected_rows, reads_selected_rows, select_experts, selected_queries
 from query_experts.ops.shared_decode import shared_decode
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}  # values of order 1, sums of up to 111 products in float64
@@ -181,20 +182,20 @@ def test_decoding_over_the_mean_the_plain_way_would_be_noticed():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"variant": "hard_concat"}], ids=str)
 @torch.no_grad()
-def test_projecting_the_woken_alone_gives_the_queries_that_are_selected_from_all(options, bias):
+def test_projecting_only_the_selected_rows_gives_the_queries_that_are_selected_from_all(options, bias):
     torch.manual_seed(0)
     layer = GQEAttention(24, 32, 2, head_dim=6, bias=bias, **options).double()
     x = torch.randn(1, 1, 24, dtype=torch.float64)
-    routing = layer.route(x)
-    query, shared, key, value = layer.project(x)
-    expected = layer.select(query, shared, routing), key, value
-    for actual, reference in zip(layer.project_selected(x, routing), expected, strict=True):
-        torch.testing.assert_close(actual, reference, **EXACT)
+    indices = layer.route(x).indices
+    expected = select_experts(layer.q_proj(x).view(1, 1, 2, 16, 6), indices)
+    assert reads_selected_rows(layer.q_proj, x, indices, 16)
+    torch.testing.assert_close(project_selected_rows(layer.q_proj, x, indices, 16), expected, **EXACT)
+    torch.testing.assert_close(selected_queries(layer.q_proj, x, indices, 16), expected, **EXACT)
 
 
-def test_the_woken_are_projected_alone_for_one_token_where_experts_sleep_and_no_weight_is_trained():
+def test_only_selected_rows_are_projected_for_one_token_where_few_experts_are_active_and_no_weight_is_trained():
     def asked(layer, x):
-        return layer._projects_selected_only(x)
+        return reads_selected_rows(layer.q_proj, x, layer.route(x).indices, layer.experts_per_group)
 
     many = GQEAttention(24, 16, 2, head_dim=6)
     one = torch.randn(1, 1, 24)

@@ -32,8 +32,8 @@ from transformers.testing_utils import torch_device
 from transformers.utils import TransformersKwargs
 
 from query_experts import GQEConfig, GQEForCausalLM, GQEModel
-from query_experts.layers.attention import DECODE_TOKENS
 from query_experts.model.modeling_gqe import GQEPreTrainedModel
+from query_experts.ops.attend import DECODE_TOKENS
 
 # Lists of model types and class names by which the tests choose what to run; a model outside Transformers is in none.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # no list: every model with a plan

@@ -10,6 +10,9 @@ from torch import Tensor
 from query_experts.bench.models import Layer
 from query_experts.common.timing import time_interleaved
 from query_experts.layers.attention import GQEAttention, Routing
+from query_experts.ops.attend import attend
+from query_experts.ops.rotate import rotate
+from query_experts.ops.select import select_experts
 
 ROUTING_STAGES = ("route", "select", "combine")
 
@@ -23,18 +26,19 @@ def time_parts(layer: Layer, length: int, repeats: int, device: str) -> dict[str
     arguments = layer.prepare(x, 0, None)
     cos_sin, mask = arguments["position_embeddings"], arguments["attention_mask"]
     routing = module.route(x)
-    query, shared_query, key, value = module.project(x)
-    selected = module.select(query, shared_query, routing)
-    rotated, rotated_key = module.rotate(selected, key, cos_sin)
-    routed, shared, _ = module.attend(rotated, rotated_key, value, mask, None)
+    query, shared_query = project_all(module, x)
+    key, value = module.project_keys_values(x)
+    selected = select(query, shared_query, routing)
+    rotated, rotated_key = rotate(selected, key, cos_sin)
+    routed, shared, _ = attend(module, rotated, rotated_key, value, mask, None)
     slots = module.combine(routed, shared, routing)
     uniform = uniform_routing(routing)
 
     def layer_with(fixed: Routing) -> Callable[[], Tensor]:
         def call() -> Tensor:
-            q, s, k, v = module.project(x)
-            rotated_q, rotated_k = module.rotate(module.select(q, s, fixed), k, cos_sin)
-            ours, shared, _ = module.attend(rotated_q, rotated_k, v, mask, None)
+            k, v = module.project_keys_values(x)
+            rotated_q, rotated_k = rotate(module.project_queries(x, fixed), k, cos_sin)
+            ours, shared, _ = attend(module, rotated_q, rotated_k, v, mask, None)
             return module.o_proj(module.combine(ours, shared, fixed))
 
         return call
@@ -44,14 +48,26 @@ def time_parts(layer: Layer, length: int, repeats: int, device: str) -> dict[str
         "layer, routing given": layer_with(routing),
         "layer, routing given and uniform": layer_with(uniform),
         "route": lambda: module.route(x),
-        "project": lambda: module.project(x),
-        "select": lambda: module.select(query, shared_query, routing),
-        "rotate": lambda: module.rotate(selected, key, cos_sin),
-        "attend": lambda: module.attend(rotated, rotated_key, value, mask, None),
+        "project": lambda: (project_all(module, x), module.project_keys_values(x)),
+        "select": lambda: select(query, shared_query, routing),
+        "rotate": lambda: rotate(selected, key, cos_sin),
+        "attend": lambda: attend(module, rotated, rotated_key, value, mask, None),
         "combine": lambda: module.combine(routed, shared, routing),
         "output projection": lambda: module.o_proj(slots),
     }
     return {name: [round(s, 7) for s in times] for name, times in time_interleaved(calls, repeats, device).items()}
+
+
+def project_all(module: GQEAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, T, D] -> queries of all experts [B, T, G, M, d], and of the shared head [B, T, 1, d]."""
+    assert module.q_shared is not None
+    query = module.q_proj(x).view(*x.shape[:2], module.num_kv_heads, module.experts_per_group, module.head_dim)
+    return query, module.q_shared(x).unsqueeze(2)
+
+
+def select(query: Tensor, shared_query: Tensor, routing: Routing) -> Tensor:
+    """As `GQEAttention.project_queries` goes on: [B, G*k + 1, T, d]."""
+    return torch.cat([select_experts(query, routing.indices).flatten(2, 3), shared_query], 2).transpose(1, 2)
 
 
 def uniform_routing(routing: Routing) -> Routing:

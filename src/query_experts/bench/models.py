@@ -18,12 +18,13 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from query_experts.bench.settings import SDPA_BACKENDS, BenchSettings
-from query_experts.layers.attention import GQEAttention, uses_shared_decode
+from query_experts.layers.attention import GQEAttention
 from query_experts.layers.masks import causal_mask
 from query_experts.model.arms import build
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.initialization import initialise_by_name
 from query_experts.model.modeling_gqe import GQESelfAttention
+from query_experts.ops.attend import uses_shared_decode
 
 SEED = 0
 MOST_SHAPES = 64  # that one compiled subject meets, in the gate above all

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig, PreTrainedModel
 
-from query_experts.layers.attention import SPARSE_FROM
 from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.ops.select import SPARSE_FROM
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from query_experts.layers.attention import GQEAttention, uses_shared_decode
+from query_experts.layers.attention import GQEAttention
 from query_experts.layers.balance import BalanceWindow, balance_loss, routing_statistics
 from query_experts.layers.masks import causal_mask
 from query_experts.layers.router import Router
 from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.ops.attend import uses_shared_decode
 
 
 class KeptLogits:

@@ -1,19 +1,67 @@
-"""Taking the woken experts' rows out of all experts' rows, and putting them back.
+"""Selects the rows of the chosen experts from the rows of all experts, and puts them back.
 
-Both work on whole rows of d numbers, which no two indices share: a copy for each row, forwards and backwards. The plain
-way, `torch.gather` and `scatter` with an index for every number, gives the same and takes a CPU longer.
+Both work on whole rows of d numbers that no two indices share, so forwards and backwards copy each row once.
+`torch.gather` and `scatter` with one index per number give the same and take a CPU longer.
 
-Shapes: B batch, T tokens, G groups, M experts in a group, k woken in a group, d head dim.
+Shapes: B batch, T tokens, D hidden size, G groups, M experts in a group, k selected in a group, d head dim.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SPARSE_FROM = 8  # experts per selected one, from which reading only the selected rows of W_Q is faster (measured)
+
+
+def selected_queries(q_proj: nn.Module, x: Tensor, indices: Tensor, num_experts: int) -> Tensor:
+    """Projects x [B, T, D] to the queries of the selected experts, [B, T, G, k, d].
+
+    q_proj: a linear map D -> G*M*d. indices: int64 [B, T, G, k]. num_experts: M. Every query is projected and the
+    selected ones are kept, except where `reads_selected_rows` holds.
+    """
+    if reads_selected_rows(q_proj, x, indices, num_experts):
+        assert isinstance(q_proj, nn.Linear)
+        return project_selected_rows(q_proj, x, indices, num_experts)
+    query = q_proj(x).view(*x.shape[:2], indices.shape[2], num_experts, -1)  # [B, T, G, M, d]
+    return select_experts(query, indices)
+
+
+def reads_selected_rows(q_proj: nn.Module, x: Tensor, indices: Tensor, num_experts: int) -> bool:
+    """Whether to read only the selected rows of W_Q: for one token in all on a CPU, where that was measured faster.
+
+    The weights must be readable past their module: no hooks, adapters, offloading or gradients.
+    """
+    one_token = x.is_cpu and x.shape[0] * x.shape[1] == 1
+    if not one_token or num_experts < SPARSE_FROM * indices.shape[-1] or torch.compiler.is_compiling():
+        return False
+    return is_plain_linear(q_proj, x.device)
+
+
+def project_selected_rows(q_proj: nn.Linear, x: Tensor, indices: Tensor, num_experts: int) -> Tensor:
+    """As `selected_queries` for x [1, 1, D], from the selected rows of a plain linear map's weight and bias."""
+    G, k = indices.shape[2:]
+    rows = row_numbers(indices, num_experts)  # [G*k]
+    weight, bias = (
+        t.view(G * num_experts, -1, *t.shape[1:]).index_select(0, rows).flatten(0, 1) if t is not None else None
+        for t in (q_proj.weight, q_proj.bias)
+    )  # [G*k*d, D], [G*k*d]
+    return F.linear(x, weight, bias).view(1, 1, G, k, -1)
+
+
+def is_plain_linear(module: nn.Module, device: torch.device) -> bool:
+    """Whether calling the module is `F.linear` with its weight and bias, and autograd needs to see none of it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if type(module) is not nn.Linear or hooked:
+        return False
+    tensors = [t for t in (module.weight, module.bias) if t is not None]
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not graded and all(type(t) is nn.Parameter and t.device == device for t in tensors)
 
 
 def row_numbers(indices_BTGk: Tensor, num_experts: int) -> Tensor:
-    """Where the woken experts stand among the B*T*G*M rows of all experts: int64 [B*T*G*k]."""
+    """The positions of the selected experts among the B*T*G*M rows of all experts: int64 [B*T*G*k]."""
     k = indices_BTGk.shape[-1]
     first = torch.arange(0, indices_BTGk.numel() // k * num_experts, num_experts, device=indices_BTGk.device)
     return (indices_BTGk.reshape(-1, k) + first[:, None]).flatten()

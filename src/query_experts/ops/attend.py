@@ -1,0 +1,150 @@
+"""Causal attention of the selected heads, and of the shared head over the mean of all groups' keys and values.
+
+`attend` chooses the implementation: a kernel of Transformers' attention interface, one read of the cache for a few new
+tokens (`shared_decode`), or the Triton kernel for one token (`fused_decode`).
+
+Shapes: B batch, T new tokens, S keys (cached and new), G groups, k selected experts in a group, H = G*k + 1 heads (G*k
+without the shared head), d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
+
+from query_experts.ops.shared_decode import shared_decode
+
+DECODE_TOKENS = 8  # up to this many new tokens, forming all their scores costs less than a mean over the cache
+
+
+class CausalKernel(nn.Module):
+    """One call of Transformers' attention interface: the backend, and how many query heads share a KV head."""
+
+    is_causal = True
+
+    def __init__(self, config: Any, num_key_value_groups: int, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.num_key_value_groups = num_key_value_groups
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """query [B, H, T, d], key and value [B, G, S, d] -> output [B, T, H, d], weights [B, H, T, S] or None."""
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return interface(self, query, key, value, mask, **kwargs)
+
+
+def uses_shared_decode(layer: Any, num_tokens: int, past_key_values: Cache | None) -> bool:
+    """Whether so few new tokens meet a cache that `shared_decode` serves them. layer: a layer or its configuration."""
+    return (
+        past_key_values is not None
+        and num_tokens <= DECODE_TOKENS
+        and layer.variant == "gqe"
+        and layer.shared_head_kv == "mean"
+    )
+
+
+def attend(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Outputs of the selected experts [B, T, G, k, d], of the shared head [B, T, d] or None, and weights or None.
+
+    Args:
+        layer: the `GQEAttention` that asks: its shape, kernels, backend and dropout are read.
+        query: [B, H, T, d], the selected experts' first, then the shared head's.
+        key: [B, G, S, d].
+        value: [B, G, S, d].
+        mask: from `causal_mask`.
+        past_key_values: the cache that key and value come from, if any.
+        **kwargs: passed on to the backend.
+
+    Returns:
+        The outputs; and the attention weights [B, H, T, S] where the backend is eager.
+    """
+    num_tokens = query.shape[2]
+    visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else num_tokens == 1
+    dropout = layer.dropout if layer.training else 0.0
+    if visible and uses_shared_decode(layer, num_tokens, past_key_values):
+        if layer.fused_decode and num_tokens == 1 and _fits_fused_decode(layer, mask, query, key, value, dropout):
+            return _fused(layer, query, key, value, mask)
+        return _decode(layer, query, key, value, mask, dropout)
+    kwargs |= {"scaling": layer.scaling, "dropout": dropout}
+    if layer.shared_head is None:
+        routed, weights = layer.routed_heads(query, key, value, mask, **kwargs)  # [B, T, G*k, d]
+        return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), None, weights
+    if layer.config._attn_implementation == "eager":
+        return _eager(layer, query, key, value, mask, **kwargs)
+    return _two_calls(layer, query, key, value, mask, **kwargs)
+
+
+def _split_queries(layer: Any, query: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, T, d] -> the selected experts' [B, G, k, T, d] and the shared head's [B, T, d]."""
+    routed = query[:, :-1].view(query.shape[0], layer.num_kv_heads, layer.top_k, *query.shape[2:])
+    return routed, query[:, -1:].squeeze(1)
+
+
+def _decode(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    routed, shared, weights = shared_decode(*_split_queries(layer, query), key, value, mask, layer.scaling, dropout)
+    returned = None
+    if layer.config._attn_implementation == "eager":
+        returned = torch.cat([weights[:, :, :-1].flatten(1, 2), weights[:, 0, -1:]], 1)  # [B, H, T, S]
+    return routed.permute(0, 3, 1, 2, 4), shared, returned
+
+
+def _fused(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    from query_experts.ops.fused_decode import fused_decode  # needs triton
+
+    routed, shared = fused_decode(*_split_queries(layer, query), key, value, mask, layer.scaling)
+    return routed.permute(0, 3, 1, 2, 4), shared, None
+
+
+def _fits_fused_decode(
+    layer: Any, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, dropout: float
+) -> bool:
+    """Whether nothing is asked that the kernel doesn't give: gradients, weights, float64, dropout, additive masks."""
+    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    plain_only = layer.config._attn_implementation == "eager" or query.dtype == torch.float64 or dropout > 0
+    return not (graded or plain_only) and (mask is None or mask.dtype == torch.bool)
+
+
+def _shared_key_value(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The one key and value head [B, 1, S, d] that the shared head reads."""
+    if layer.shared_head_kv == "mean":
+        return key.mean(1, keepdim=True), value.mean(1, keepdim=True)
+    return key[:, :1], value[:, :1]
+
+
+def _two_calls(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, None]:
+    shared_key, shared_value = _shared_key_value(layer, key, value)
+    routed, _ = layer.routed_heads(query[:, :-1], key, value, mask, **kwargs)
+    shared, _ = layer.shared_head(query[:, -1:], shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
+    return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), shared.squeeze(2), None
+
+
+def _eager(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One call, so that the returned weights are those of the output; each KV head is repeated k times beforehand."""
+    shared_key, shared_value = _shared_key_value(layer, key, value)
+    key, value = (
+        torch.cat([repeat_kv(routed, layer.top_k), shared], 1)
+        for routed, shared in ((key, shared_key), (value, shared_value))
+    )
+    out, weights = layer.shared_head(query, key, value, mask, **kwargs)  # [B, T, H, d]
+    return out[:, :, :-1].unflatten(2, (layer.num_kv_heads, layer.top_k)), out[:, :, -1], weights
