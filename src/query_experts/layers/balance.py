@@ -1,4 +1,4 @@
-"""The losses that keep all experts in use, and the counts over an optimizer step that they are made of."""
+"""Load balancing: the router's losses, and the selection counts of an optimizer step that they need."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from query_experts.layers.router import select_top_k
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Sums over tokens from which the router's losses follow. Sums add up over micro-batches and ranks."""
+    """Sums over tokens that the router's losses are computed from. They add up over micro-batches and ranks."""
 
-    selected: Tensor  # [L, G, M] how many tokens woke each expert; no gradient
+    selected: Tensor  # [L, G, M] tokens that selected each expert; no gradient
     prob_sum: Tensor  # [L, G, M] sum of router probabilities
     z_sum: Tensor  # [L] sum over tokens of the squared logsumexp of the logits, mean over groups
-    tokens: Tensor  # scalar, how many tokens were counted
+    tokens: Tensor  # scalar, counted tokens
 
 
 def routing_statistics(
     router_logits: tuple[Tensor, ...], num_groups: int, top_k: int, token_mask: Tensor | None
 ) -> RoutingStatistics:
-    """Count one forward pass.
+    """Counts one forward pass.
 
-    router_logits: L tensors [B*T, N]; token_mask: [B, T], nonzero where a token counts, or None for all.
+    Args:
+        router_logits: L tensors [B*T, N], float32 or float64, one per layer.
+        num_groups: G.
+        top_k: k.
+        token_mask: [B, T], nonzero where a token counts, or None for all.
     """
     device, dtype = router_logits[0].device, router_logits[0].dtype
     count = token_mask.reshape(-1).to(device).ne(0).to(dtype) if token_mask is not None else None
@@ -52,19 +56,24 @@ def routing_statistics(
 def balance_loss(selected_fraction: Tensor, mean_probs: Tensor) -> Tensor:
     """M * sum_m f_m P_m inside each group, mean over groups, sum over layers (section 3; Switch, arXiv 2101.03961).
 
-    Both [L, G, M]: f, the fraction of tokens that woke each expert (sums to k), and P, the mean probability. -> scalar
+    Args:
+        selected_fraction: f, [L, G, M], the fraction of tokens that selected each expert; sums to k over a group.
+        mean_probs: P, [L, G, M], the mean router probability.
+
+    Returns:
+        A scalar.
     """
     num_experts = selected_fraction.shape[-1]
     return num_experts * (selected_fraction * mean_probs).sum(-1).mean(-1).sum()
 
 
 class BalanceWindow:
-    """Selections counted so far in the current optimizer step, so that f spans its micro-batches.
+    """Counts the selections of the current optimizer step, so that f spans its micro-batches.
 
-    An optimizer's step empties every window. Where torch sees none (a step that a gradient scaler skips, an optimizer
-    that isn't torch's), a step is recognised by its counts: all micro-batches of a step carry the same total
-    (`num_items_in_batch`), and theirs add up to it; a new step begins when the total changes or would be overrun.
-    Nothing is read back to the host, so the window works under `torch.compile` and costs no synchronisation.
+    Every optimizer step empties every window. Torch doesn't see a step that a gradient scaler skips, or one of an
+    optimizer that isn't torch's. There the counts tell: all micro-batches of a step carry the same total
+    (`num_items_in_batch`), and their items add up to it. A new step begins when the total changes or would be exceeded.
+    Nothing is read back to the host, so the window works under `torch.compile` and needs no synchronisation.
     """
 
     live: ClassVar[weakref.WeakSet[BalanceWindow]] = weakref.WeakSet()
@@ -81,11 +90,18 @@ class BalanceWindow:
         self.__init__()  # type: ignore[misc] # copies begin empty
 
     def add(self, selected: Tensor, tokens: Tensor, items: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one micro-batch; returns selected [L, G, M] and tokens (scalar) of the step up to and with it.
+        """Adds one micro-batch.
 
-        items of `total`: how much of the step the micro-batch is, in whatever the Trainer counts. On R ranks, which
-        add up their items, total is R times what the Trainer says: it may have counted a rank's own batch, and
-        replicas count theirs R times. So where torch sees no step and totals are equal, up to R steps add up.
+        Args:
+            selected: [L, G, M], tokens of the micro-batch that selected each expert.
+            tokens: scalar, its tokens.
+            items: scalar, its items in the unit that the Trainer counts (tokens or labels).
+            total: scalar, items of the whole step. On R ranks, which sum their items, it is R times what the Trainer
+                says: the Trainer may have counted a rank's own batch, and replicas count theirs R times. So where
+                torch sees no step and totals are equal, up to R steps add up.
+
+        Returns:
+            selected [L, G, M] and tokens (scalar) of the step so far, this micro-batch included.
         """
         before = self.so_far
         if before is not None and (before[0].shape, before[0].device) == (selected.shape, selected.device):

@@ -1,7 +1,7 @@
-"""Which keys a query may see: causal, not padding, and of its own document.
+"""Builds attention masks: causal, without padding, one document at a time.
 
-Transformers builds the masks for every attention backend; what is added here is the document rule, which holds with
-a cache and with an all-ones attention mask too.
+Transformers builds the masks of every attention backend. This file adds the document rule, which also holds with a
+cache and with an all-ones attention mask.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
 @dataclass
 class AttentionBackend:
-    """What Transformers' mask and attention interfaces read of a model's config, for a layer that has none."""
+    """The part of a model's config that Transformers' mask and attention interfaces read, for a layer without one."""
 
     _attn_implementation: str
 
@@ -33,9 +33,9 @@ SDPA = AttentionBackend("sdpa")
 
 @dataclass(frozen=True)
 class CacheLengths:
-    """A cache as it stands before this step, as far as masks ask.
+    """The lengths of a cache before this step, under the methods that mask functions call.
 
-    A static cache's length is a live tensor that `update` advances, and FlexAttention evaluates its mask after that.
+    A static cache's length is a live tensor that `update` advances; FlexAttention evaluates its mask after that.
     """
 
     past: Any  # int, or a tensor for a static cache
@@ -72,12 +72,20 @@ def causal_mask(
     materialise: bool = False,
     layer_idx: int = 0,
 ) -> Any:
-    """The mask for `config._attn_implementation`, in the form that its kernel takes (None: causal by flag).
+    """Builds the mask for `config._attn_implementation`, in the form that its kernel takes (None: causal by flag).
 
-    x: [B, T, D]; attention_mask: [B, S] (nonzero: a real token), a prepared 4D mask, which is returned as it is, or
-    None; position_ids: [B or 1, T], given only where positions may restart. `materialise` gives sdpa's boolean
-    [B, 1, T, S] whatever the backend, for decoding (None where a single new token sees every key). layer_idx: the
-    cache's layer that hasn't taken in the new tokens yet.
+    Args:
+        config: a model's config, or an `AttentionBackend`.
+        x: [B, T, D]; its shape, dtype and device are read.
+        attention_mask: [B, S], nonzero for real tokens; or a prepared 4D mask, which is returned as it is; or None.
+        past_key_values: the cache, before the new tokens are added.
+        position_ids: [B or 1, T], given only where positions may restart.
+        materialise: for decoding, give sdpa's boolean [B, 1, T, S] whatever the backend (None where a single new token
+            sees every key).
+        layer_idx: the layer of the cache whose length counts.
+
+    Raises:
+        ValueError: for a dtype or packed documents that flash attention can't serve.
     """
     flash = is_flash_attention_requested(config)
     if flash and x.dtype not in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(x.device.type):
@@ -107,12 +115,12 @@ def causal_mask(
 def document_rule(
     x: Tensor, attention_mask: Tensor | None, cache: CacheLengths | None, position_ids: Tensor
 ) -> MaskFunction | None:
-    """Documents packed into one row don't see each other: a mask function, or None where no row holds two.
+    """Returns a mask function that keeps the documents of a row apart, or None where no row holds two.
 
-    A token at position p that is the r-th real token of its row began its document p real tokens ago: it sees real
-    keys of rank r - p and later. That needs no document numbers, so it holds across a cache; padding doesn't count.
-    Where the position fails to increase from one real token to the next, a document begins whatever its position.
-    (Only the first rule reaches across chunks: a document that begins with a chunk must begin at position 0.)
+    A token at position p is the r-th real token of its row. Its document began p real tokens ago, so it sees real keys
+    of rank r - p and later. This needs no document numbers and holds across a cache; padding doesn't count. Where the
+    position doesn't increase from one real token to the next, a new document begins whatever its position. (Only the
+    first rule reaches across chunks: a document that begins with a chunk must begin at position 0.)
     """
     batch_size, length = x.shape[:2]
     position_ids = position_ids.expand(batch_size, -1)
@@ -124,11 +132,11 @@ def document_rule(
         real = F.pad(attention_mask.to(x.device).bool(), (0, num_keys - attention_mask.shape[-1]))
     key_rank = real.cumsum(-1) - 1  # [B, S]
     steps = torch.arange(length, device=x.device)
-    new = steps + past  # [T], where the new tokens stand among the keys
+    new = steps + past  # [T], positions of the new tokens among the keys
     query_rank, query_real = key_rank[:, new], real[:, new]  # [B, T]
 
     last_real = torch.where(query_real, steps, -1).cummax(-1).values
-    previous = F.pad(last_real[:, :-1], (1, 0), value=-1)  # [B, T], the real token before, -1 for none in this chunk
+    previous = F.pad(last_real[:, :-1], (1, 0), value=-1)  # [B, T], the previous real token; -1: none in this chunk
     restarts = query_real & (previous >= 0) & (position_ids <= position_ids.gather(1, previous.clamp(min=0)))
     restarted_at = torch.where(restarts, query_rank, 0).cummax(-1).values
     first_rank = torch.maximum(query_rank - position_ids, restarted_at)  # [B, T]
@@ -144,10 +152,10 @@ def document_rule(
 def _flash_documents(
     position_ids: Tensor, batch_size: int, attention_mask: Tensor | None, cache: CacheLengths | None
 ) -> None:
-    """FlashAttention separates documents by itself, in one row without padding or cached keys.
+    """Checks that FlashAttention can separate the documents: it does so in one row without padding or cached keys.
 
-    It cuts the row wherever position_ids has its lowest value. A compiled graph can't look at what tensors hold: there
-    position_ids count as packed, a mask as padding, and where documents begin isn't checked.
+    It cuts the row wherever position_ids has its lowest value. A compiled graph can't read tensor values: there
+    position_ids count as packed, a mask counts as padding, and the starts of documents aren't checked.
     """
     compiling = is_torchdynamo_compiling()
     padded = attention_mask is not None and (compiling or not bool(attention_mask.all()))

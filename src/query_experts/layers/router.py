@@ -1,6 +1,6 @@
-"""The router: which k of a group's M query experts a token wakes, and the losses that keep the experts in use.
+"""The router: selects k of each group's M query experts for every token.
 
-Shapes: B batch, T tokens, D hidden size, G groups (= KV heads), M experts in a group, k experts woken in a group,
+Shapes: B batch, T tokens, D hidden size, G groups (= KV heads), M experts in a group, k selected experts in a group,
 N = G*M query experts. Experts are numbered group-major: expert m of group g is g*M + m.
 """
 
@@ -13,16 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CPU_ROWS = 512  # tokens whose float32 copy stays in a core's cache
+CPU_ROWS = 512  # tokens whose float32 copy fits into a core's cache
 
 
 class Router(nn.Module):
     """One linear map D -> M for each group, without bias (arXiv 2606.20945, section 3; router weights r_g).
 
-    Logits are float32 whatever the model's dtype, since bf16 logits flip selections; float64 stays float64. The
-    initial weights are small and random: a zero router ties every logit, and devices break ties differently. A router
-    that isn't trainable holds its weight as a buffer, so that nothing ever trains it. Not an `nn.Linear`, so that
-    tools which replace those by quantised or adapted ones leave it alone.
+    Logits are float32 whatever the model's dtype, because bf16 logits flip selections; float64 stays float64. Initial
+    weights are small and random: a zero router ties every logit, and devices break ties differently. A router that
+    isn't trainable holds its weight as a buffer, so no optimizer trains it. It is not an `nn.Linear`: tools that
+    replace those by quantised or adapted modules leave it alone.
+
+    Args:
+        hidden_size: D.
+        num_query_experts: N = G*M, rows of the weight [N, D], group-major.
+        trainable: whether the weight is a parameter.
     """
 
     def __init__(self, hidden_size: int, num_query_experts: int, trainable: bool = True):
@@ -40,7 +45,7 @@ class Router(nn.Module):
         rows, weight = x.flatten(0, 1), self.weight.to(dtype)
         autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-            if x.dtype == dtype or torch.compiler.is_compiling():  # a compiler sees for itself what is worth keeping
+            if x.dtype == dtype or torch.compiler.is_compiling():  # a compiler decides what to keep
                 return F.linear(rows.to(dtype), weight)
             return (WideningLinear.apply if torch.is_grad_enabled() else WideningLinear.forward)(rows, weight)
 
@@ -48,15 +53,15 @@ class Router(nn.Module):
 class WideningLinear(torch.autograd.Function):
     """rows [R, D] of a narrow dtype, weight [N, D] of a wide one -> rows @ weight.T [R, N], wide.
 
-    Keeps the narrow rows for the backward pass: a wide copy would be twice as large as the rows, in every layer. And
-    on a CPU it goes piece by piece, as the copy of all rows would go through memory and back for a product of no size.
+    It keeps the narrow rows for the backward pass; a wide copy would be twice as large, in every layer. On a CPU it
+    works on `CPU_ROWS` rows at a time, so that their wide copy stays in the cache.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(rows: Tensor, weight: Tensor) -> Tensor:
-        logits = [F.linear(piece.to(weight.dtype), weight) for piece in pieces_of(rows)]
+        logits = [F.linear(block.to(weight.dtype), weight) for block in row_blocks(rows)]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     @staticmethod
@@ -67,33 +72,33 @@ class WideningLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
-        of_rows = of_weight = None
+        grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
-            of_rows = torch.cat([(piece @ weight).to(rows.dtype) for piece in pieces_of(gradient)])
+            grad_rows = torch.cat([(block @ weight).to(rows.dtype) for block in row_blocks(gradient)])
         if ctx.needs_input_grad[1]:
-            pairs = zip(pieces_of(gradient), pieces_of(rows), strict=True)
-            of_weight = torch.stack([ours.mT @ piece.to(weight.dtype) for ours, piece in pairs]).sum(0)
-        return of_rows, of_weight
+            pairs = zip(row_blocks(gradient), row_blocks(rows), strict=True)
+            grad_weight = torch.stack([grad.mT @ block.to(weight.dtype) for grad, block in pairs]).sum(0)
+        return grad_rows, grad_weight
 
     @staticmethod
-    def jvp(ctx: Any, of_rows: Tensor | None, of_weight: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, rows_tangent: Tensor | None, weight_tangent: Tensor | None) -> Tensor:
         rows, weight = ctx.saved_tensors
-        moved = rows.new_zeros(rows.shape[0], weight.shape[0], dtype=weight.dtype)
-        if of_rows is not None:
-            moved = moved + of_rows.to(weight.dtype) @ weight.mT
-        if of_weight is not None:
-            moved = moved + rows.to(weight.dtype) @ of_weight.mT
-        return moved
+        tangent = rows.new_zeros(rows.shape[0], weight.shape[0], dtype=weight.dtype)
+        if rows_tangent is not None:
+            tangent = tangent + rows_tangent.to(weight.dtype) @ weight.mT
+        if weight_tangent is not None:
+            tangent = tangent + rows.to(weight.dtype) @ weight_tangent.mT
+        return tangent
 
 
-def pieces_of(rows: Tensor) -> tuple[Tensor, ...]:
+def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:
     return rows.split(CPU_ROWS) if rows.is_cpu else (rows,)
 
 
 def select_top_k(probs: Tensor, top_k: int) -> Tensor:
-    """Indices of the k largest probabilities, largest first, ties to the lowest index.
+    """Indices of the k largest probabilities, largest first; ties go to the lowest index.
 
-    probs [..., M] -> int64 [..., k]. `torch.topk` promises no order among ties; argmax and a stable sort do.
+    probs [..., M] -> int64 [..., k]. `torch.topk` guarantees no order among ties; argmax and a stable sort do.
     """
     if top_k == 1:
         return probs.argmax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""GQEConfig: Llama's configuration and what Grouped Query Experts add to it."""
+"""GQEConfig: Llama's configuration, and the fields that Grouped Query Experts add."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from query_experts.layers.validation import check_layout
 from query_experts.model.remote_code import AUTO_MAP, write_shim
 
-LAYERS_NAMES = {
+LAYER_FIELD_NAMES = {
     "num_query_experts": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
     "top_k": "active_query_experts",
@@ -22,22 +22,30 @@ LAYERS_NAMES = {
 
 @strict
 class GQEConfig(LlamaConfig):
-    """Llama's fields (`num_attention_heads`: N query experts, `num_key_value_heads`: G KV heads), and:
+    """Configuration of a GQE language model: Llama's fields, with the ones below.
 
-    active_query_experts: k, the experts that a token wakes in each group.
-    variant, output_projection, routing, shared_head_kv, qk_norm: as in `GQEAttention`.
-    attention_output_bias: whether o_proj has a bias; None, as `attention_bias` says of all projections.
-    router_aux_loss_coef: weight of the balance loss (sum over layers; 0.01 in the paper, section 4).
-    router_z_loss_coef: weight of the z-loss (ST-MoE, arXiv 2202.08906), the mean squared logsumexp of a group's
-        logits, summed over layers; keeps router logits small. The paper has none.
-    output_router_logits: adds `router_logits` and `aux_loss` to the output; the loss is the same either way.
+    In Llama's fields, `num_attention_heads` is N, the query experts, and `num_key_value_heads` is G, the KV heads.
 
-    Raises a validation error that names the field, what it held and what is allowed.
+    Args:
+        active_query_experts: k, the experts that a token selects in each group.
+        variant: as in `GQEAttention`, like the next three and qk_norm.
+        output_projection: `slot` or `expert`.
+        routing: `learned`, `frozen` or `none`.
+        shared_head_kv: `mean` or `first`.
+        attention_output_bias: whether o_proj has a bias; None for the same as `attention_bias`.
+        qk_norm: RMSNorm of queries and keys over the head dim.
+        router_aux_loss_coef: weight of the balance loss (sum over layers; 0.01 in the paper, section 4).
+        router_z_loss_coef: weight of the z-loss (ST-MoE, arXiv 2202.08906): the mean squared logsumexp of a group's
+            logits, summed over layers. It keeps router logits small. The paper has none.
+        output_router_logits: add `router_logits` and `aux_loss` to the output; the loss stays the same.
+
+    Raises:
+        StrictDataclassError: naming the field, what it held and what is allowed.
     """
 
     model_type = "gqe"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "lm_loss", "aux_loss", "router_logits"]
-    # 10 output slots don't split as 16 heads do: attention is replicated over tensor-parallel ranks, the MLP is split
+    # 10 output slots don't split like 16 heads: tensor-parallel ranks replicate attention and split the MLP
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -56,8 +64,8 @@ class GQEConfig(LlamaConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, field in LAYERS_NAMES.items():
-            if name in kwargs:  # which would be kept as a field of no meaning
+        for name, field in LAYER_FIELD_NAMES.items():
+            if name in kwargs:  # would be kept as a field without effect
                 raise ValueError(f"{name} is {kwargs[name]!r}; in GQEConfig this field is called {field}")
         for name in ("hidden_size", "num_attention_heads"):
             if getattr(self, name) < 1:
@@ -81,9 +89,9 @@ class GQEConfig(LlamaConfig):
                 raise ValueError(f"{name} is {held!r}; it must be a number, 0 or more")
 
     def __getattr__(self, name: str) -> Any:
-        """Of what isn't there. Whoever reads num_experts (TRL) is about to balance one list of experts a layer.
+        """Raises AttributeError. TRL reads num_experts to balance one list of experts per layer, which GQE hasn't.
 
-        (Not a property: vLLM, to record routing, sets a field of this name.) Raises AttributeError.
+        (Not a property, because vLLM sets a field of this name to record routing.)
         """
         if name == "num_experts":
             raise AttributeError(
@@ -93,15 +101,15 @@ class GQEConfig(LlamaConfig):
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As Transformers', and the shim beside it by which `trust_remote_code` loads the checkpoint anywhere.
+        """As Transformers', with the shim that `trust_remote_code` loads the checkpoint by.
 
-        A model's `save_pretrained`, `push_to_hub` and the Trainer come through here.
+        A model's `save_pretrained`, `push_to_hub` and the Trainer call this.
         """
-        if not Path(save_directory).is_file():  # which Transformers refuses
+        if not Path(save_directory).is_file():  # Transformers refuses a file
             write_shim(Path(save_directory))
-        self.auto_map = dict(AUTO_MAP)  # in place of the one that a checkpoint was loaded with
+        self.auto_map = dict(AUTO_MAP)  # replaces the one that a checkpoint was loaded with
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing. Transformers asks for it once it followed the shim, and would save this source in its place."""
+        """Does nothing: Transformers calls it after it followed the shim, and would save this source in its place."""

@@ -1,6 +1,6 @@
 """What a model costs: parameters, FLOPs a token, KV bytes a token. For GQE and for dense (Llama) configurations.
 
-Symbols: D hidden size, N query heads, G KV heads, k woken in a group, d head dim, L layers, F MLP width, V vocabulary.
+Symbols: D hidden size, N query heads, G KV heads, k selected in a group, d head dim, L layers, F MLP width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from query_experts.ops.select import SPARSE_FROM
 
 @dataclass(frozen=True)
 class Heads:
-    """How many query heads a layer holds, how many attend for a token, and its output slots (rows of W_O over d)."""
+    """Query heads that a layer holds, those active for a token, and its output slots (rows of W_O over d)."""
 
     held: int
     active: int
@@ -29,43 +29,45 @@ def heads(config: LlamaConfig) -> Heads:
     n = config.num_attention_heads
     if not isinstance(config, GQEConfig):
         return Heads(n, n, 0, n, n)
-    woken = config.num_key_value_heads * config.active_query_experts
+    selected = config.num_key_value_heads * config.active_query_experts
     shared = 1 if config.variant == "gqe" else 0
     extra = 2 * shared  # the weighted slot and the shared head
     by_expert = config.output_projection == "expert"
     return Heads(
         held=n + shared,
-        active=woken + shared,
+        active=selected + shared,
         router=0 if config.routing == "none" else n,
-        slots_held=(n if by_expert else woken) + extra,
-        slots_active=woken + extra,
+        slots_held=(n if by_expert else selected) + extra,
+        slots_active=selected + extra,
     )
 
 
 def parameters(model: PreTrainedModel) -> dict[str, int]:
-    """`total` (tied ones once), `active`: without the query (and, by expert, output) weights that a token leaves
-    asleep, and `embedding`: the input and output embeddings."""
+    """Counts parameters: `total` (tied ones once), `active` and `embedding` (input and output embeddings).
+
+    `active` leaves out the query (and, with `expert`, output) weights of the experts that a token doesn't select.
+    """
     config = model.config
     h, d = heads(config), config.head_dim
     bias = 1 if config.attention_bias else 0
-    asleep = (h.held - h.active) * d * (config.hidden_size + bias)
-    asleep += (h.slots_held - h.slots_active) * d * config.hidden_size
+    inactive = (h.held - h.active) * d * (config.hidden_size + bias)
+    inactive += (h.slots_held - h.slots_active) * d * config.hidden_size
     total = sum(p.numel() for p in model.parameters())
     total += sum(b.numel() for name, b in model.named_buffers() if name.endswith("router.weight"))  # frozen routers
     tables = 1 if config.tie_word_embeddings else 2
     return {
         "total": total,
-        "active": total - config.num_hidden_layers * asleep,
+        "active": total - config.num_hidden_layers * inactive,
         "embedding": tables * config.vocab_size * config.hidden_size,
     }
 
 
 def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-    """FLOPs of one forward pass for each token of a causal sequence of seq_len, of what the token wakes.
+    """Active FLOPs of one forward pass per token of a causal sequence of seq_len tokens.
 
-    A weight costs 2 (multiply and add). A query head costs 2d for each key that it sees, and 2d for each value;
-    under a causal mask a token sees (seq_len + 1) / 2 of them on average. Norms, rotary embedding and softmax are
-    left out, and so are queries that are computed only to be thrown away.
+    A weight costs 2 (multiply and add). A query head costs 2d for each key that it sees, and 2d for each value. Under
+    a causal mask a token sees (seq_len + 1) / 2 keys on average. Norms, rotary embedding, softmax, and queries that
+    are computed and discarded are left out.
     """
     D, d, G = config.hidden_size, config.head_dim, config.num_key_value_heads
     h = heads(config)
@@ -76,18 +78,18 @@ def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
 
 
 def kv_bytes_per_token(config: LlamaConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that a token adds to the cache: a key and a value of d for each KV head and layer. The same for GQE."""
+    """Bytes that a token adds to the cache: a key and a value of d per KV head and layer; GQE adds the same."""
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * bytes_per_value
 
 
 def attention_limit(config: LlamaConfig, dense: LlamaConfig) -> float:
-    """N / (kG + 1): the speedup of attention alone over `dense`, which whole layers approach at long context."""
+    """N / (kG + 1): the speedup of attention over `dense`, which whole layers approach at long context."""
     return heads(dense).active / heads(config).active
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and bytes of one pass as it is run: queries of sleeping experts, which are computed too, count here."""
+    """FLOPs and bytes of one pass as it runs: queries of inactive experts count where they are computed."""
 
     projection_flops: float
     attention_flops: float
@@ -108,29 +110,30 @@ def layer_work(
     backward: bool = False,
     bytes_per_value: int = 2,
 ) -> Work:
-    """What an attention layer does for `new` tokens after `cached` ones in each of `batch` sequences.
+    """The work of an attention layer for `new` tokens after `cached` ones, in each of `batch` sequences.
 
-    A weight costs 2 FLOPs a token (multiply and add); every query that the layer holds is computed, but for one token
-    in all, where few of many experts are woken: then the woken alone. A head's score and
-    its share of the output cost 2d each for every pair of a query and a key: causally, token i of the new ones sees
-    cached + i keys; otherwise (the full square, as a counter of executed products sees it) all cached + new. The
-    weighted slot adds 2d for each woken head.
+    A weight costs 2 FLOPs a token (multiply and add). Every query that the layer holds is computed; for one token in
+    all, with few of many experts selected, only the selected ones are. A head's score and its share of the output cost
+    2d each for every pair of a query and a key. Causally, new token i sees cached + i keys; otherwise (the full square,
+    as a counter of executed products sees it) all cached + new. The weighted slot adds 2d for each selected head.
 
-    backward: FLOPs there and back again. Of each product there are two gradients, so projections cost 3 times the
-    forward pass; but the weighted slot twice where nothing is routed (its weights are constant), a frozen router twice
-    (its weight needs no gradient), and a router from which no output depends, that of hard_concat, once. A flash
-    kernel makes the scores again and then four products (the gradients of V, weights, Q and K) where the forward pass
-    had two, so attention costs 1 + 5/2 times.
+    With `backward`, FLOPs of the forward and the backward pass. Each product has two gradients, so projections cost 3
+    times the forward pass. Exceptions: the weighted slot costs 2 times where nothing is routed (its weights are
+    constant), a frozen router 2 times (its weight has no gradient), the router of hard_concat once (no output depends
+    on it). A flash kernel recomputes the scores and forms four products (the gradients of V, weights, Q and K) where
+    the forward pass has two, so attention costs 1 + 5/2 times.
 
-    Bytes, of the forward pass: every weight once; keys and values, cached and new, once; new tokens' hidden states in
-    and out.
+    Bytes are those of the forward pass: every weight once; keys and values, cached and new, once; hidden states of new
+    tokens in and out.
     """  # fmt: skip
     D, d, G = config.hidden_size, config.head_dim, config.num_key_value_heads
     h = heads(config)
     router = D * h.router
     experts = config.num_attention_heads // G
-    alone = isinstance(config, GQEConfig) and batch * new == 1 and experts >= SPARSE_FROM * config.active_query_experts
-    weights = D * d * ((h.active if alone else h.held) + 2 * G + h.slots_held) + router
+    selected_only = (
+        isinstance(config, GQEConfig) and batch * new == 1 and experts >= SPARSE_FROM * config.active_query_experts
+    )
+    weights = D * d * ((h.active if selected_only else h.held) + 2 * G + h.slots_held) + router
     shared = isinstance(config, GQEConfig) and config.variant == "gqe"
     combine = 2 * d * (h.active - 1) if shared else 0
     pairs = new * cached + (new * (new + 1) / 2 if causal else new * new)
@@ -147,9 +150,9 @@ def layer_work(
 
 
 def model_work(config: LlamaConfig, batch: int, new: int, *, backward: bool = False, bytes_per_value: int = 2) -> Work:
-    """What a model does for a prompt of `new` tokens; logits of the last token alone, in training of all.
+    """The work of a model for a prompt of `new` tokens: logits of the last token, in training of all tokens.
 
-    Beside its attention layers: three matrices of an MLP, D x F, for each layer, and the output embedding, D x V.
+    It adds to the attention layers three MLP matrices, D x F, per layer, and the output embedding, D x V.
     """
     layer = layer_work(config, batch, new, backward=backward, bytes_per_value=bytes_per_value)
     L, D = config.num_hidden_layers, config.hidden_size

@@ -1,4 +1,4 @@
-"""Initial values that depend on nothing but a seed and a tensor's name, so that models of different arms share them."""
+"""Initial values from a seed and a tensor's name, so that models of different arms start alike."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 
 @torch.no_grad()
 def initialise_by_name(model: nn.Module, seed: int, std: float) -> None:
-    """Draw every matrix from N(0, std) by a generator seeded with (seed, its name).
+    """Draws every matrix from N(0, std) with a generator seeded by (seed, name).
 
-    So models of different arms start with equal values in all tensors of equal name and shape. Vectors (norms,
-    biases) keep the constants that they were made with.
+    Models of different arms then start with equal values in all tensors of equal name and shape. Vectors (norms,
+    biases) keep their constants.
     """
     for name, parameter in chain(model.named_parameters(), model.named_buffers()):  # a frozen router is a buffer
         if parameter.dim() >= 2:
@@ -23,6 +23,6 @@ def initialise_by_name(model: nn.Module, seed: int, std: float) -> None:
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A generator of random numbers that depends on the seed and on a tensor's name."""
+    """A random number generator seeded by the seed and a tensor's name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

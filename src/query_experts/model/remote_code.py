@@ -1,6 +1,6 @@
-"""What lies beside a checkpoint so that it loads by `trust_remote_code` where nobody has imported query_experts.
+"""Writes the files by which a checkpoint loads with `trust_remote_code`, without importing query_experts first.
 
-The files hold no model: they import the installed package, so that a checkpoint never carries a second, older copy.
+The files hold no model. They import the installed package, so a checkpoint never carries a second, older copy.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_gqe.GQEForCausalLM",
 }
 SHIMS = {"configuration_gqe.py": ("GQEConfig",), "modeling_gqe.py": ("GQEForCausalLM", "GQEModel")}
-# Transformers looks for missing imports outside of `try`, and would name a package that can't be installed
-SHIM = '''"""This checkpoint's code is the package query-experts; this file only says where Transformers finds it."""
+# Transformers checks imports outside of `try`, and would name a package that pip doesn't know
+SHIM = '''"""This checkpoint's code is the package query-experts; this file only tells Transformers where to find it."""
 
 try:
     from query_experts import {names}
@@ -32,7 +32,7 @@ __all__ = [{quoted}]
 
 
 def write_shim(folder: Path) -> None:
-    """Write the files that AUTO_MAP names into a checkpoint's folder, over those of the same name."""
+    """Writes the files that AUTO_MAP names into a checkpoint's folder, replacing those of the same name."""
     for file, names in SHIMS.items():
         quoted = ", ".join(f'"{name}"' for name in names)
         write_text(folder / file, SHIM.format(names=", ".join(names), quoted=quoted))

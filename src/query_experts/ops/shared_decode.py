@@ -1,6 +1,6 @@
-"""Attention of a few new tokens over a long cache, with the shared head over the mean K/V at one read of the cache.
+"""Attention of a few new tokens over a long cache: routed heads and the shared head at one read of the cache.
 
-The shared head is linear in the heads that it averages: q . mean_g(K_g) = mean_g(q . K_g), and
+The shared head is linear in the KV heads that it averages: q . mean_g(K_g) = mean_g(q . K_g), and
 P mean_g(V_g) = mean_g(P V_g). So routed and shared queries share one batched product with K and one with V, the
 cache holds G heads and not one byte more, and no mean over it is ever formed.
 
@@ -23,12 +23,21 @@ def shared_decode(
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs of the routed heads [B, G, k, T, d] and of the shared head [B, T, d], and the weights [B, G, k+1, T, S].
+    """Attends with the routed heads and the shared head.
 
-    The last of a group's weights are the shared head's, the same in every group. mask: [B or 1, 1, T, S], boolean
-    (True: visible) or additive, or None where every key is visible. Scores and softmax are float32 (float64 for
-    float64). A query that a boolean mask leaves no key gives zeros, as in sdpa (its weights are of no meaning).
-    dropout: of the weights, 0 outside of training.
+    Args:
+        routed_BGkTd: queries of the selected experts.
+        shared_BTd: queries of the shared head.
+        key_BGSd: keys.
+        value_BGSd: values.
+        mask: [B or 1, 1, T, S], boolean (True: visible) or additive; None where every key is visible.
+        scaling: factor of the scores.
+        dropout: of the weights; 0 outside of training.
+
+    Returns:
+        Outputs of the routed heads [B, G, k, T, d] and of the shared head [B, T, d], and the weights
+        [B, G, k+1, T, S]: the last of a group's are the shared head's, the same in every group. Scores and softmax are
+        float32 (float64 for float64). A query to which a boolean mask leaves no key gives zeros, as in sdpa.
     """
     B, G, k, T, d = routed_BGkTd.shape
     queries = torch.cat([routed_BGkTd, shared_BTd.view(B, 1, 1, T, d).expand(B, G, 1, T, d)], 2) * scaling
