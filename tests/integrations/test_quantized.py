@@ -23,7 +23,7 @@ import bitsandbytes
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from torchao.quantization.granularity import PerGroup
 
-# M = 8: plain weights would take the path that reads the woken experts' weights alone
+# M = 8: plain weights would take the path that reads only the selected experts' weights
 SIZE = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 32,
     "active_query_experts": 1, "initializer_range": 0.08,

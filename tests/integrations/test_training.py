@@ -27,7 +27,7 @@ trl = pytest.importorskip("trl")
 from query_experts.sft import GQESFTTrainer  # noqa: E402 - needs trl
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "q_shared", "gate_proj", "up_proj", "down_proj"]
-SPARSE = {"num_attention_heads": 16, "active_query_experts": 1}  # M = 8: one token projects the woken alone
+SPARSE = {"num_attention_heads": 16, "active_query_experts": 1}  # M = 8: one token projects only the selected experts
 
 
 def adapted(model, *, trained_router=True, seed=3):

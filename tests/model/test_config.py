@@ -176,7 +176,7 @@ def test_tensor_parallelism_leaves_attention_whole():
 # A router without a gradient from the language-model loss
 # ---------------------------------------------------------------------------------------------------------------------
 
-STARVED = [
+NO_GRADIENT = [
     {"num_attention_heads": 2, "active_query_experts": 1},
     {"num_attention_heads": 2, "active_query_experts": 1, "variant": "weighted_concat"},
     {"num_key_value_heads": 1, "active_query_experts": 1},
@@ -202,7 +202,7 @@ def router_gradients_of_the_language_model_loss(**setting):
     return [torch.zeros_like(w) if g is None else g for w, g in zip(routers, alone, strict=True)]
 
 
-@pytest.mark.parametrize("setting", STARVED, ids=str)
+@pytest.mark.parametrize("setting", NO_GRADIENT, ids=str)
 def test_a_router_that_the_language_model_loss_cannot_reach_is_warned_about_and_gets_no_gradient(setting):
     with pytest.warns(UserWarning, match="router gets no gradient from the language-model loss"):
         GQEForCausalLM(tiny_config(**setting))
@@ -236,7 +236,10 @@ def test_the_balance_loss_reaches_every_learned_router(variant):
 
 
 def test_the_warning_names_the_reason():
-    for setting, reason in (({"num_attention_heads": 2, "active_query_experts": 1}, "M = 1"), (STARVED[2], "G = 1")):
+    for setting, reason in (
+        ({"num_attention_heads": 2, "active_query_experts": 1}, "M = 1"),
+        (NO_GRADIENT[2], "G = 1"),
+    ):
         with pytest.warns(UserWarning, match=reason):
             GQEForCausalLM(tiny_config(**setting))
     with no_router_warning():

@@ -85,8 +85,8 @@ def test_flops_of_dense_arms_are_those_that_torch_counts(arm):
 
 @pytest.mark.parametrize("arm", ["static", "frozen", "gqe", "hard", "weighted", "gqe-m4"])
 def test_flops_of_gqe_are_those_that_torch_counts_but_for_queries_thrown_away_and_the_weighted_slots_sum(arm):
-    """Queries of experts that stay asleep are computed (2D for each of d numbers) and not counted as active; the
-    weighted slot's sum (2d for each woken head) is a product for torch, and no weight is in it. static has neither a
+    """Queries of inactive experts are computed (2D for each of d numbers) and not counted as active; the
+    weighted slot's sum (2d for each selected head) is a product for torch, and no weight is in it. static has neither a
     router nor a query to throw away."""
     config = arm_config(arm, SIZE)
     heads = costs.heads(config)

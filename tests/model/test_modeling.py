@@ -214,7 +214,7 @@ def test_a_frozen_router_still_reports_its_balance_loss():
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("projection", ["slot", "expert"])
-def test_with_every_expert_awake_and_plain_slots_the_logits_are_those_of_llama(projection, bias):
+def test_with_every_expert_active_and_plain_slots_the_logits_are_those_of_llama(projection, bias):
     """`slot` without a router (index order), `expert` with one (any order)."""
     llama = LlamaForCausalLM(tiny_llama_config(attention_bias=bias)).double().eval()
     routing = "none" if projection == "slot" else "learned"
@@ -402,7 +402,7 @@ def test_compiled_flex_attention_is_as_near_to_float64_as_eager_attention_is():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_sdpa_in_low_precision_is_at_most_twice_as_far_off_as_eager(dtype):
-    """Every expert awake, each with its own output rows: no rounding can change the selection."""
+    """Every expert active, each with its own output rows: no rounding can change the selection."""
     setting = {"active_query_experts": 4, "output_projection": "expert"}
     ids = random_tokens(4, 40)
     rounded = tiny_model(dtype=dtype, **setting).double()

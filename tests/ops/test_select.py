@@ -11,7 +11,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def draw(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of all experts and of the woken ones, and which are woken, in any order."""
+    """Rows of all experts, rows of the selected ones, and the selected indices, in any order."""
     B, T, G, M, k, d = shape
     torch.manual_seed(0)
     indices = torch.rand(B, T, G, M).argsort(-1)[..., :k]
@@ -49,8 +49,8 @@ def test_selecting_undoes_scattering(shape):
 
 
 def test_rows_need_not_be_contiguous():
-    rows, woken, indices = draw(SHAPES[1])
+    rows, selected, indices = draw(SHAPES[1])
     turned = rows.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(select_experts(turned, indices), select_experts(rows, indices))
-    turned = woken.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(scatter_experts(turned, indices, 4), scatter_experts(woken, indices, 4))
+    turned = selected.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(scatter_experts(turned, indices, 4), scatter_experts(selected, indices, 4))

@@ -1,6 +1,7 @@
 """What a model costs: parameters, FLOPs a token, KV bytes a token. For GQE and for dense (Llama) configurations.
 
-Symbols: D hidden size, N query heads, G KV heads, k selected in a group, d head dim, L layers, F MLP width, V vocabulary.
+Symbols: D hidden size, N query heads, G KV heads, k selected experts in a group, d head dim, L layers, F MLP width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -130,9 +131,8 @@ def layer_work(
     h = heads(config)
     router = D * h.router
     experts = config.num_attention_heads // G
-    selected_only = (
-        isinstance(config, GQEConfig) and batch * new == 1 and experts >= SPARSE_FROM * config.active_query_experts
-    )
+    one_token = isinstance(config, GQEConfig) and batch * new == 1
+    selected_only = one_token and experts >= SPARSE_FROM * config.active_query_experts
     weights = D * d * ((h.active if selected_only else h.held) + 2 * G + h.slots_held) + router
     shared = isinstance(config, GQEConfig) and config.variant == "gqe"
     combine = 2 * d * (h.active - 1) if shared else 0

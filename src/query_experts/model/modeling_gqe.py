@@ -35,10 +35,10 @@ from query_experts.ops.attend import uses_shared_decode
 
 
 class KeptLogits:
-    """Where a layer's attention leaves its router's logits [B*T, N], for the layer to return.
+    """Holds the router logits [B*T, N] of a layer's attention until the decoder layer returns them.
 
-    Llama's decoder layer drops all but the first output of its attention. Filled and emptied within one layer, so that
-    activation checkpointing, which runs a layer by itself, sees the logits as an output like any other.
+    Llama's decoder layer drops all but the first output of its attention. The logits stay within one layer call, so
+    activation checkpointing, which reruns a layer, treats them as an ordinary output.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class GQEDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, *args: Any, output_router_logits: bool = False, **kwargs: Any) -> Any:
-        """hidden_states [B, T, D] -> the same; with the router's logits [B*T, N] beside it where they are asked for."""
+        """hidden_states [B, T, D] -> the same; with `output_router_logits`, (hidden_states, router logits [B*T, N])."""
         if not output_router_logits:
             return super().forward(hidden_states, *args, **kwargs)
         kept = KeptLogits()
@@ -146,11 +146,21 @@ class GQEModel(GQEPreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Llama's forward, but for the mask: here restarting position_ids separate documents always.
+        """Llama's forward with another mask: restarting position_ids always separate documents.
 
-        (But under torch.compile with flash attention it isn't checked that all documents begin at the same position.)
-        input_ids, position_ids: [B, T]; attention_mask: [B, S]; inputs_embeds: [B, T, D] in place of input_ids. With
-        `output_router_logits` the output holds `router_logits`, float32 [B*T, N], one tensor a layer.
+        Under torch.compile with flash attention, nothing checks that all documents begin at the same position.
+
+        Args:
+            input_ids: [B, T], int64.
+            attention_mask: [B, S], nonzero for real tokens, or a prepared mask.
+            position_ids: [B or 1, T]; by default they continue from the cached tokens.
+            past_key_values: a Transformers cache.
+            inputs_embeds: [B, T, D], in place of input_ids.
+            use_cache: whether to make a cache where none is given.
+            output_router_logits: add `router_logits` to the output: float32 [B*T, N], one tensor per layer.
+
+        Raises:
+            ValueError: unless exactly one of input_ids and inputs_embeds is given.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -195,10 +205,13 @@ class GQEModel(GQEPreTrainedModel):
 
 @dataclass
 class GQECausalLMOutput(MoeCausalLMOutputWithPast):
-    """`loss` is what is trained; `lm_loss`, the language-model term alone, is the validation loss.
+    """Output of `GQEForCausalLM`.
 
-    aux_loss: the balance loss, summed over layers, and router_logits: float32 [B*T, N], one tensor a layer; both only
-    with `output_router_logits`.
+    Attributes:
+        loss: the training loss: language-model loss and the router's losses.
+        lm_loss: the language-model loss only, in nats per token; this is the validation loss.
+        aux_loss: the balance loss, summed over layers; only with `output_router_logits`.
+        router_logits: float32 [B*T, N], one tensor per layer; only with `output_router_logits`.
     """
 
     lm_loss: Tensor | None = None
@@ -207,11 +220,11 @@ class GQECausalLMOutput(MoeCausalLMOutputWithPast):
 class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
     """The GQE language model. loss = language-model loss + coefficient * balance loss (+ coefficient * z-loss).
 
-    In training the balance loss speaks of the global batch. Its f, the fraction of tokens that woke each expert, is
-    summed over data-parallel ranks and, where the Trainer passes `num_items_in_batch`, over the optimizer step's
-    micro-batches so far (not over those still to come). Its weight is the micro-batch's share of the step's tokens:
-    exact where `num_tokens_in_batch` is passed, as `GQETrainer` does, else the share of its labels. So with f given
-    the gradient doesn't depend on how a batch is cut.
+    In training the balance loss is that of the global batch. Its f, the fraction of tokens that selected each expert,
+    is summed over data-parallel ranks. Where the Trainer passes `num_items_in_batch`, it is also summed over the
+    micro-batches of the optimizer step so far. Its weight is the micro-batch's share of the step's tokens: exact where
+    `num_tokens_in_batch` is passed, as `GQETrainer` does; else the share of the labels. So for a given f, the gradient
+    doesn't depend on how a batch is split.
     """
 
     def __init__(self, config: GQEConfig):
@@ -223,7 +236,11 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     def set_top_k(self, top_k: int) -> None:
-        """Wake another number of experts in each group of every layer, as `GQEAttention.set_top_k`; config follows."""
+        """Selects another number of experts in each group of every layer, and sets it in the config.
+
+        Raises:
+            ValueError: as `GQEAttention.set_top_k`.
+        """
         for module in self.modules():
             if isinstance(module, GQEAttention):
                 module.set_top_k(top_k)
@@ -244,16 +261,28 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         num_tokens_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> GQECausalLMOutput:
-        """As Llama's forward. labels: [B, T], -100 where a token isn't predicted; num_tokens_in_batch: real tokens in
-        the global batch of this optimizer step, over all its micro-batches and ranks.
+        """As Llama's forward, with the router's losses in the loss.
 
-        Raises ValueError for an attention_mask that leaves out cached keys, where the router's losses need it.
+        Args:
+            input_ids: [B, T], int64.
+            attention_mask: [B, S], nonzero for real tokens, or a prepared mask.
+            position_ids: [B or 1, T]; where they restart, a new document begins.
+            past_key_values: a Transformers cache.
+            inputs_embeds: [B, T, D], in place of input_ids.
+            labels: [B, T], -100 where a token isn't predicted.
+            use_cache: whether to make a cache where none is given.
+            output_router_logits: add `router_logits` and `aux_loss` to the output.
+            logits_to_keep: the last tokens whose logits are computed; 0 for all.
+            num_tokens_in_batch: real tokens in the global batch of this optimizer step, over micro-batches and ranks.
+
+        Raises:
+            ValueError: for an attention_mask that leaves out cached keys, where the router's losses need it.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         routed = self.config.routing != "none" and (labels is not None or output_router_logits)
         tokens = None
-        if routed:  # before the cache moves on
+        if routed:  # before the cache is updated
             tokens = real_tokens(attention_mask, inputs_embeds if input_ids is None else input_ids, past_key_values)
         outputs = self.model(
             input_ids=input_ids,
@@ -295,7 +324,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As Llama's; where longrope changes its frequencies, a cache of the old ones is computed anew, as in Phi-3."""
+        """As Llama's; where longrope changes its frequencies, the cache is recomputed, as in Phi-3."""
         rope, past = self.config.rope_parameters, 0
         if rope["rope_type"] == "longrope" and past_key_values is not None:
             past = past_key_values.get_seq_length()
@@ -319,7 +348,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             router_logits, config.num_key_value_heads, config.active_query_experts, token_mask
         )
         here = statistics.tokens.clamp(min=1)
-        items = total = None  # how much of the step this is, in tokens or else in labels, as the Trainer counts them
+        items = total = None  # this micro-batch's and the step's tokens, or else labels, as the Trainer counts them
         if num_tokens_in_batch is not None:
             items, total = statistics.tokens, num_tokens_in_batch
         elif num_items_in_batch is not None and labels is not None:
@@ -339,9 +368,10 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         return balance, statistics.z_sum.sum() / here, share
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As Transformers', which `generate_batch` goes through.
+        """As Transformers'; `generate_batch` calls it.
 
-        Raises ValueError, ahead of the thread that generates, where the paged cache can't serve the shared head.
+        Raises:
+            ValueError: before the generating thread starts, where the paged cache can't serve the shared head.
         """
         check_paged_cache(self.config)
         return super().init_continuous_batching(*args, **kwargs)
@@ -355,7 +385,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         position_ids: Tensor | None = None,
         **_: Any,
     ) -> Any:
-        """The mask that `generate` makes ahead of a compiled step over a static cache."""
+        """The mask that `generate` builds before a compiled step over a static cache."""
         return causal_mask(
             config, inputs_embeds, attention_mask, past_key_values, position_ids,
             materialise=uses_shared_decode(config, inputs_embeds.shape[1], past_key_values),
@@ -364,7 +394,7 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
 
 def check_paged_cache(config: GQEConfig) -> None:
     """Raises ValueError unless continuous batching's paged cache can be written once and read by two calls."""
-    if config.variant != "gqe":  # no shared head, so one call
+    if config.variant != "gqe":  # without a shared head there is one call
         return
     if "kwargs" not in inspect.signature(PagedAttentionCache.update).parameters:
         raise ValueError(
@@ -380,7 +410,7 @@ def check_paged_cache(config: GQEConfig) -> None:
 
 
 def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Cache | None) -> Tensor | None:
-    """The columns [B, T] of a [B, S] attention mask that stand for the new tokens; None where all of them are real."""
+    """The columns [B, T] of a [B, S] attention mask for the new tokens; None where all tokens are real."""
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         return None
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -393,7 +423,7 @@ def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Cache | None)
 
 
 def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor summed over the process group; with one process, as it is. Replicas (tensor parallel) cancel in f."""
+    """Each tensor summed over the process group. Replicas (tensor parallel) cancel in f."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return list(tensors)
     flat = torch.cat([t.reshape(-1) for t in tensors])
