@@ -1,0 +1,90 @@
+"""What users import: names that must not move, and what `import query_experts` registers."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+import query_experts
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+SOURCE = Path(query_experts.__file__).parent
+PUBLIC = [
+    "from query_experts import GQEAttention, GQECausalLMOutput, GQEConfig, GQEForCausalLM, GQEModel, Routing",
+    "from query_experts import __version__",
+    "from query_experts.convert import from_dense, from_reference",
+    "from query_experts.data import prepare",
+    "from query_experts.training import GQETrainer",
+    "from query_experts.distillation import DistillationTrainer, TopKSchedule",
+    "from query_experts.replay import replayed_routing",
+    "from query_experts.cli import main",
+]
+ROOMS = ["common", "ops", "layers", "model", "data", "convert", "study", "bench", "evaluate", "serving"]
+# a room imports only rooms before it in this order, but study, bench and evaluate don't import one another
+BELOW = {
+    "common": set(),
+    "ops": {"common"},
+    "layers": {"common", "ops"},
+    "model": {"common", "ops", "layers"},
+    "data": {"common"},
+    "convert": {"common", "ops", "layers", "model", "data"},
+    "study": {"common", "ops", "layers", "model", "data"},
+    "bench": {"common", "ops", "layers", "model"},
+    "evaluate": {"common", "model"},
+    "serving": {"common", "ops", "layers", "model"},
+}
+USED_BY_STUDY = {"training", "distillation"}  # public files that rooms may import
+
+
+@pytest.mark.parametrize("statement", PUBLIC)
+def test_public_names_are_where_users_import_them(statement):
+    exec(statement, {})
+
+
+def test_trl_users_find_the_trainer():
+    pytest.importorskip("trl")
+    exec("from query_experts.sft import GQESFTTrainer", {})
+
+
+def test_vllm_finds_the_plug_in():
+    (entry,) = {entry.value for entry in entry_points(group="vllm.general_plugins", name="query_experts")}
+    assert entry == "query_experts.serving:register"
+
+
+def test_importing_the_package_alone_registers_the_auto_classes():
+    code = (
+        "import query_experts\n"
+        "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM\n"
+        "assert AutoConfig.from_pretrained('model').model_type == 'gqe'\n"
+        "assert type(AutoModel.from_pretrained('model')) is query_experts.GQEModel\n"
+        "assert type(AutoModelForCausalLM.from_pretrained('model')) is query_experts.GQEForCausalLM\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=FIXTURES, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def imported(path):
+    """The rooms and public files of the package that a file imports, at its top or within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("query_experts."):
+            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("query_experts.")}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_rooms_below_it(room):
+    files = sorted((SOURCE / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) - {room} <= BELOW[room] | USED_BY_STUDY, path.relative_to(SOURCE)
+
+
+def test_every_folder_of_the_package_is_a_room_with_rules():
+    folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == {*ROOMS, "recipes"}
