@@ -1,4 +1,4 @@
-"""Puts the tables of docs/converting.md together from benchmarks/results/conversion.json, and draws its plot.
+"""Puts the tables of conversions into docs/benchmarks.md from benchmarks/results/conversion.json, and draws their plot.
 
 python benchmarks/conversion_tables.py
 """
@@ -18,12 +18,13 @@ from query_experts.common.plots import new_figure, save
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
 RATES = [*RESULT.parent.glob("conversion-rate-*.json")]
-PAGE = ROOT / "docs" / "converting.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
+SCRIPT = "benchmarks/conversion_tables.py"  # in the markers of its tables
 PLOTS = ROOT / "docs" / "plots"
 WITHIN = (0.01, 0.003)  # of the teacher's loss
 
 CASES = {
-    "all-awake": "all four experts awake",
+    "all-awake": "all four experts active",
     "static": "static, the strongest head of each group",
     "static-k2": "static, the two strongest of each group",
     "expert-random": "expert, random router",
@@ -77,7 +78,7 @@ def told(counts: list[float | None]) -> str:
 def losses(result: dict[str, Any], suffix: str = "") -> str:
     """For each case: active heads, loss at the start and the end with their range over seeds, tokens to come near."""
     head = ["conversion", "active heads", "KL at the start", "loss at the start", "loss at the end", "over the teacher",
-            *(f"tokens to {share:.1%}" for share in WITHIN), "starved experts"]  # fmt: skip
+            *(f"tokens to {share:.1%}" for share in WITHIN), "dead experts"]  # fmt: skip
     rows = [head]
     for case, runs in by_case(result, suffix).items():
         final = [run["validation_loss"] for run in runs]
@@ -181,7 +182,7 @@ def filled(page: str) -> str:
         "setting": setting(result), "losses": losses(result), "paired": paired(result), "longer": losses(result, LONG),
         "paired-longer": paired(result, LONG), "fits": fits(result), "rates": rates(at_rates),
     }  # fmt: skip
-    return with_tables(page, tables.__getitem__)
+    return with_tables(page, SCRIPT, tables.__getitem__)
 
 
 def draw(result: dict[str, Any]) -> None:

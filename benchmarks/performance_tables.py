@@ -1,4 +1,4 @@
-"""Puts the tables of docs/performance.md together from benchmarks/results/, and its plots into docs/plots/.
+"""Puts the tables of speed into docs/ from benchmarks/results/, and their plots into docs/plots/.
 
 python benchmarks/performance_tables.py
 """
@@ -20,7 +20,8 @@ from query_experts.model import costs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "performance.md")
+SCRIPT = "benchmarks/performance_tables.py"  # in the markers of its tables
 SUITES = {  # table -> its suite, and the result files that hold it
     "prefill": ("prefill", "bench-cpu"),
     "chunk": ("chunk", "bench-cpu"),
@@ -158,13 +159,20 @@ def woken() -> str:
 
 def filled(page: str) -> str:
     """The page with every table anew."""
-    tables = {"parts": parts, "shapes": shapes, "where": where, "woken": woken, "gpu-decode-ways": gpu_decode_ways}
+    tables = {
+        "parts": parts,
+        "shapes": shapes,
+        "where": where,
+        "selected-only": woken,
+        "gpu-decode-ways": gpu_decode_ways,
+    }
     tables["gpu-parts"] = lambda: parts("bench-h100-parts")
-    return with_tables(page, lambda name: tables[name]() if name in tables else speeds(*SUITES[name]))
+    return with_tables(page, SCRIPT, lambda name: tables[name]() if name in tables else speeds(*SUITES[name]))
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     write_plot(result("bench-cpu"), ROOT / "docs" / "plots")
     points = [point for name in GPU_PLOT for point in result(name)["points"] if point["suite"] != "model-train"]
     write_plot({"points": points}, ROOT / "docs" / "plots", "bench-h100")

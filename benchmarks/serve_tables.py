@@ -1,4 +1,4 @@
-"""Puts the tables of docs/serving.md together from benchmarks/results/serve-cpu.json.
+"""Puts the tables of serving into docs/benchmarks.md from benchmarks/results/serve-cpu.json.
 
 python benchmarks/serve_tables.py
 """
@@ -15,7 +15,8 @@ from query_experts.common import formatting as text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "serve-cpu.json"
-PAGE = ROOT / "docs" / "serving.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
+SCRIPT = "benchmarks/serve_tables.py"  # in the markers of its tables
 
 
 def loads(result: dict[str, Any]) -> list[str]:
@@ -91,7 +92,7 @@ def filled(page: str) -> str:
         "throughput": against_dense(result, "tokens_a_second", inverse=False),
         "room": room(result),
     }
-    return with_tables(page, tables.__getitem__)
+    return with_tables(page, SCRIPT, tables.__getitem__)
 
 
 def main() -> None:
