@@ -49,6 +49,12 @@ def test_the_readme_has_nine_hundred_words_at_most():
     assert sum(len(line.split()) for line in text.splitlines() if not line.startswith("|")) <= 900
 
 
+def test_the_first_forty_lines_of_the_readme_show_the_picture_the_two_commands_and_the_table():
+    first = README.read_text(encoding="utf-8").splitlines()[:40]
+    for start in ("![", "    make compare", "    make test", "<!-- table: ", "| `gqe` |"):
+        assert sum(line.startswith(start) for line in first) == 1, start
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_a_page_has_a_thousand_words_at_most_outside_tables_and_code(page):
     text = re.sub(r"^```.*?^```$|<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

@@ -1,6 +1,7 @@
 """The Python and the commands that the pages show work as they stand there. (docs/integrations.md: test_page.py.)"""
 
 import base64
+import contextlib
 import io
 import re
 import shlex
@@ -66,6 +67,11 @@ CHECKS = {  # page -> what must hold of its names afterwards
     ),
     "serving.md": lambda names: names["logits"].shape == (1, 9, 300),
 }
+OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9_-]*)")
+OF_OTHERS = {  # options of vLLM, and of scripts in benchmarks/
+    "serving.md": {"model", "max_model_len", "enable_return_routed_experts", "hf_overrides"},
+    "benchmarks.md": {"cases", "result", "teacher"},
+}
 WITH_PYTHON = [page for page in DOCS if python_of(page) and page.name != "integrations.md"]
 
 
@@ -113,6 +119,7 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch, capsys, tmp_pa
             assert status == 2, argv
             assert error.startswith("query-experts: "), argv
             assert not re.search(r"--help|command is", error), error
+            assert any(word in error for word in argv[1:] if "/" in word), error
     assert not asked
 
 
@@ -124,6 +131,25 @@ def test_the_targets_and_scripts_of_a_page_exist(page):
     assert named | set(re.findall(r"`make ([\w-]+)", text)) <= targets
     scripts = {words[1] for words in commands_of(page) if words[:1] == ["python"] and words[1] != "-m"}
     assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+@pytest.fixture(scope="module")
+def known_options():
+    """Every command's options, as its help names them."""
+    options = set()
+    for command in COMMANDS:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        options |= set(OPTION.findall(printed.getvalue()))
+    assert len(options) > 50
+    return {option.replace("-", "_") for option in options}
+
+
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
+def test_the_options_that_a_page_names_exist(page, known_options):
+    named = {option.replace("-", "_") for option in OPTION.findall(page.read_text(encoding="utf-8"))}
+    assert named - known_options <= OF_OTHERS.get(page.name, set())
 
 
 def test_the_readme_lists_every_command_and_its_page():
