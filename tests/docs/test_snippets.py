@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from query_experts.bench import run as bench
 from query_experts.cli import COMMANDS, main
-from query_experts.study import compare as study
-from query_experts.study import distill
 from study_helpers import model_of, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +69,12 @@ OF_OTHERS = {  # options of vLLM, and of scripts in benchmarks/
     "serving.md": {"model", "max_model_len", "enable_return_routed_experts", "hf_overrides"},
     "benchmarks.md": {"cases", "result", "teacher"},
 }
+WORK = {  # of commands that would begin at once
+    "compare": "study.compare.compare",
+    "train": "study.single.train",
+    "distill": "study.distill.distill",
+    "bench": "bench.run.bench",
+}
 WITH_PYTHON = [page for page in DOCS if python_of(page) and page.name != "integrations.md"]
 
 
@@ -103,8 +106,8 @@ def test_the_snippets_of_the_readme_run():
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
 def test_the_commands_of_a_page_are_understood(page, monkeypatch, capsys, tmp_path):
     asked = []
-    for module, name in ((distill, "train"), (study, "compare"), (bench, "bench")):
-        monkeypatch.setattr(module, name, lambda settings, console: asked.append(settings) or True)
+    for work in WORK.values():
+        monkeypatch.setattr(f"query_experts.{work}", lambda settings, console: asked.append(settings) or True)
     monkeypatch.chdir(ROOT)  # recipes are named from there
     for words in commands_of(page):
         if words[:1] != ["query-experts"]:
@@ -112,7 +115,7 @@ def test_the_commands_of_a_page_are_understood(page, monkeypatch, capsys, tmp_pa
         # DENSE, TEXT and the like are the reader's
         argv = [str(tmp_path / word) if word.isupper() and len(word) > 2 else word for word in words[1:]]
         status, error = main(argv), capsys.readouterr().err
-        if argv[0] in ("train", "compare", "bench"):
+        if argv[0] in WORK:
             assert status == 0, (argv, error)
             asked.pop().check()
         else:  # understood, but there is no such folder here
