@@ -10,7 +10,7 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "dev" / "LOG.md", *DOCS]
 FORBIDDEN = re.compile("wake|woke|waking|asleep|sleeping|starved", re.IGNORECASE)
-ON_DISK = re.compile(r"woken_experts|woken-cpu|all-awake|\"woken\"")  # keys and names of committed results
+ON_DISK = re.compile(r"woken_experts|woken-cpu|all-awake|[\"`]woken[\"`]")  # keys and names of committed results
 
 
 def links_of(page):
