@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from query_experts.bench.report import speedup
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "dev" / "LOG.md")
@@ -26,6 +24,11 @@ NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,]\d+)*(?!\w)")  # not the digits of na
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def median_ratio(first: Sequence[float], second: Sequence[float]) -> str:
+    """The median of ratios, repeat by repeat."""
+    return f"{statistics.median(one / other for one, other in zip(first, second, strict=True)):.2f}"
 
 
 def losses(result: Any) -> dict[tuple[str, int], float]:
@@ -51,14 +54,15 @@ def gqe_behind_static(result: Any) -> list[str]:
 def speed(result: Any, suite: str, arm: str, *lengths: str) -> list[str]:
     """Median speed of an arm over dense at each length of a suite, or at the named lengths."""
     points = [point for point in result["points"] if point["suite"] == suite]
-    return [f"{speedup(point, arm)[0]:.2f}" for point in points if not lengths or str(point["length"]) in lengths]
+    seconds = [point["seconds"] for point in points if not lengths or str(point["length"]) in lengths]
+    return [median_ratio(by_arm["dense"], by_arm[arm]) for by_arm in seconds]
 
 
 def decode_speed(result: Any, arm: str, batch: str, *lengths: str) -> list[str]:
     """Median speed of an arm over dense in decoding with a static cache, at one batch size."""
     points = [point for point in result["points"] if (point["suite"], point["cache"]) == ("decode", "static")]
     chosen = [point for point in points if str(point["batch"]) == batch and str(point["length"]) in lengths]
-    return [f"{speedup(point, arm)[0]:.2f}" for point in chosen]
+    return [median_ratio(point["seconds"]["dense"], point["seconds"][arm]) for point in chosen]
 
 
 def share_of_layer(result: Any, length: str, *stages: str) -> list[str]:
@@ -71,8 +75,7 @@ def share_of_layer(result: Any, length: str, *stages: str) -> list[str]:
 def selected_only(result: Any, experts: str) -> list[str]:
     """How many times faster a one-token step is if only the selected experts' queries are projected."""
     (point,) = (p for p in result["points"] if str(p["experts_per_group"]) == experts)
-    pairs = zip(point["seconds"]["all"], point["seconds"]["woken"], strict=True)
-    return [f"{statistics.median(whole / selected for whole, selected in pairs):.2f}"]
+    return [median_ratio(point["seconds"]["all"], point["seconds"]["woken"])]
 
 
 def faster(result: Any, arm: str, figure: str, *prompt_tokens: str) -> list[str]:
