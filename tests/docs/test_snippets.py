@@ -139,7 +139,7 @@ def test_the_targets_and_scripts_of_a_page_exist(page):
 @pytest.fixture(scope="module")
 def known_options():
     """Every command's options, as its help names them."""
-    options = set()
+    options = {"help"}
     for command in COMMANDS:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
