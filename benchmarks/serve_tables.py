@@ -1,98 +1,99 @@
-"""Puts the tables of serving into docs/benchmarks.md from benchmarks/results/serve-cpu.json.
+"""Fills the tables of serving in docs/benchmarks.md from benchmarks/results/serve-cpu.json.
 
 python benchmarks/serve_tables.py
 """
 
 from __future__ import annotations
 
-import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from page_tables import markdown, with_tables
+from query_experts.bench.results import BASELINE, Spread
 from query_experts.common import formatting as text
+from serve_results import Figures, Ratios, ServeResult, read_serve
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "serve-cpu.json"
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 SCRIPT = "benchmarks/serve_tables.py"  # in the markers of its tables
+DENSE_ROWS: list[tuple[str, Callable[[Figures], float], int]] = [  # title, figure, digits
+    ("seconds to the first token", lambda run: run.seconds_to_first_token, 3),
+    ("seconds a token after it", lambda run: run.seconds_a_token, 4),
+    ("tokens a second, prompts and answers", lambda run: run.tokens_a_second, 0),
+]
 
 
-def loads(result: dict[str, Any]) -> list[str]:
-    """Heads of columns."""
+def workloads(result: ServeResult) -> list[str]:
+    """The headings of the columns."""
     return [
-        f"{load['prompt_tokens']:,} + {load['new_tokens']} tokens, {load['at_a_time']} at a time"
-        for load in result["workloads"].values()
+        f"{load.prompt_tokens:,} + {load.new_tokens} tokens, {load.at_a_time} at a time"
+        for load in result.workloads.values()
     ]
 
 
-def dense(result: dict[str, Any]) -> str:
-    """What the others are held against: medians over the rounds."""
-    rows = [["dense Llama", *loads(result)]]
-    for title, figure, digits in (
-        ("seconds to the first token", "seconds_to_first_token", 3),
-        ("seconds a token after it", "seconds_a_token", 4),
-        ("tokens a second, prompts and answers", "tokens_a_second", 0),
-    ):
-        runs = result["arms"]["dense"]["runs"].values()
-        rows.append([title, *(f"{statistics.median(run[figure] for run in load):,.{digits}f}" for load in runs)])
+def dense(result: ServeResult) -> str:
+    """The figures of the baseline: medians over the rounds."""
+    rows = [["dense Llama", *workloads(result)]]
+    for title, figure, digits in DENSE_ROWS:
+        medians = [statistics.median(map(figure, runs)) for runs in result.arms[BASELINE].runs.values()]
+        rows.append([title, *(f"{median:,.{digits}f}" for median in medians)])
     return markdown(rows)
 
 
-def against_dense(result: dict[str, Any], figure: str, inverse: bool) -> str:
-    """For each arm and load: how many times as fast as dense, median and range of the rounds."""
-    rows = [["arm", *loads(result)]]
-    for arm, held in result["against_dense"].items():
-        if arm != "dense":
-            cells = []
-            for load in held.values():
-                median, low, high = load[figure]
-                if inverse:
-                    median, low, high = 1 / median, 1 / high, 1 / low
-                cells.append(f"{text.times(median)} ({low:.2f} to {high:.2f})")
-            rows.append([f"`{arm}`", *cells])
+def against_dense(result: ServeResult, speed: Callable[[Ratios], Spread]) -> str:
+    """The speed of each arm relative to dense for each workload: the median of the rounds, and their range."""
+    rows = [["arm", *workloads(result)]]
+    for arm, by_workload in result.against_dense.items():
+        if arm != BASELINE:
+            speeds = map(speed, by_workload.values())
+            rows.append([f"`{arm}`", *(f"{text.times(s.median)} ({s.low:.2f} to {s.high:.2f})" for s in speeds)])
     return markdown(rows)
 
 
-def room(result: dict[str, Any]) -> str:
-    """How many tokens the same memory holds."""
-    there = {arm: held["tokens_that_the_cache_holds"] for arm, held in result["arms"].items()}
-    size = f"tokens in {result['cache_bytes'] / 2**30:g} GiB of cache"
-    rows = [["arm", size, "of dense's"]]
-    rows += [[f"`{arm}`", f"{tokens:,}", f"{tokens / there['dense']:.3f}"] for arm, tokens in there.items()]
+def inverse(seconds: Spread) -> Spread:
+    """Speeds, given ratios of seconds."""
+    return Spread(1 / seconds.median, 1 / seconds.high, 1 / seconds.low)
+
+
+def room(result: ServeResult) -> str:
+    """The number of tokens that the same memory holds."""
+    rows = [["arm", f"tokens in {result.cache_bytes / 2**30:g} GiB of cache", "of dense's"]]
+    baseline = result.arms[BASELINE].tokens_that_the_cache_holds
+    for arm, held in result.arms.items():
+        tokens = held.tokens_that_the_cache_holds
+        rows.append([f"`{arm}`", f"{tokens:,}", f"{tokens / baseline:.3f}"])
     return markdown(rows)
 
 
-def setting(result: dict[str, Any]) -> str:
-    there, size = result["environment"], result["size"]
-    rounds = len(next(iter(result["arms"]["dense"]["runs"].values())))
+def setting(result: ServeResult) -> str:
+    ran_in, size, baseline = result.environment, result.size, result.arms[BASELINE]
+    rounds = len(next(iter(baseline.runs.values())))
     rows = [
         ["what", "held"],
-        ["model", f"{result['arms']['dense']['parameters'] / 1e6:.0f}M parameters, random; "
-                  f"{size['num_hidden_layers']} layers of hidden size {size['hidden_size']}, "
-                  f"{size['num_attention_heads']} query heads over {size['num_key_value_heads']} KV heads of head dim "
-                  f"{size['head_dim']}, bf16"],
-        ["server", f"vLLM for CPUs {there['vllm']}, its own benchmark client; {rounds} rounds, a new server for each "
+        ["model", f"{baseline.parameters / 1e6:.0f}M parameters, random; {size.num_hidden_layers} layers of hidden "
+                  f"size {size.hidden_size}, {size.num_attention_heads} query heads over {size.num_key_value_heads} KV "
+                  f"heads of head dim {size.head_dim}, bf16"],
+        ["server", f"vLLM for CPUs {ran_in.vllm}, its own benchmark client; {rounds} rounds, a new server for each "
                    "arm and round, the arms taking turns"],
-        ["machine", f"{there['hardware']}, torch {there['torch']}, Transformers "
-                    f"{there['transformers']}, {there['date']}"],
+        ["machine", f"{ran_in.hardware}, torch {ran_in.torch}, Transformers {ran_in.transformers}, {ran_in.date}"],
     ]  # fmt: skip
     return markdown(rows)
 
 
+TABLES: dict[str, Callable[[ServeResult], str]] = {
+    "setting": setting,
+    "dense": dense,
+    "first-token": lambda result: against_dense(result, lambda ratios: inverse(ratios.seconds_to_first_token)),
+    "next-token": lambda result: against_dense(result, lambda ratios: inverse(ratios.seconds_a_token)),
+    "throughput": lambda result: against_dense(result, lambda ratios: ratios.tokens_a_second),
+    "room": room,
+}
+
+
 def filled(page: str) -> str:
-    """The page with every marked table made anew."""
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    tables = {
-        "setting": setting(result),
-        "dense": dense(result),
-        "first-token": against_dense(result, "seconds_to_first_token", inverse=True),
-        "next-token": against_dense(result, "seconds_a_token", inverse=True),
-        "throughput": against_dense(result, "tokens_a_second", inverse=False),
-        "room": room(result),
-    }
-    return with_tables(page, SCRIPT, tables.__getitem__)
+    """The page with every table made anew."""
+    result = read_serve()
+    return with_tables(page, SCRIPT, lambda name: TABLES[name](result))
 
 
 def main() -> None:

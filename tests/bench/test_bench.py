@@ -1,31 +1,30 @@
-"""The benchmark of speed: its predictions against counted work, its gate, its calls, and a whole tiny run."""
+"""The benchmark: predictions against counted FLOPs, the correctness check, the timed calls, and whole tiny runs."""
 
 import functools
-import importlib.util
 import json
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
+import sparse_projection
 from query_experts.bench import run as bench_module
 from query_experts.bench import settings as bench_settings
 from query_experts.bench.breakdown import uniform_routing
 from query_experts.bench.correctness import check_layer
 from query_experts.bench.models import Layer, Model
-from query_experts.bench.run import Point, bench, gate, points_of, predicted
+from query_experts.bench.results import Point
+from query_experts.bench.run import bench, check_correctness, points_of, predicted_speedup
 from query_experts.bench.settings import SUITES, BenchSettings
 from query_experts.cli import main
 from query_experts.common import timing
 from query_experts.common.device import has_bfloat16
 from query_experts.common.errors import SettingError
-from query_experts.common.settings import parse_settings
 from query_experts.layers import attention
 from query_experts.layers.attention import GQEAttention
 from query_experts.model import costs
@@ -42,7 +41,7 @@ ARMS = ["dense", "static", "gqe", "gqe-expert", "gqe-m4"]
 
 
 def on_meta(arm, backward):
-    """What torch counts of one layer in eager attention: every product, over the full square."""
+    """FLOPs that torch counts in one layer with eager attention: every product, over the full square; and weights."""
     layer = Layer(replace(SMALL, attn_implementation="eager"), arm, "cpu", 128)
     layer.module.to("meta")
     x = torch.empty(2, 24, 64, device="meta", requires_grad=backward)
@@ -92,16 +91,16 @@ def test_a_models_flops_are_those_that_torch_counts_but_for_the_masked_half_and_
 
 def test_predictions_are_ratios_of_work():
     settings = BenchSettings(lengths=[10**6], cached_lengths=[10**6])
-    assert predicted(Point("prefill", 10**6), "gqe", settings) == pytest.approx(16 / 9, abs=0.01)
-    assert predicted(Point("train", 10**6), "gqe", settings) == pytest.approx(16 / 9, abs=0.01)
-    assert predicted(Point("decode", 10**6, 1, "static"), "gqe", settings) == pytest.approx(1, abs=0.01)
-    assert predicted(Point("prefill", 1), "dense", settings) == 1
+    assert predicted_speedup(Point("prefill", 10**6), "gqe", settings) == pytest.approx(16 / 9, abs=0.01)
+    assert predicted_speedup(Point("train", 10**6), "gqe", settings) == pytest.approx(16 / 9, abs=0.01)
+    assert predicted_speedup(Point("decode", 10**6, 1, "static"), "gqe", settings) == pytest.approx(1, abs=0.01)
+    assert predicted_speedup(Point("prefill", 1), "dense", settings) == 1
     for suite in ("prefill", "chunk", "decode", "train", "model", "model-train"):
-        assert 0.9 < predicted(Point(suite, 4096, 1, "static"), "gqe", settings) < 16 / 9
+        assert 0.9 < predicted_speedup(Point(suite, 4096, 1, "static"), "gqe", settings) < 16 / 9
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_gate_passes_what_is_right(arm):
+def test_the_correctness_check_passes_correct_arms(arm):
     for dtype in ("float32", "bfloat16"):
         settings = replace(SMALL, dtype=dtype)
         checks = list(check_layer(Layer(settings, arm, "cpu", 1024), arm, SUITES))
@@ -114,7 +113,7 @@ def test_the_gate_passes_what_is_right(arm):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_gate_stops_an_arm_that_is_a_little_wrong_before_anything_is_timed(monkeypatch, dtype):
+def test_the_correctness_check_stops_a_slightly_wrong_arm_before_anything_is_timed(monkeypatch, dtype):
     attend = CausalKernel.forward
 
     def wrong(self, *args, **kwargs):
@@ -123,21 +122,21 @@ def test_the_gate_stops_an_arm_that_is_a_little_wrong_before_anything_is_timed(m
 
     monkeypatch.setattr(CausalKernel, "forward", wrong)
     with pytest.raises(SettingError, match=r"arms holds gqe, which is wrong in prefill: .* nothing is timed"):
-        gate(replace(SMALL, arms=["dense", "gqe"], dtype=dtype), "cpu")
+        check_correctness(replace(SMALL, arms=["dense", "gqe"], dtype=dtype), "cpu")
     monkeypatch.setattr(bench_module, "measure", lambda *args: pytest.fail("timed"))
     with pytest.raises(SettingError, match="nothing is timed"):
         bench(replace(SMALL, arms=["dense", "gqe"], dtype=dtype), quiet())
 
 
-def spoilt_where(condition):
+def zeroed_where(condition):
     """route_and_attend of the layer, its output zeroed where `condition(x, cache)` holds."""
     original = GQEAttention.route_and_attend
 
-    def spoilt(self, x, mask, cos_sin, cache, **kwargs):
+    def zeroed(self, x, mask, cos_sin, cache, **kwargs):
         y, *rest = original(self, x, mask, cos_sin, cache, **kwargs)
         return y * (0 if condition(x, cache) else 1), *rest
 
-    return spoilt
+    return zeroed
 
 
 @pytest.mark.parametrize(
@@ -149,24 +148,24 @@ def spoilt_where(condition):
         ("decoding, static cache", lambda x, cache: isinstance(cache, StaticCache) and x.shape[1] == 1),
     ],
 )
-def test_the_gate_looks_at_every_path_that_is_timed(monkeypatch, what, condition):
-    monkeypatch.setattr(GQEAttention, "route_and_attend", spoilt_where(condition))
+def test_the_correctness_check_covers_every_path_that_is_timed(monkeypatch, what, condition):
+    monkeypatch.setattr(GQEAttention, "route_and_attend", zeroed_where(condition))
     assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", SUITES) if not c.passed] == [what]
 
 
-def test_the_gate_looks_at_no_more_than_is_timed():
+def test_the_correctness_check_covers_no_more_than_is_timed():
     for suites, whats in {("prefill",): ["prefill"], ("model", "chunk"): ["prefill", "a chunk"]}.items():
         assert [c.what for c in check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", suites)] == whats
 
 
-def test_the_gate_looks_at_the_projection_of_the_selected_alone(monkeypatch):
+def test_the_correctness_check_covers_the_projection_of_only_the_selected_experts(monkeypatch):
     project = select.project_selected_rows
     monkeypatch.setattr(select, "project_selected_rows", lambda *args: project(*args) * 0)
     layer = Layer(replace(SMALL, num_attention_heads=16), "gqe", "cpu", 1024)
     assert [c.what for c in check_layer(layer, "gqe", SUITES) if not c.passed] == ["decoding one sequence"]
 
 
-def test_the_gate_looks_at_gradients(monkeypatch):
+def test_the_correctness_check_covers_gradients(monkeypatch):
     project = GQEAttention.project_queries
 
     def without_gradient(self, *args):
@@ -179,19 +178,19 @@ def test_the_gate_looks_at_gradients(monkeypatch):
         list(check_layer(layer, "gqe", SUITES))
 
 
-def test_the_gate_looks_at_the_choice_of_experts(monkeypatch):
+def test_the_correctness_check_covers_the_selection_of_experts(monkeypatch):
     monkeypatch.setattr(attention, "select_top_k", lambda probs, k: probs.argmin(-1, keepdim=True))
     assert not next(iter(check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", SUITES))).passed
 
 
-def test_the_gate_looks_at_gqe_where_its_parts_are_timed_alone(monkeypatch):
+def test_the_correctness_check_covers_gqe_where_only_its_parts_are_timed(monkeypatch):
     monkeypatch.setattr(attention, "select_top_k", lambda probs, k: probs.argmin(-1, keepdim=True))
     with pytest.raises(SettingError, match="arms holds gqe, which is wrong in prefill"):
-        gate(replace(SMALL, arms=["dense"], suites=["parts"]), "cpu")
+        check_correctness(replace(SMALL, arms=["dense"], suites=["parts"]), "cpu")
 
 
 def test_a_compiled_arm_is_compiled_at_every_point(monkeypatch):
-    """A Python profiler sees whether the layer's own forward runs, which it does where Dynamo fell back to eager."""
+    """A Python profiler sees whether the layer's own code runs, as it does where Dynamo falls back to eager."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     settings = replace(SMALL, compile=True, suites=["prefill", "decode"])
     eager = []
@@ -200,7 +199,7 @@ def test_a_compiled_arm_is_compiled_at_every_point(monkeypatch):
         if event == "call" and frame.f_code.co_name == "route_and_attend":
             eager.append(point)
 
-    gate(settings, "cpu")
+    check_correctness(settings, "cpu")
     for point in points_of(settings):
         call = bench_module.call_of(point, Layer(settings, "gqe", "cpu", 200), settings)
         call()
@@ -215,7 +214,7 @@ def test_a_compiled_arm_is_compiled_at_every_point(monkeypatch):
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("arm", ["dense", "gqe"])
 @pytest.mark.parametrize("new", [1, 12])
-def test_a_timed_call_leaves_its_cache_as_it_was(arm, kind, new):
+def test_a_timed_call_leaves_its_cache_unchanged(arm, kind, new):
     call = Layer(SMALL, arm, "cpu", 128).cached(kind, 2, 40, new)
     first = call()
     for _ in range(3):
@@ -223,7 +222,7 @@ def test_a_timed_call_leaves_its_cache_as_it_was(arm, kind, new):
 
 
 @pytest.mark.parametrize("arm", ["dense", "static", "gqe"])
-def test_both_caches_give_a_timed_call_the_same(arm):
+def test_a_timed_call_gives_the_same_with_both_caches(arm):
     layer = Layer(SMALL, arm, "cpu", 128)
     static, dynamic = (layer.cached(kind, 2, 40, 3)() for kind in ("static", "dynamic"))
     torch.testing.assert_close(static, dynamic, rtol=0, atol=1e-5)
@@ -250,7 +249,7 @@ def test_arms_take_turns_in_going_first():
     assert order == list("abc" * 2 + "abc" + "bca" + "cab")
 
 
-def test_a_short_call_is_repeated_though_a_long_one_stands_beside_it():
+def test_a_short_call_is_repeated_next_to_a_long_one():
     counts = Counter()
 
     def call(name, seconds):
@@ -264,16 +263,16 @@ def test_a_short_call_is_repeated_though_a_long_one_stands_beside_it():
     assert 20 <= counts["short"] <= 42
 
 
-def test_each_call_has_as_many_timings():
+def test_each_call_has_the_same_number_of_timings():
     seconds = timing.time_interleaved({name: lambda: None for name in "abc"}, 3, "cpu")
     assert [len(times) for times in seconds.values()] == [3, 3, 3]
 
 
-def test_peak_memory_is_what_a_call_takes_beyond_what_was_held():
-    held = torch.ones(1_000_000)
-    assert timing.peak_bytes(lambda: (held[:500_000] + 1).sum(), "cpu") == pytest.approx(2e6, abs=1e3)
-    assert timing.peak_bytes(lambda: held.sum(), "cpu") < 1e3
-    assert timing.peak_bytes(lambda: (held + 1, held + 2), "cpu") == pytest.approx(8e6, abs=1e3)
+def test_peak_memory_is_what_a_call_takes_beyond_what_was_allocated():
+    allocated = torch.ones(1_000_000)
+    assert timing.peak_bytes(lambda: (allocated[:500_000] + 1).sum(), "cpu") == pytest.approx(2e6, abs=1e3)
+    assert timing.peak_bytes(lambda: allocated.sum(), "cpu") < 1e3
+    assert timing.peak_bytes(lambda: (allocated + 1, allocated + 2), "cpu") == pytest.approx(8e6, abs=1e3)
 
 
 def test_peak_memory_of_training_counts_the_gradients():
@@ -288,7 +287,7 @@ def test_peak_memory_of_training_counts_the_gradients():
 def test_gqe_takes_no_more_memory_than_dense(kind, dtype):
     """At the paper's proportions, with D = N * d."""
     if dtype == "bfloat16" and not has_bfloat16("cpu"):
-        pytest.skip("this processor has no instructions for bf16, and their emulation takes scratch space of its own")
+        pytest.skip("this processor has no instructions for bf16, and emulating them takes additional scratch space")
     settings = replace(SMALL, dtype=dtype, hidden_size=128, num_attention_heads=16, num_key_value_heads=8)
     dense, gqe = (
         timing.peak_bytes(getattr(Layer(settings, arm, "cpu", 2048), kind)(1, 2048), "cpu") for arm in ("dense", "gqe")
@@ -296,7 +295,7 @@ def test_gqe_takes_no_more_memory_than_dense(kind, dtype):
     assert gqe < dense
 
 
-def test_uniform_routing_wakes_every_expert_as_often():
+def test_uniform_routing_selects_every_expert_equally_often():
     routing = Layer(SMALL, "gqe", "cpu", 128).module.route(torch.randn(1, 64, 64))
     uniform = uniform_routing(routing)
     assert uniform.indices.shape == routing.indices.shape
@@ -336,7 +335,7 @@ def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_j
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "sentence"),
     [
         ({"suites": ["prefil"]}, "suites holds 'prefil'; allowed are prefill"),
         ({"arms": ["gqe"]}, "must hold dense"),
@@ -370,8 +369,8 @@ def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_j
         ),
     ],
 )
-def test_a_setting_that_cannot_be_used_is_refused(changes, told):
-    with pytest.raises(SettingError, match=told):
+def test_a_setting_that_cannot_be_used_is_refused(changes, sentence):
+    with pytest.raises(SettingError, match=sentence):
         bench(replace(SMALL, **changes), quiet())
 
 
@@ -388,7 +387,7 @@ def test_tables_fit_eighty_columns(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "native"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
-def test_bf16_that_is_emulated_is_told(tmp_path, monkeypatch, dtype, native):
+def test_emulated_bf16_prints_a_warning(tmp_path, monkeypatch, dtype, native):
     monkeypatch.setattr(bench_module, "has_bfloat16", lambda device: native)
     console = quiet()
     bench(replace(SMALL, out=str(tmp_path), suites=["prefill"], lengths=[64], repeats=1, dtype=dtype), console)
@@ -408,17 +407,15 @@ def test_what_a_cuda_graph_cannot_replay_is_refused(monkeypatch, changes, senten
         replace(SMALL, device="cuda", cuda_graph=True, **changes).check()
 
 
-def test_every_part_of_the_gpu_command_asks_for_what_bench_takes(monkeypatch):
-    monkeypatch.setattr(bench_settings, "resolve_device", lambda device: device)  # as where there is a GPU
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("gpu", path)
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
-    suites = set()
-    for options in gpu.PARTS.values():
-        for argv in (["--device", "cuda", *options], gpu.dry(options)):
-            settings = parse_settings(BenchSettings, argv, prog="bench", about="", folder="recipes/bench", preset="cpu")
-            settings.check()
-            assert list(points_of(settings))
-        suites |= set(settings.suites)
-    assert suites == set(SUITES)
+def test_the_benchmark_of_sparse_projection_times_each_of_the_two_projections(monkeypatch):
+    monkeypatch.setattr(select, "reads_selected_rows", select.reads_selected_rows)  # which the benchmark replaces
+    project, projected = select.project_selected_rows, []
+    monkeypatch.setattr(select, "project_selected_rows", lambda *args: projected.append(kind) or project(*args))
+    calls = {}
+    monkeypatch.setattr(sparse_projection, "time_interleaved", lambda timed, *_: calls.update(timed) or {})
+    monkeypatch.setattr(sparse_projection, "CACHED", 16)
+    sparse_projection.measure(heads=16)
+    for kind in [*calls, *reversed(calls)]:
+        calls[kind]()
+    assert list(calls) == ["dense", "all", "woken"]
+    assert projected == ["woken", "woken"]

@@ -1,1 +1,1 @@
-"""Owns the benchmark of speed: GQE against stock Llama, measured in turn, checked for correctness before any number."""
+"""The speed of GQE against stock Llama: each arm's outputs are checked first, then all arms are timed in turn."""

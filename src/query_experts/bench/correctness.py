@@ -1,89 +1,96 @@
-"""Owns the check that stands before every speed: each arm's fast calls err little more than a plain one.
+"""Checks each arm before its speed is measured: the error of the timed calls is little more than that of a plain call.
 
-All are held against float64: dense against its own eager attention, the others against the definition of the layer,
-written out here with nothing of the layer but its weights. The plain call is eager attention in the benchmark's dtype,
-over the whole prompt at once.
+Errors are against float64: of dense against its own eager attention, of the other arms against the paper's definition
+of the layer, which is written out here and uses only the layer's weights. The plain call is eager attention in the
+benchmark's dtype, over the whole prompt at once.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, LlamaConfig, StaticCache
 
 from query_experts.bench.models import Layer
+from query_experts.bench.results import Check
 from query_experts.layers.attention import GQEAttention
 
-LENGTH = 333  # odd, and beyond one block of every kernel
+LENGTH = 333  # odd, and longer than one block of every kernel
 ALLOWED = 2.0  # times the plain error
-LEAST, MOST = 4, 32  # machine epsilons of the largest number: what is no fault, and what always is one
+LEAST, MOST = 4, 32  # machine epsilons of the largest number: an error below always passes, one above never does
 
 
 @dataclass(frozen=True)
-class Check:
-    """Largest errors of the fast and of the plain call against float64."""
+class Way:
+    """One way of calling a layer over LENGTH tokens: piece by piece, into a cache."""
 
-    arm: str
     what: str
-    error: float
-    plain: float
-    passed: bool
+    cache: Cache
+    pieces: list[int]  # tokens of each call
+    batch: int = 2
+
+    @property
+    def new(self) -> slice:
+        """The tokens that are compared: those after the first piece, or all of a single piece."""
+        return slice(self.pieces[0] if len(self.pieces) > 1 else 0, None)
 
 
 def check_layer(layer: Layer, arm: str, suites: Collection[str]) -> Iterator[Check]:
-    """Prefill, and every other way in which the suites call a layer: chunks, decoding over both caches, training."""
-    trains = not {"train", "model-train"}.isdisjoint(suites)
+    """Checks prefill, and every other way in which the suites call a layer: chunks, decoding, training."""
     x, cotangent = layer.hidden(2, LENGTH), layer.hidden(2, LENGTH + 1)[:, 1:]
-    exact, exact_gradients = _forwards_and_back(_In(layer, torch.float64), x.double(), cotangent)
-    plain, plain_gradients = _forwards_and_back(_In(layer, layer.dtype), x, cotangent)
-    ways: dict[str, tuple[Cache, list[int]]] = {"prefill": (DynamicCache(config=layer.config), [LENGTH])}
-    if "chunk" in suites:
-        ways["a chunk"] = DynamicCache(config=layer.config), [LENGTH - 101, 101]
-    if "decode" in suites:
-        static = StaticCache(config=layer.config, max_cache_len=LENGTH + 7)
-        ways["decoding, dynamic cache"] = DynamicCache(config=layer.config), [LENGTH - 4, 3, 1]
-        ways["decoding, static cache"] = static, [LENGTH - 3, 1, 1, 1]
-        # for one token in all the layer may take another way
-        ways["decoding one sequence"] = DynamicCache(config=layer.config), [LENGTH - 2, 1, 1]
-    for what, (cache, pieces) in ways.items():
-        rows = slice(1 if what == "decoding one sequence" else None)
-        y = _fast(layer, x[rows], cache, pieces)
-        new = slice(pieces[0] if len(pieces) > 1 else 0, None)
-        yield _compare(arm, what, y[:, new], plain[rows, new], exact[rows, new])
-    if not trains:
+    exact, exact_gradients = _PlainLayer(layer, torch.float64).outputs_and_gradients(x.double(), cotangent)
+    plain, plain_gradients = _PlainLayer(layer, layer.dtype).outputs_and_gradients(x, cotangent)
+    for way in _ways(layer.config, suites):
+        rows = slice(way.batch)
+        y = _outputs(layer, x[rows], way)
+        yield _compare(arm, way.what, y[:, way.new], plain[rows, way.new], exact[rows, way.new])
+    if {"train", "model-train"}.isdisjoint(suites):
         return
-    arguments = layer.prepare(x, 0, None)
-    _, gradients = _forwards_and_back(lambda x: layer.forward(x, **arguments)[0], x, cotangent, layer.module)
+    inputs = layer.inputs(x, 0, None)
+    _, gradients = _outputs_and_gradients(lambda x: layer.forward(x, inputs), layer.module, x, cotangent)
     for name, exact_gradient in exact_gradients.items():
         yield _compare(arm, f"the gradient of {name}", gradients[name], plain_gradients[name], exact_gradient)
 
 
+def _ways(config: LlamaConfig, suites: Collection[str]) -> Iterator[Way]:
+    yield Way("prefill", DynamicCache(config=config), [LENGTH])
+    if "chunk" in suites:
+        yield Way("a chunk", DynamicCache(config=config), [LENGTH - 101, 101])
+    if "decode" in suites:
+        yield Way("decoding, dynamic cache", DynamicCache(config=config), [LENGTH - 4, 3, 1])
+        static = StaticCache(config=config, max_cache_len=LENGTH + 7)
+        yield Way("decoding, static cache", static, [LENGTH - 3, 1, 1, 1])
+        # the layer may compute a single token differently from a batch of them
+        yield Way("decoding one sequence", DynamicCache(config=config), [LENGTH - 2, 1, 1], batch=1)
+
+
 def _compare(arm: str, what: str, y: Tensor, plain: Tensor, exact: Tensor) -> Check:
-    error, usual = (float((t.double() - exact).abs().max()) for t in (y, plain))
+    error, plain_error = (float((t.double() - exact).abs().max()) for t in (y, plain))
     rounding = float(exact.abs().max()) * torch.finfo(y.dtype).eps
-    return Check(arm, what, error, usual, error <= min(max(ALLOWED * usual, LEAST * rounding), MOST * rounding))
+    passed = error <= min(max(ALLOWED * plain_error, LEAST * rounding), MOST * rounding)
+    return Check(arm, what, error, plain_error, passed)
 
 
 @torch.no_grad()
-def _fast(layer: Layer, x: Tensor, cache: Any, pieces: list[int]) -> Tensor:
+def _outputs(layer: Layer, x: Tensor, way: Way) -> Tensor:
     """Outputs [B, T, D] of x given piece by piece."""
     outputs, past = [], 0
-    for size in pieces:
+    for size in way.pieces:
         piece = x[:, past : past + size]
-        arguments = layer.prepare(piece, past, cache)
-        outputs.append(layer.forward(piece, past_key_values=cache, **arguments)[0])
+        inputs = layer.inputs(piece, past, way.cache)
+        outputs.append(layer.forward(piece, inputs, way.cache))
         past += size
     return torch.cat(outputs, 1)
 
 
-class _In(nn.Module):
-    """A copy of the layer in a dtype, with eager attention over the whole of x; GQE in float64 by its definition."""
+class _PlainLayer(nn.Module):
+    """A copy of a layer in a dtype, with eager attention over the whole of x; GQE in float64 by its definition."""
 
     def __init__(self, layer: Layer, dtype: torch.dtype):
         super().__init__()
@@ -95,59 +102,80 @@ class _In(nn.Module):
                 part.config = config
         positions = torch.arange(LENGTH, device=layer.device)[None]
         cos_sin = layer.rotary(torch.empty(0, dtype=layer.dtype, device=layer.device), position_ids=positions)
-        self.cos_sin = [t.to(dtype) for t in cos_sin]  # rounded to the benchmark's dtype, as the fast call has them
+        self.cos_sin = [t.to(dtype) for t in cos_sin]  # rounded to the benchmark's dtype, as the timed call has them
         self.by_definition = dtype == torch.float64 and isinstance(self.module, GQEAttention)
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[1]
         if self.by_definition:
-            return defined(self.module, x, *self.cos_sin)
-        lowest = max(torch.finfo(t).min for t in (x.dtype, torch.float32))  # eager takes its softmax in float32
+            return layer_by_definition(self.module, x, *self.cos_sin)
+        lowest = max(torch.finfo(t).min for t in (x.dtype, torch.float32))  # eager computes its softmax in float32
         mask = torch.full((T, T), lowest, dtype=x.dtype, device=x.device).triu(1)[None, None]
         return self.module(x, position_embeddings=tuple(self.cos_sin), attention_mask=mask)[0]
 
+    def outputs_and_gradients(self, x: Tensor, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return _outputs_and_gradients(self, self.module, x, cotangent)
 
-def defined(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """arXiv 2606.20945, section 3: all N heads attend, and the woken ones' outputs [B, T, d] become slots.
 
-    x [B, T, D], cos and sin [1, T, d] -> y [B, T, D]. For the variant gqe, in x's dtype.
+def layer_by_definition(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """arXiv 2606.20945, section 3: all N heads attend, and the outputs of the selected experts become slots.
+
+    Args:
+        layer: A GQEAttention of the variant gqe, for its weights and sizes.
+        x: Hidden states [B, T, D].
+        cos: Of the rotary embedding, [1, T, d].
+        sin: Of the rotary embedding, [1, T, d].
+
+    Returns:
+        Outputs [B, T, D] in the dtype of x.
     """
     B, T, _ = x.shape
-    G, k, d = layer.num_kv_heads, layer.top_k, layer.head_dim
-    M = layer.experts_per_group
+    G, M, d = layer.num_kv_heads, layer.experts_per_group, layer.head_dim
+    query = _rotate(layer.q_proj(x).view(B, T, G * M, d), cos, sin)
+    shared_query = _rotate(layer.q_shared(x).view(B, T, 1, d), cos, sin)
+    key, value = _rotate(layer.k_proj(x).view(B, T, G, d), cos, sin), layer.v_proj(x).view(B, T, G, d)
+    heads = torch.stack([_attend(query[:, :, n], key[:, :, n // M], value[:, :, n // M]) for n in range(G * M)], 2)
+    shared = _attend(shared_query[:, :, 0], key.mean(2), value.mean(2))
 
-    def rotated(rows: Tensor) -> Tensor:  # [B, T, heads, d]
-        half = torch.cat([-rows[..., d // 2 :], rows[..., : d // 2]], -1)
-        return rows * cos[:, :, None] + half * sin[:, :, None]
+    probs, selected = _route(layer, x)
+    slots = torch.einsum("btgkm,btgmd->btgkd", selected, heads.view(B, T, G, M, d))
+    scores = torch.einsum("btgkm,btgm->btgk", selected, probs)
+    weighted = torch.einsum("btgk,btgkd->btd", scores / scores.sum((2, 3), keepdim=True), slots)
+    if layer.output_projection == "expert":
+        slots = torch.einsum("btgkm,btgkd->btgmd", selected, slots)
+    return layer.o_proj(torch.cat([slots.flatten(2), weighted, shared], -1))
 
-    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # [B, T, d] each
-        scores = (query @ key.mT * d**-0.5).masked_fill(torch.ones(T, T, device=x.device).triu(1).bool(), -torch.inf)
-        return scores.softmax(-1) @ value
 
-    query, shared_query = rotated(layer.q_proj(x).view(B, T, G * M, d)), rotated(layer.q_shared(x).view(B, T, 1, d))
-    key, value = rotated(layer.k_proj(x).view(B, T, G, d)), layer.v_proj(x).view(B, T, G, d)
-    heads = torch.stack([attended(query[:, :, n], key[:, :, n // M], value[:, :, n // M]) for n in range(G * M)], 2)
-    shared = attended(shared_query[:, :, 0], key.mean(2), value.mean(2))
+def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [B, T, heads, d] in Llama's half-rotation form."""
+    first, second = rows.chunk(2, -1)
+    return rows * cos[:, :, None] + torch.cat([-second, first], -1) * sin[:, :, None]
 
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of one head; all [B, T, d]."""
+    _, T, d = query.shape
+    future = torch.ones(T, T, device=query.device).triu(1).bool()
+    return (query @ key.mT * d**-0.5).masked_fill(future, -torch.inf).softmax(-1) @ value
+
+
+def _route(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, T, G, M] and the selected experts as one-hot rows [B, T, G, k, M]."""
+    B, T, _ = x.shape
+    G, M, k = layer.num_kv_heads, layer.experts_per_group, layer.top_k
     if layer.router is None:
         probs, order = x.new_full((B, T, G, M), 1 / M), torch.arange(M, device=x.device).expand(B, T, G, M)
     else:
         probs = F.linear(x, layer.router.weight).view(B, T, G, M).softmax(-1)
         order = probs.argsort(stable=True, dim=-1, descending=True)
-    woken = F.one_hot(order[..., :k], M).to(x.dtype)  # [B, T, G, k, M]
-    slots = torch.einsum("btgkm,btgmd->btgkd", woken, heads.view(B, T, G, M, d))
-    chosen = torch.einsum("btgkm,btgm->btgk", woken, probs)
-    weighted = torch.einsum("btgk,btgkd->btd", chosen / chosen.sum((2, 3), keepdim=True), slots)
-    if layer.output_projection == "expert":
-        slots = torch.einsum("btgkm,btgkd->btgmd", woken, slots)
-    return layer.o_proj(torch.cat([slots.flatten(2), weighted, shared], -1))
+    return probs, F.one_hot(order[..., :k], M).to(x.dtype)
 
 
-def _forwards_and_back(
-    call: Any, x: Tensor, cotangent: Tensor, module: nn.Module | None = None
+def _outputs_and_gradients(
+    call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, cotangent: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Outputs [B, T, D], and the gradients of x and of every weight of the layer."""
-    weights = dict((module if module is not None else call.module).named_parameters())
+    """Outputs [B, T, D], and the gradients of x and of every weight of the module."""
+    weights = dict(module.named_parameters())
     x = x.detach().requires_grad_()
     y = call(x)
     gradients = torch.autograd.grad(y, [x, *weights.values()], cotangent.to(y.dtype))

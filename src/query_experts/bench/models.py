@@ -1,13 +1,14 @@
-"""Owns what is timed: the arms' attention layers and models, and calls of them for each suite.
+"""What is timed: the attention layer and the model of each arm, and their calls in each suite.
 
-Every arm gets the inputs, the cache and the mask that its own model would pass to its layers; masks and rotary angles
-are made once outside of the clock, as a model makes them once for all of its layers.
+Every arm gets the inputs, the cache and the mask that its own model passes to its layers. Masks and rotary angles are
+made outside of the timed call, since a model makes them once for all of its layers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from query_experts.bench.settings import SDPA_BACKENDS, BenchSettings
+from query_experts.common.timing import Call
 from query_experts.layers.attention import GQEAttention
 from query_experts.layers.masks import causal_mask
 from query_experts.model.arms import build
@@ -27,18 +29,17 @@ from query_experts.model.modeling_gqe import GQESelfAttention
 from query_experts.ops.attend import uses_shared_decode
 
 SEED = 0
-MOST_SHAPES = 64  # that one compiled subject meets, in the gate above all
-Call = Callable[[], Any]
+MOST_SHAPES = 64  # that one compiled module meets; the correctness check has the most
 
 
-def configured_forward(module: nn.Module, settings: BenchSettings) -> Any:
-    """The module's forward with the kernels that are asked for, compiled if that is."""
-    forward: Any = module
+def configured_forward(module: nn.Module, settings: BenchSettings) -> Callable[..., Any]:
+    """The module's forward with the kernels of the settings, compiled if they ask for it."""
+    forward: Callable[..., Any] = module
     for part in module.modules():
         if isinstance(part, GQEAttention):
             part.fused_decode = settings.fused_decode
     if settings.compile:
-        # afresh: Dynamo counts recompilations by class, and past its limit would silently run eager
+        # Dynamo counts recompilations by class; past its limit it runs eager without an error
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         torch._dynamo.reset()
@@ -54,8 +55,16 @@ def configured_forward(module: nn.Module, settings: BenchSettings) -> Any:
     return with_kernel
 
 
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What a model passes to each of its attention layers, except for hidden states and the cache."""
+
+    cos_sin: tuple[Tensor, Tensor]  # [1, T, d] each
+    mask: Any  # a tensor, a BlockMask of FlexAttention, or None
+
+
 class Layer:
-    """One attention layer of an arm, with the rotary angles and the mask that its model would pass."""
+    """One attention layer of an arm, with the rotary angles and the mask that its model passes."""
 
     def __init__(self, settings: BenchSettings, arm: str, device: str, max_length: int):
         self.config: LlamaConfig = settings.config(arm, max_length)
@@ -65,7 +74,7 @@ class Layer:
         initialise_by_name(self.module, SEED, std=self.config.hidden_size**-0.5)  # outputs of order 1
         self.module.to(device, self.dtype).eval()
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
-        self.forward = configured_forward(self.module, settings)
+        self._forward = configured_forward(self.module, settings)
 
     def hidden(self, batch: int, length: int) -> Tensor:
         """Normalised hidden states [B, T, D], the same for every arm."""
@@ -73,39 +82,37 @@ class Layer:
         x = torch.randn(batch, length, self.config.hidden_size, generator=generator)
         return x.to(self.device, self.dtype)
 
-    def prepare(self, x: Tensor, past: int, cache: Cache | None) -> dict[str, Any]:
-        """The layer's other arguments for new tokens x [B, T, D] after `past` cached ones."""
+    def inputs(self, x: Tensor, past: int, cache: Cache | None) -> AttentionInputs:
+        """The layer's other inputs for new tokens x [B, T, D] after `past` cached ones."""
         positions = (torch.arange(x.shape[1], device=self.device) + past)[None]
         if isinstance(self.config, GQEConfig):
-            one_read = uses_shared_decode(self.config, x.shape[1], cache)
-            mask = causal_mask(self.config, x, None, cache, None, materialise=one_read)
+            shared = uses_shared_decode(self.config, x.shape[1], cache)
+            mask = causal_mask(self.config, x, None, cache, None, materialise=shared)
         else:
             mask = create_causal_mask(self.config, x, None, past_key_values=cache)
-        return {"position_embeddings": self.rotary(x, position_ids=positions), "attention_mask": mask}
+        return AttentionInputs(self.rotary(x, position_ids=positions), mask)
 
-    def prefill(self, batch: int, length: int) -> Call:
+    def forward(self, x: Tensor, inputs: AttentionInputs, cache: Cache | None = None) -> Tensor:
+        """x [B, T, D] -> the layer's output [B, T, D]."""
+        return self._forward(
+            x, position_embeddings=inputs.cos_sin, attention_mask=inputs.mask, past_key_values=cache
+        )[0]  # fmt: skip
+
+    def prefill(self, batch: int, length: int) -> Callable[[], Tensor]:
         x = self.hidden(batch, length)
-        arguments = self.prepare(x, 0, DynamicCache(config=self.config))
+        inputs = self.inputs(x, 0, DynamicCache(config=self.config))
 
         @torch.no_grad()
         def call() -> Tensor:
-            return self.forward(x, past_key_values=DynamicCache(config=self.config), **arguments)[0]
+            return self.forward(x, inputs, DynamicCache(config=self.config))
 
         return call
 
-    def cached(self, kind: str, batch: int, cached: int, new: int) -> Call:
-        """A call over `new` tokens after `cached` ones; it leaves the cache as it found it."""
-        cache: Cache = DynamicCache(config=self.config)
-        if kind == "static":
-            cache = StaticCache(config=self.config, max_cache_len=cached + new)
-        heads, d = self.config.num_key_value_heads, self.config.head_dim
-        generator = torch.Generator(self.device).manual_seed(cached)
-        for start in range(0, cached, 4096):  # in pieces: the whole in float32 would be twice the cache
-            shape = (batch, heads, min(4096, cached - start), d)
-            key, value = (torch.randn(shape, generator=generator, device=self.device).to(self.dtype) for _ in range(2))
-            cache.update(key, value, 0)
+    def cached(self, kind: str, batch: int, cached: int, new: int) -> Callable[[], Tensor]:
+        """A call over `new` tokens after `cached` ones; it leaves the cache unchanged."""
+        cache = self._filled_cache(kind, batch, cached, new)
         x = self.hidden(batch, new)
-        arguments = self.prepare(x, cached, cache)
+        inputs = self.inputs(x, cached, cache)
         if kind == "static":
             rewind = functools.partial(cache.layers[0].cumulative_length.fill_, cached)
         else:
@@ -113,20 +120,32 @@ class Layer:
 
         @torch.no_grad()
         def call() -> Tensor:
-            y = self.forward(x, past_key_values=cache, **arguments)[0]
+            y = self.forward(x, inputs, cache)
             rewind()
             return y
 
         return call
 
+    def _filled_cache(self, kind: str, batch: int, cached: int, new: int) -> Cache:
+        cache: Cache = DynamicCache(config=self.config)
+        if kind == "static":
+            cache = StaticCache(config=self.config, max_cache_len=cached + new)
+        heads, d = self.config.num_key_value_heads, self.config.head_dim
+        generator = torch.Generator(self.device).manual_seed(cached)
+        for start in range(0, cached, 4096):  # in pieces, since the whole in float32 takes twice the cache's memory
+            shape = (batch, heads, min(4096, cached - start), d)
+            key, value = (torch.randn(shape, generator=generator, device=self.device).to(self.dtype) for _ in range(2))
+            cache.update(key, value, 0)
+        return cache
+
     def train(self, batch: int, length: int) -> Call:
-        """Forwards and backwards, with gradients of the input and of every parameter."""
+        """A forward and a backward pass, with gradients of the input and of every parameter."""
         x = self.hidden(batch, length).requires_grad_()
-        arguments = self.prepare(x, 0, None)
+        inputs = self.inputs(x, 0, None)
         cotangent = torch.randn_like(x)
 
         def call() -> None:
-            self.forward(x, **arguments)[0].backward(cotangent)
+            self.forward(x, inputs).backward(cotangent)
             x.grad = None
             self.module.zero_grad(set_to_none=True)
 
@@ -149,7 +168,7 @@ class Model:
         generator = torch.Generator().manual_seed(length)
         return torch.randint(self.config.vocab_size, (batch, length), generator=generator).to(self.device)
 
-    def prefill(self, batch: int, length: int) -> Call:
+    def prefill(self, batch: int, length: int) -> Callable[[], Tensor]:
         self.module.eval()
         tokens = self.tokens(batch, length)
 
@@ -165,6 +184,6 @@ class Model:
 
         def call() -> None:
             self.forward(tokens, labels=tokens, use_cache=False).loss.backward()
-            self.module.zero_grad(set_to_none=True)  # here, so that what they take is not held before the next call
+            self.module.zero_grad(set_to_none=True)  # frees the gradients before the next call
 
         return call

@@ -1,90 +1,126 @@
-"""`query-experts bench`: the gate, then each suite's points, one after the other, kept as they come."""
+"""Runs a benchmark: checks every arm, times each point of each suite, and writes bench.json after every point."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
 from tqdm.auto import tqdm
 
 from query_experts.bench.breakdown import time_parts
-from query_experts.bench.correctness import Check, check_layer
+from query_experts.bench.correctness import check_layer
 from query_experts.bench.models import Layer, Model
 from query_experts.bench.report import print_tables, write_plot
+from query_experts.bench.results import (
+    BASELINE,
+    BenchResult,
+    Check,
+    Environment,
+    PartsResult,
+    Point,
+    PointResult,
+    write_bench,
+)
 from query_experts.bench.settings import BenchSettings
 from query_experts.common.device import has_bfloat16, resolve_device
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
-from query_experts.common.files import write_json
-from query_experts.common.timing import as_cuda_graph, peak_bytes, time_interleaved
+from query_experts.common.timing import Call, as_cuda_graph, peak_bytes, time_interleaved
 from query_experts.model import costs
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import LlamaConfig
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One place at which all arms are timed."""
-
-    suite: str
-    length: int  # of the prompt or the training sequence, or cached tokens
-    batch: int = 1
-    cache: str | None = None
-
-    def describe(self) -> str:
-        return f"{self.suite} {self.length}" + (f", batch {self.batch}, {self.cache} cache" if self.cache else "")
+Progress = Callable[[Sequence[Point]], Iterable[Point]]
 
 
 def bench(settings: BenchSettings, console: Console) -> None:
-    """Measure everything that the settings ask for; the result is written after every point.
+    """Runs `query-experts bench`: a progress bar, then tables, a plot and the result as one line of JSON.
 
-    Raises SettingError where an arm gives wrong numbers: no speed is measured then.
+    Raises:
+        SettingError: A setting can't be used, or an arm gives wrong numbers. Nothing is timed then.
     """
+    from rich.text import Text
+
     settings.check()
     device = resolve_device(settings.device)
-    out = Path(settings.out) / "bench.json"
     if settings.dtype == "bfloat16" and not has_bfloat16(device):
-        told = f"dtype is bfloat16, for which {device} has no instructions as far as torch tells: times say little then"
-        console.print(Text(told, style="yellow"))
-    checks = gate(settings, device)
-    result: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings),
-        "environment": environment(device, settings.dtype),
-        "checks": [dataclasses.asdict(check) for check in checks],
-        "points": [],
-    }
-    points = list(points_of(settings))
-    keep_previous_result(out)
+        warning = f"dtype is bfloat16, and by torch's report {device} has no instructions for it; the times mean little"
+        console.print(Text(warning, style="yellow"))
+    result = run_benchmark(settings, with_progress_bar)
+    console.print(f"{len(result.checks)} checks against float64 passed.")
+    print_tables(result, console)
+    plots = write_plot(result.speed_points(), Path(settings.out))
+    console.print(Text("   ".join([f"Numbers: {result_file(settings)}", *(f"Plot: {plot}" for plot in plots[-1:])])))
+    print(json.dumps(dataclasses.asdict(result), separators=(",", ":")))
+
+
+def with_progress_bar(points: Sequence[Point]) -> Iterator[Point]:
     with tqdm(total=len(points), desc="bench", unit="point", dynamic_ncols=True) as bar:
         for point in points:
             bar.set_postfix_str(point.describe())
-            result["points"].append(measure(point, settings, device))
-            write_json(out, result)
+            yield point
             bar.update()
-    console.print(f"{len(checks)} checks against float64 passed.")
-    print_tables(result, console)
-    plots = write_plot(result, Path(settings.out))
-    console.print(Text("   ".join([f"Numbers: {out}", *(f"Plot: {plot}" for plot in plots[-1:])])))
-    print(json.dumps(result, separators=(",", ":")))
+
+
+def run_benchmark(settings: BenchSettings, progress: Progress = iter) -> BenchResult:
+    """Measures everything that the settings ask for and writes bench.json after every point.
+
+    Args:
+        settings: What is timed, and where the result goes; already checked.
+        progress: Wraps the points, to show how far the benchmark is.
+
+    Raises:
+        SettingError: An arm gives wrong numbers, or its attention backend can't run. Nothing is timed then.
+    """
+    device, out = resolve_device(settings.device), result_file(settings)
+    checks = check_correctness(settings, device)
+    result = BenchResult(settings, Environment(**environment(device, settings.dtype)), checks, [])
+    keep_previous_result(out)
+    for point in progress(list(points_of(settings))):
+        result = dataclasses.replace(result, points=[*result.points, measure(point, settings, device)])
+        write_bench(out, result)
+    return result
+
+
+def result_file(settings: BenchSettings) -> Path:
+    return Path(settings.out) / "bench.json"
 
 
 def keep_previous_result(result: Path) -> None:
-    """An earlier result stays, under the time at which it was last written."""
+    """Renames an earlier result, if there is one, to the time at which it was last written."""
     if result.exists():
         written = datetime.fromtimestamp(result.stat().st_mtime)
         result.rename(result.with_name(f"{result.stem}-{written:%Y%m%dT%H%M%S.%f}{result.suffix}"))
 
 
-def gate(settings: BenchSettings, device: str) -> list[Check]:
+def check_correctness(settings: BenchSettings, device: str) -> list[Check]:
+    """Compares every arm with float64, in each way in which the suites call it. Raises SettingError for a wrong arm."""
     arms = dict.fromkeys([*settings.arms, *(["gqe"] if "parts" in settings.suites else [])])
+    checks: list[Check] = []
+    with backend_errors_as_setting_errors(settings, device):
+        for arm in arms:
+            checks += check_layer(Layer(settings, arm, device, 1024), arm, settings.suites)
+    for check in checks:
+        if not check.passed:
+            raise SettingError(
+                f"arms holds {check.arm}, which is wrong in {check.what}: its error against float64 is "
+                f"{check.error:.3g}; it must be at most twice a plain run's, {check.plain:.3g}; nothing is timed"
+            )
+    return checks
+
+
+@contextmanager
+def backend_errors_as_setting_errors(settings: BenchSettings, device: str) -> Iterator[None]:
+    """Names the setting where an attention backend can't run on the device."""
     try:
-        checks = [
-            check for arm in arms for check in check_layer(Layer(settings, arm, device, 1024), arm, settings.suites)
-        ]
+        yield
     except (ImportError, NotImplementedError) as error:
         raise SettingError(
             f"attn_implementation is {settings.attn_implementation!r}, which can't do what suites asks for on {device} "
@@ -97,14 +133,6 @@ def gate(settings: BenchSettings, device: str) -> list[Check]:
             f"sdpa_backend is {settings.sdpa_backend!r}, which can't do what suites asks for on {device}; it must be "
             "another, or none"
         ) from error
-    for check in checks:
-        if not check.passed:
-            raise SettingError(
-                f"arms holds {check.arm}, which is wrong in {check.what}: it errs by "
-                f"{check.error:.3g} against float64, where at most twice a plain "
-                f"run's {check.plain:.3g} is allowed; nothing is timed"
-            )
-    return checks
 
 
 def points_of(settings: BenchSettings) -> Iterator[Point]:
@@ -122,58 +150,64 @@ def points_of(settings: BenchSettings) -> Iterator[Point]:
                 yield from (Point(suite, length) for length in settings.lengths)
 
 
-def measure(point: Point, settings: BenchSettings, device: str) -> dict[str, Any]:
-    """Seconds of every repeat for each arm, peak bytes, and the speedup over dense that costs.py predicts."""
-    held = dataclasses.asdict(point)
+def measure(point: Point, settings: BenchSettings, device: str) -> PointResult | PartsResult:
+    """Times all arms at a point, and measures their memory."""
     if point.suite == "parts":
         layer = Layer(settings, "gqe", device, point.length)
-        return held | {"seconds": time_parts(layer, point.length, settings.repeats, device)}
+        stages = time_parts(layer, point.length, settings.repeats, device)
+        return PartsResult(**vars(point), seconds=rounded(stages))
     kind = Model if point.suite.startswith("model") else Layer
-    calls = {
+    calls: dict[str, Call] = {
         arm: call_of(point, kind(settings, arm, device, point.length + settings.chunk_size), settings)
         for arm in settings.arms
     }
     timed = {arm: as_cuda_graph(call) for arm, call in calls.items()} if settings.cuda_graph else calls
     seconds = time_interleaved(timed, settings.repeats, device)
-    del timed  # and with it what the graphs hold
-    peaks = {arm: peak_bytes(call, device) for arm, call in calls.items()}
-    return held | {
-        "seconds": {arm: [round(s, 7) for s in times] for arm, times in seconds.items()},
-        "peak_bytes": peaks,
-        "predicted": {arm: round(predicted(point, arm, settings), 4) for arm in settings.arms},
-    }
+    del timed  # frees the memory of the graphs before peaks are measured
+    return PointResult(
+        **vars(point),
+        seconds=rounded(seconds),
+        peak_bytes={arm: peak_bytes(call, device) for arm, call in calls.items()},
+        predicted={arm: round(predicted_speedup(point, arm, settings), 4) for arm in settings.arms},
+    )
 
 
-def call_of(point: Point, subject: Any, settings: BenchSettings) -> Callable[[], Any]:
+def rounded(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """To tenths of a microsecond."""
+    return {name: [round(value, 7) for value in values] for name, values in seconds.items()}
+
+
+def call_of(point: Point, timed: Layer | Model, settings: BenchSettings) -> Call:
+    """The call that is timed at a point."""
     match point.suite:
         case "prefill" | "model":
-            return subject.prefill(point.batch, point.length)
+            return timed.prefill(point.batch, point.length)
         case "train" | "model-train":
-            return subject.train(point.batch, point.length)
+            return timed.train(point.batch, point.length)
+    assert isinstance(timed, Layer)
+    assert point.cache is not None
+    new = settings.chunk_size if point.suite == "chunk" else 1
+    cached = point.length - settings.chunk_size if point.suite == "chunk" else point.length
+    return timed.cached(point.cache, point.batch, cached, new)
+
+
+def predicted_speedup(point: Point, arm: str, settings: BenchSettings) -> float:
+    """The baseline's work over the arm's: bytes in decoding, which memory limits, and FLOPs elsewhere."""
+    baseline, own = (work_of(point, settings.config(name, point.length), settings) for name in (BASELINE, arm))
+    return baseline.bytes / own.bytes if point.suite == "decode" else baseline.flops / own.flops
+
+
+def work_of(point: Point, config: LlamaConfig, settings: BenchSettings) -> costs.Work:
+    """What the call of a point computes and reads, of one layer or of the whole model."""
+    match point.suite:
+        case "prefill":
+            return costs.layer_work(config, point.batch, point.length)
+        case "train":
+            return costs.layer_work(config, point.batch, point.length, backward=True)
         case "chunk":
-            return subject.cached(point.cache, point.batch, point.length - settings.chunk_size, settings.chunk_size)
+            cached = point.length - settings.chunk_size
+            return costs.layer_work(config, point.batch, settings.chunk_size, cached)
         case "decode":
-            return subject.cached(point.cache, point.batch, point.length, 1)
-    raise ValueError(point.suite)
-
-
-def predicted(point: Point, arm: str, settings: BenchSettings) -> float:
-    """Dense's work over the arm's: bytes in decoding, which waits for memory, and FLOPs elsewhere."""
-    size = settings.torch_dtype.itemsize
-
-    def work(name: str) -> costs.Work:
-        config, batch = settings.config(name, point.length), point.batch
-        match point.suite:
-            case "prefill":
-                return costs.layer_work(config, batch, point.length)
-            case "train":
-                return costs.layer_work(config, batch, point.length, backward=True)
-            case "chunk":
-                cached = point.length - settings.chunk_size
-                return costs.layer_work(config, batch, settings.chunk_size, cached)
-            case "decode":
-                return costs.layer_work(config, batch, 1, point.length, bytes_per_value=size)
-        return costs.model_work(config, batch, point.length, backward=point.suite == "model-train")
-
-    dense, ours = work("dense"), work(arm)
-    return dense.bytes / ours.bytes if point.suite == "decode" else dense.flops / ours.flops
+            size = settings.torch_dtype.itemsize
+            return costs.layer_work(config, point.batch, 1, point.length, bytes_per_value=size)
+    return costs.model_work(config, point.batch, point.length, backward=point.suite == "model-train")

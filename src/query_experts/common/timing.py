@@ -1,4 +1,4 @@
-"""Owns the clock: calls timed in turn, so that a machine whose speed drifts slows all of them alike; peak memory."""
+"""Times calls in turn, so that a machine whose speed drifts slows all of them alike, and measures peak memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ Call = Callable[[], object]
 
 
 def time_interleaved(calls: Mapping[str, Call], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of one call, for each of `repeats` timings. Another call goes first in each round; one round warms up."""
+    """Times each call `repeats` times, after one round to warm up. Each round starts with another call.
+
+    Returns:
+        Seconds of one call, a list for each name.
+    """
     synchronise = torch.cuda.synchronize if device == "cuda" else lambda: None
     for call in calls.values():
         call()
@@ -43,10 +47,10 @@ def _seconds(call: Call, loops: int, synchronise: Call) -> float:
 
 
 def as_cuda_graph(call: Call) -> Call:
-    """The call as a CUDA graph: all of its kernels at one launch, on the tensors that they were captured with."""
+    """Captures the call as a CUDA graph. Replaying it launches all kernels at once, on the captured tensors."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels that are compiled or tuned at their first calls, before capturing
+    with torch.cuda.stream(stream):  # kernels compile and tune themselves in their first calls
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -57,19 +61,19 @@ def as_cuda_graph(call: Call) -> Call:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Bytes of tensors, scratch space of torch's kernels included, that one call holds at most beyond those before it.
+    """Measures the most memory in bytes that the tensors of one call take, beyond what was allocated before it.
 
-    On a CPU as torch's profiler records every allocation: what the process takes from the system depends on what the
-    allocator has kept from earlier calls.
+    It includes scratch space of torch's kernels. On a CPU torch's profiler records every allocation: the memory of
+    the process depends on what the allocator keeps from earlier calls.
     """
     call()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         call()
-        return torch.cuda.max_memory_allocated() - held
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it tells of its start and stop
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
