@@ -1,9 +1,7 @@
-"""The decode kernel against `shared_decode`: in Triton's interpreter in float32, and as it is where there is a GPU."""
+"""The decode kernel against `shared_decode`: in Triton's interpreter on a CPU, compiled on a GPU; in float32."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 from model_helpers import random_tokens, tiny_model
@@ -30,17 +28,23 @@ def draw_mask(rows, S, seed=1):
 
 def assert_equal_outputs(inputs, mask, scaling=0.3):
     expected = shared_decode(*inputs, mask, scaling)[:2]
-    for ours, reference in zip(fused_module.fused_decode(*inputs, mask, scaling), expected, strict=True):
-        torch.testing.assert_close(ours, reference, **CLOSE)
+    for actual, reference in zip(fused_module.fused_decode(*inputs, mask, scaling), expected, strict=True):
+        torch.testing.assert_close(actual, reference, **CLOSE)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    B=st.integers(1, 3), G=st.integers(1, 5), k=st.integers(1, 3), S=st.integers(1, 333), d=st.integers(1, 20),
-    rows=st.sampled_from([None, 1, "B"]),
-)  # fmt: skip
-def test_it_equals_the_plain_one_over_random_shapes(B, G, k, S, d, rows):
-    assert_equal_outputs(draw(B, G, k, S, d), None if rows is None else draw_mask(B if rows == "B" else 1, S))
+def test_it_equals_plain_decoding_over_random_shapes():
+    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis draws the shapes")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=25, deadline=None)
+    @hypothesis.given(
+        B=st.integers(1, 3), G=st.integers(1, 5), k=st.integers(1, 3), S=st.integers(1, 333), d=st.integers(1, 20),
+        rows=st.sampled_from([None, 1, "B"]),
+    )  # fmt: skip
+    def check(B, G, k, S, d, rows):
+        assert_equal_outputs(draw(B, G, k, S, d), None if rows is None else draw_mask(B if rows == "B" else 1, S))
+
+    check()
 
 
 @pytest.mark.parametrize("piece", [1, 3, 1000])
@@ -60,21 +64,21 @@ def test_a_query_without_a_key_gives_zeros_and_large_scores_stay_finite():
     assert_equal_outputs([1024 * routed, 1024 * shared, key, value], None, scaling=0.25)
 
 
-def test_keys_and_values_in_any_layout_are_read_where_they_lie():
+def test_keys_and_values_are_read_in_any_memory_layout():
     routed, shared, key, value = draw(2, 3, 1, 30, 8)
     sliced = torch.cat([key, key], 2)[:, :, 3:33], value.transpose(1, 2).contiguous().transpose(1, 2)
     assert_equal_outputs([routed, shared, *sliced], None)
     assert_equal_outputs([routed, shared, key.mT.contiguous().mT, value], None)
 
 
-def test_a_mask_that_is_a_part_of_a_wider_one_is_read_where_it_lies():
+def test_a_mask_that_is_a_slice_of_a_wider_one_is_read_in_place():
     wide = draw_mask(2, 50)
     assert_equal_outputs(draw(2, 2, 1, 30, 8), wide[..., :30])
     with pytest.raises(ValueError, match="mask has 50 columns; it must have one for each of the 30 keys"):
         fused_module.fused_decode(*draw(2, 2, 1, 30, 8), wide, 0.3)
 
 
-def test_the_operator_keeps_torch_s_rules_for_custom_operators():
+def test_the_operator_follows_torch_s_rules_for_custom_operators():
     routed, shared, key, value = draw(2, 2, 2, 20, 8)
     for mask in (torch.empty(0, dtype=torch.bool, device=DEVICE), draw_mask(2, 20)[:, 0, 0]):
         torch.library.opcheck(
@@ -84,7 +88,7 @@ def test_the_operator_keeps_torch_s_rules_for_custom_operators():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Decoding by the kernel, and how often that was done."""
+    """Turns the kernel on and counts its calls."""
     counted = []
     original = fused_module.fused_decode
     monkeypatch.setattr(fused_module, "fused_decode", lambda *args: counted.append(1) or original(*args))
@@ -95,7 +99,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("options", [{}, {"active_query_experts": 2, "output_projection": "expert"}], ids=str)
 @torch.no_grad()
-def test_a_model_decodes_by_it_as_without_a_cache(calls, kind, options):
+def test_a_model_decodes_with_it_as_without_a_cache(calls, kind, options):
     model = tiny_model(**options).float().to(DEVICE).eval()
     tokens = random_tokens(2, 20).to(DEVICE)
     mask = torch.ones_like(tokens)
@@ -113,7 +117,7 @@ def test_a_model_decodes_by_it_as_without_a_cache(calls, kind, options):
     assert len(calls) == 5 * model.config.num_hidden_layers
 
 
-def test_what_it_does_not_give_is_decoded_plainly(calls):
+def test_what_it_does_not_support_is_decoded_without_it(calls):
     def step(x, **options):
         layer = GQEAttention(32, 4, 2, **options).to(DEVICE, x.dtype)
         cache = DynamicCache()
