@@ -218,10 +218,10 @@ def test_in_bf16_the_engine_errs_as_transformers_does_once_its_routing_is_replay
         found = agreement(llm, model, exact, [random_prompt(300, seed) for seed in range(4)])
     with capsys.disabled():
         print(f"\n{output_projection}: {sentence(found)}")
-    assert found["flipped"] / found["woken_experts"] < 0.05
-    assert found["tokens_before_a_flip"] > 0
-    assert found["vllm_error_replayed"] <= 2 * found["transformers_error_replayed"]
-    assert found["difference_before_a_flip"] <= 3 * found["transformers_error_replayed"]  # the errors of both
+    assert found.flipped / found.selected_experts < 0.05
+    assert found.tokens_before_a_flip > 0
+    assert found.vllm_error_replayed <= 2 * found.transformers_error_replayed
+    assert found.difference_before_a_flip <= 3 * found.transformers_error_replayed  # the errors of both
 
 
 def test_routing_is_recorded_from_a_compiled_model_that_was_told_to(tmp_path: Path, monkeypatch):
