@@ -1,4 +1,4 @@
-"""Behaviour of `query_experts.data`: every source and format, the split, the tokenizer, the shards and the cache."""
+"""`query_experts.data`: every source and format, the split, the tokenizer, the shards and the cache."""
 
 import errno
 import gzip
@@ -24,7 +24,7 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from query_experts.common.errors import SettingError
-from query_experts.data import Corpus, TokenSequences, prepare, readers, tokenizing
+from query_experts.data import Corpus, CorpusInfo, TokenSequences, prepare, readers, tokenizing
 from query_experts.data import corpus as corpus_module
 from query_experts.data.documents import SplitDocuments
 from query_experts.data.readers import python_source
@@ -57,7 +57,7 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> str:
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch):
-    """The hub is taken to have what it is asked for."""
+    """The hub has every data set that is asked for."""
     monkeypatch.setattr(readers, "missing_on_hub", lambda name, repo_type: None)
 
 
@@ -90,7 +90,7 @@ def table_bytes(texts: list[str | None], tmp_path: Path, column: str = "text") -
 
 
 def refused(tmp_path: Path, data: list[str] | None, **settings) -> str:
-    """The one-sentence message of the SettingError, after which nothing half-made is left."""
+    """The one-sentence message of the SettingError; no unfinished build is left behind."""
     with pytest.raises(SettingError) as caught:
         build(tmp_path, data, **settings)
     assert "\n" not in str(caught.value)
@@ -271,14 +271,14 @@ def test_nothing_is_read_once_the_limit_is_reached():
 
 def test_the_split_is_by_document_and_does_not_depend_on_order(tmp_path):
     texts = texts_of(300, lines=2)
-    held = []
+    held_out = []
     for name, ordered in (("a.jsonl", texts), ("b.jsonl", texts[::-1])):
         corpus = build(tmp_path, [write_jsonl(tmp_path / name, ordered)], validation_fraction=0.1)
-        held.append(set(documents(corpus, corpus.validation)))
-        assert held[-1].isdisjoint(documents(corpus, corpus.train))
+        held_out.append(set(documents(corpus, corpus.validation)))
+        assert held_out[-1].isdisjoint(documents(corpus, corpus.train))
         assert corpus.info["validation"] == "held-out documents"
-    assert held[0] == held[1]
-    assert 15 <= len(held[0]) <= 45
+    assert held_out[0] == held_out[1]
+    assert 15 <= len(held_out[0]) <= 45
 
 
 def test_exact_duplicates_are_kept_once(tmp_path):
@@ -376,6 +376,7 @@ def test_info_counts_what_is_stored_and_is_json(tmp_path):
     corpus = build(tmp_path, [path], validation_fraction=0.2)
     info = json.loads(json.dumps(corpus.info))
     assert info == corpus.info
+    assert CorpusInfo(**info) == corpus.facts
     assert info["source"] == [path]
     assert info["train_bytes"] == sum(len(text.encode()) for text in documents(corpus, corpus.train))
     assert info["train_bytes"] + info["validation_bytes"] == sum(len(text.encode()) for text in texts)
@@ -502,7 +503,7 @@ def test_tokenizing_leaves_no_fork_warning_and_keeps_what_the_user_set(tmp_path,
 
 @pytest.fixture
 def builds(monkeypatch):
-    """Counts how often text is tokenised."""
+    """One entry for each time that text is tokenised."""
     count = []
     real = corpus_module.tokenize_documents
     monkeypatch.setattr(corpus_module, "tokenize_documents", lambda *args: count.append(1) or real(*args))
@@ -551,24 +552,24 @@ def test_a_damaged_cache_is_built_again(tmp_path, builds):
 
 
 @pytest.mark.parametrize("name", ["meta.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
-@pytest.mark.parametrize("held", [b"{", b"{}", b"[]", b"null", b'{"sizes": {}}', b'{"sizes": []}', b"\xff", None])
-def test_a_damaged_meta_or_tokenizer_is_built_again(tmp_path, builds, name, held):
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"null", b'{"sizes": {}}', b'{"sizes": []}', b"\xff", None])
+def test_a_damaged_meta_or_tokenizer_is_built_again(tmp_path, builds, name, content):
     path = write_jsonl(tmp_path / "x.jsonl", texts_of(10))
     first = build(tmp_path, [path])
     (damaged,) = (tmp_path / "cache").glob(f"corpus-*/{name}")
-    damaged.unlink() if held is None else damaged.write_bytes(held)
+    damaged.unlink() if content is None else damaged.write_bytes(content)
     second = build(tmp_path, [path])
     assert second.info == first.info
     assert all_documents(second) == sorted(texts_of(10))
     assert len(builds) == 2
 
 
-@pytest.mark.parametrize("held", ["{}", "[]", "7", "{", '{"shards": [], "info": {}}', '{"sizes": {"0.txt": 1}}'])
-def test_a_folder_of_text_with_a_foreign_meta_is_text(tmp_path, held):
+@pytest.mark.parametrize("content", ["{}", "[]", "7", "{", '{"shards": [], "info": {}}', '{"sizes": {"0.txt": 1}}'])
+def test_a_folder_of_text_with_a_foreign_meta_is_text(tmp_path, content):
     (tmp_path / "texts").mkdir()
     for i, text in enumerate(texts_of(3)):
         (tmp_path / "texts" / f"{i}.txt").write_text(text)
-    (tmp_path / "texts" / "meta.json").write_text(held)
+    (tmp_path / "texts" / "meta.json").write_text(content)
     assert all_documents(build(tmp_path, [str(tmp_path / "texts")])) == sorted(texts_of(3))
 
 

@@ -1,6 +1,6 @@
-"""Text to tokens on disk to sequences of one length: the public names of the data module."""
+"""Turns text into tokens on disk and serves them as sequences of one length: the public names of this package."""
 
-from query_experts.data.corpus import Corpus, prepare
+from query_experts.data.corpus import Corpus, CorpusInfo, prepare
 from query_experts.data.shards import TokenSequences
 
-__all__ = ["Corpus", "TokenSequences", "prepare"]
+__all__ = ["Corpus", "CorpusInfo", "TokenSequences", "prepare"]

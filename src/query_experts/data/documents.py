@@ -1,4 +1,4 @@
-"""From texts to split documents: exact duplicates dropped, a byte limit kept, and a held-out validation split."""
+"""Splits texts into training and validation documents: drops exact duplicates and stops at a byte limit."""
 
 import hashlib
 import sys
@@ -12,23 +12,23 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Document:
-    """A text, its length in UTF-8 bytes, and its place in [0, 1), a hash of the text as it was before any cut."""
+    """A text, its length in UTF-8 bytes, and a hash of the text before any cut, as a number in [0, 1)."""
 
     text: str
     size: int
-    place: float
+    hash: float
 
 
 class SplitDocuments:
     """Iterates once over `texts` as (split, text, UTF-8 bytes).
 
-    - A text seen before is dropped (`duplicates` counts them), and so is one of white space only.
-    - The document that reaches `max_bytes` is the last; it is cut there, at a line break where it has one.
-    - With `tails` the last `validation_fraction` of every document is held out, from a line break on.
-    - Without, a document is held out when the hash of its text, read as a number in [0, 1), is below
-      `validation_fraction`, so the split does not depend on the order of the documents, on a seed or on the machine.
-      Were one side empty, the document nearest to that threshold goes there. An only document gives its tail here too,
-      and `tails` is true from then on.
+    - A text that occurred before is dropped, and so is one of white space only. `duplicates` counts the former.
+    - The document that reaches `max_bytes` is the last. It is cut there, at a line break if it has one.
+    - With `tails`, the last `validation_fraction` of every document is held out, from a line break on.
+    - Without `tails`, a document is held out when the hash of its text is below `validation_fraction`. So the split
+      doesn't depend on the order of the documents, on a seed or on the machine. If one split would stay empty, it gets
+      the document whose hash is nearest to that threshold. If there is only one document, its tail is held out, and
+      `tails` is true from then on.
     """
 
     def __init__(
@@ -50,35 +50,36 @@ class SplitDocuments:
             yield from self._cut_tail(document.text)
 
     def _split(self) -> Iterator[tuple[Split, Document]]:
-        """The document nearest to the threshold is held back for as long as all documents fall on one side of it."""
-        held: Document | None = None
+        """While all documents fall into one split, the one nearest to the threshold is held back for the other."""
+        held_back: Document | None = None
         first: Split | None = None
         for document in self._unique():
-            side = self._side(document)
+            split = self._split_of(document)
             if first is None:
-                held, first = document, side
-            elif held is None:
-                yield side, document
-            elif side != first:
-                yield first, held
-                held = None
-                yield side, document
+                held_back, first = document, split
+            elif held_back is None:
+                yield split, document
+            elif split != first:
+                yield first, held_back
+                held_back = None
+                yield split, document
             else:
-                near, far = sorted((held, document), key=lambda one: abs(one.place - self._fraction))
-                held = near
+                near, far = sorted((held_back, document), key=lambda one: abs(one.hash - self._fraction))
+                held_back = near
                 yield first, far
-        if held is None:
+        if held_back is None:
             return
         self.tails = self.documents == 1
         if self.tails:
-            yield from self._cut_tail(held.text)
+            yield from self._cut_tail(held_back.text)
         else:
-            yield "train" if first == "validation" else "validation", held
+            yield "train" if first == "validation" else "validation", held_back
 
-    def _side(self, document: Document) -> Split:
-        return "validation" if document.place < self._fraction else "train"
+    def _split_of(self, document: Document) -> Split:
+        return "validation" if document.hash < self._fraction else "train"
 
     def _unique(self) -> Iterator[Document]:
+        """The texts without duplicates and blank ones, up to the byte limit."""
         seen: set[bytes] = set()
         room = self._max_bytes
         for text in self._texts:
@@ -102,18 +103,21 @@ class SplitDocuments:
             room -= len(encoded)
 
     def _cut_tail(self, text: str) -> Iterator[tuple[Split, Document]]:
-        """The line break nearest to the mark that leaves between half and twice the tail asked for, else the mark."""
-        mark = int(len(text) * (1 - self._fraction))
-        tail = len(text) - mark
-        cuts = (text.rfind("\n", max(0, mark - tail), mark) + 1, text.find("\n", mark, mark + tail // 2) + 1)
-        cut = min((cut for cut in cuts if cut), key=lambda cut: abs(cut - mark), default=mark)
+        """Cut at the nearest line break that leaves a tail of half to twice the exact length, else at the exact place.
+
+        Lengths are in characters.
+        """
+        exact = int(len(text) * (1 - self._fraction))
+        tail = len(text) - exact
+        cuts = (text.rfind("\n", max(0, exact - tail), exact) + 1, text.find("\n", exact, exact + tail // 2) + 1)
+        cut = min((cut for cut in cuts if cut), key=lambda cut: abs(cut - exact), default=exact)
         for split, part in zip(SPLITS, (text[:cut], text[cut:]), strict=True):
             if part:
                 yield split, Document(part, len(part.encode()), 0.0)
 
 
 def _head(encoded: bytes, size: int) -> bytes:
-    """At most `size` bytes from the start of UTF-8 text: whole lines where they are more than half of that."""
+    """At most `size` bytes from the start of UTF-8 text: whole lines if they fill more than half of them."""
     lines = encoded[: encoded.rfind(b"\n", 0, size) + 1]
-    fills = 2 * len(lines) > size and lines.strip()
-    return lines if fills else encoded[:size].decode(errors="ignore").encode()
+    keeps_lines = 2 * len(lines) > size and lines.strip()
+    return lines if keeps_lines else encoded[:size].decode(errors="ignore").encode()

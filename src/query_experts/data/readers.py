@@ -1,4 +1,4 @@
-"""Reading documents out of each format and compression, with errors that say which file and where in it."""
+"""Reads documents from each format and compression; errors name the file and the place in it."""
 
 import errno
 import gzip
@@ -25,7 +25,7 @@ _PARQUET_ROWS = 1000
 
 
 def format_of(path: Path) -> str | None:
-    """The format that the file's name tells, without its compression, or None when it is none of `FORMATS`."""
+    """The format by the file's name, without the ending of a compression; None if it isn't one of `FORMATS`."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -34,22 +34,23 @@ def format_of(path: Path) -> str | None:
 
 
 def holds_plain_text(path: Path) -> bool:
-    """Whether the size of the file is about that of its text."""
+    """Whether the file's size is about the size of its text: neither compressed nor parquet."""
     return path.suffix.lower() not in (*COMPRESSIONS, ".parquet")
 
 
 def is_one_document(path: Path) -> bool:
-    """Whether the file is a text that is read as one document, rather than lines or rows that each are one."""
+    """Whether the whole file is one document, rather than each of its lines or rows."""
     return format_of(path) not in (".jsonl", ".parquet")
 
 
 def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
-    """The documents of one file: a text file is one, a line of jsonl or a row of parquet each is one.
+    """The documents of one file: a whole text file, each line of jsonl, or each row of parquet.
 
-    A null field is an empty document. Raises SettingError for text that is not UTF-8, a line that is not a JSON object
-    with the field, a table without the column, and a file that is cut short or damaged.
+    A null field is an empty document. scratch: folder for a decompressed parquet file. Raises SettingError for text
+    that is not UTF-8, a line that is not a JSON object with the field, a table without the column, and a file that is
+    cut short or damaged.
     """
-    with _told_as_setting_error(path), _open(path) as stream:
+    with _errors_as_setting_errors(path), _open(path) as stream:
         match format_of(path):
             case ".jsonl":
                 yield from _jsonl(path, stream, text_field)
@@ -60,7 +61,7 @@ def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
 
 
 def python_source(path: Path) -> Iterator[str]:
-    """The text of a Python file by the encoding that it declares; nothing for one that cannot be decoded or opened."""
+    """The text of a Python file, by the encoding that it declares; nothing if it can't be opened or decoded."""
     try:
         with path.open("rb") as stream:
             encoding, _ = tokenize.detect_encoding(stream.readline)
@@ -70,7 +71,7 @@ def python_source(path: Path) -> Iterator[str]:
 
 
 def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
-    """The rows of a hub data set's train split, streamed. Raises SettingError when it cannot be loaded or read on."""
+    """Streams the rows of a hub data set's train split. Raises SettingError if it can't be loaded, or reading fails."""
     full_name = name if config is None else f"{name}:{config}"
     try:
         from datasets import load_dataset
@@ -78,9 +79,9 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise SettingError(
-            _missing(f"{full_name!r}, no file or folder but the name of a data set", "datasets")
+            _needs_package(f"{full_name!r}, no file or folder but the name of a data set", "datasets")
         ) from error
-    # The hub's error derives from that of whichever HTTP client its version uses; any error of the client counts.
+    # the hub's error derives from the error of the HTTP client that its version uses: any error of that client counts
     failures = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, DatasetsError)
     if (why := missing_on_hub(name, "dataset")) is not None:
         raise SettingError(f"data holds {full_name!r}, which is no file or folder here, and {why}")
@@ -90,7 +91,7 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
             rows = load_dataset(name, config, split="train", streaming=True)
         for row in rows:
             number += 1
-            yield _field(row, text_field, f"{full_name!r}, where row {number}", "columns")
+            yield _text_of(row, text_field, f"{full_name!r}, where row {number}", "columns")
     except SettingError:
         raise
     except failures as error:
@@ -107,7 +108,7 @@ def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
 
 @contextmanager
 def _quiet(*packages: str) -> Iterator[None]:
-    """Keep the warnings of these packages' loggers back, such as a line for each try to reach the hub."""
+    """Silence the warnings of these packages, such as a line for each attempt to reach the hub."""
     loggers = [logging.getLogger(package) for package in packages]
     levels = [logger.level for logger in loggers]
     try:
@@ -119,7 +120,8 @@ def _quiet(*packages: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _missing(name: str, package: str) -> str:
+def _needs_package(name: str, package: str) -> str:
+    """The error sentence for an absent package."""
     return (
         f"data holds {name}, which needs the package {package}; "
         "install it with `pip install query-experts[data]` or name another source"
@@ -132,7 +134,8 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _told_as_setting_error(path: Path) -> Iterator[None]:
+def _errors_as_setting_errors(path: Path) -> Iterator[None]:
+    """Raises SettingError, naming the file, for read and decompression errors; a full disk stays an OSError."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -157,13 +160,13 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses the frames of a .zst file; unlike the package's own reader it raises EOFError on a cut frame."""
+    """Decompresses the frames of a .zst file. Unlike zstandard's reader it raises EOFError for a frame cut short."""
 
     def __init__(self, path: Path) -> None:
         try:
             import zstandard
         except ImportError as error:
-            raise SettingError(_missing(repr(str(path)), "zstandard")) from error
+            raise SettingError(_needs_package(repr(str(path)), "zstandard")) from error
         self._error = zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
@@ -199,7 +202,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def _decode(path: Path, encoded: bytes, offset: int) -> str:
-    """UTF-8 to text; `offset` is where in the file these bytes begin, and a mark of byte order there is dropped."""
+    """Decode UTF-8. offset: position of these bytes in the file; a byte order mark at the file's start is dropped."""
     try:
         text = encoded.decode()
     except UnicodeDecodeError as error:
@@ -230,12 +233,12 @@ def _jsonl(path: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
                 f"data holds {where} is a JSON {type(row).__name__}; "
                 f"each line must be a JSON object with the field {text_field!r}"
             )
-        yield _field(row, text_field, where, "fields")
+        yield _text_of(row, text_field, where, "fields")
 
 
 @contextmanager
 def _seekable(path: Path, stream: BinaryIO, scratch: Path) -> Iterator[BinaryIO]:
-    """A parquet file is read from its end, so a compressed one is laid out in `scratch` first."""
+    """A parquet file is read from its end, so a compressed one is decompressed into `scratch` first."""
     if path.suffix.lower() not in COMPRESSIONS:
         yield stream
         return
@@ -249,18 +252,18 @@ def _parquet(path: Path, stream: BinaryIO, text_field: str, scratch: Path) -> It
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise SettingError(_missing(repr(str(path)), "pyarrow")) from error
+        raise SettingError(_needs_package(repr(str(path)), "pyarrow")) from error
     number = 0
     try:
         with _seekable(path, stream, scratch) as table_file:
             table = parquet.ParquetFile(table_file)
             columns = table.schema_arrow.names
             if text_field not in columns:
-                raise SettingError(_no_field(f"{str(path)!r}, a table that", text_field, columns, "columns"))
+                raise SettingError(_lacks_field(f"{str(path)!r}, a table that", text_field, columns, "columns"))
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield _field({text_field: value}, text_field, f"{str(path)!r}, where row {number}", "columns")
+                    yield _text_of({text_field: value}, text_field, f"{str(path)!r}, where row {number}", "columns")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise SettingError(
             f"data holds {str(path)!r}, which can't be read as parquet after row {number} ({_one_line(error)}); "
@@ -268,16 +271,18 @@ def _parquet(path: Path, stream: BinaryIO, text_field: str, scratch: Path) -> It
         ) from error
 
 
-def _no_field(where: str, text_field: str, names: list[str], kind: str) -> str:
+def _lacks_field(where: str, text_field: str, names: list[str], kind: str) -> str:
+    """The error sentence for a row or table without the field."""
     return (
         f"data holds {where} has no {text_field!r} among its {kind} ({', '.join(names)}); "
         "text_field must name one of them"
     )
 
 
-def _field(row: Mapping[str, Any], text_field: str, where: str, kind: str) -> str:
+def _text_of(row: Mapping[str, Any], text_field: str, where: str, kind: str) -> str:
+    """The text of a row; "" where the field is null. Raises SettingError for a field that is absent or isn't text."""
     if text_field not in row:
-        raise SettingError(_no_field(where, text_field, [str(name) for name in row], kind))
+        raise SettingError(_lacks_field(where, text_field, [str(name) for name in row], kind))
     text = row[text_field]
     if text is None:
         return ""

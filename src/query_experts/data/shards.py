@@ -1,4 +1,4 @@
-"""Token shards: writing token ids to files of bounded size, and reading them back as sequences of one length."""
+"""Token shards: writes token ids to files of bounded size and reads them back as sequences of one length."""
 
 import hashlib
 from bisect import bisect_right
@@ -20,8 +20,8 @@ def token_dtype(vocab_size: int) -> str:
 class ShardWriter:
     """Appends token ids to `folder/name-00000.bin`, `folder/name-00001.bin`, ..., each at most `shard_bytes` long.
 
-    A shard is the ids alone, in the byte order and width of `dtype`. `tokens` counts the ids written so far and
-    `hash` digests them, whatever the shard size. Raises OSError when the disk refuses.
+    A shard holds only the ids, in the byte order and width of `dtype`. `tokens` counts the ids written so far. `hash`
+    digests them and doesn't depend on the shard size. Raises OSError for a disk error.
     """
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_bytes: int) -> None:
@@ -37,7 +37,7 @@ class ShardWriter:
         return self.tokens * self._dtype.itemsize
 
     def append(self, ids: Sequence[int]) -> None:
-        """Write `ids` after what is there, starting new shards as they fill."""
+        """Append `ids`; start a new shard whenever one is full."""
         block = np.asarray(ids, dtype=self._dtype)
         self.hash.update(block.tobytes())
         while block.size:
@@ -53,9 +53,18 @@ class ShardWriter:
 class TokenSequences(Dataset[dict[str, torch.Tensor]]):
     """Consecutive, non-overlapping sequences of `seq_len` tokens over memory-mapped shards.
 
-    `ds[i]` is `{"input_ids": int64 [seq_len], "labels": the same}`; a sequence may span shards, and the tokens left
-    over at the end are never served. `tokens` counts all tokens, those included. The shards are opened on first use
-    in each process, so a pickled copy is small and DataLoader workers open their own.
+    A sequence may span shards. Tokens left over after the last whole sequence are never returned. Each process opens
+    the shards on first use, so a pickled copy is small and DataLoader workers open their own.
+
+    `dataset[i]` is `{"input_ids": int64 [seq_len], "labels": the same tensor}`; it raises IndexError out of range.
+
+    Args:
+        shards: files of token ids, in order, as `ShardWriter` writes them.
+        dtype: numpy dtype of an id on disk, as `token_dtype` gives it.
+        seq_len: tokens in a sequence.
+
+    Attributes:
+        tokens: number of all tokens, including those left over.
     """
 
     def __init__(self, shards: Sequence[Path], dtype: str, seq_len: int) -> None:

@@ -1,4 +1,4 @@
-"""Where text comes from: files and folders, the Hugging Face hub, or the Python standard library on this machine."""
+"""Finds text: in files and folders, on the Hugging Face hub, or in this machine's Python standard library."""
 
 import hashlib
 import os
@@ -16,16 +16,19 @@ from query_experts.common.errors import SettingError
 from query_experts.data import readers
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
-_FEW = 50
-_STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
+_FEW_DOCUMENTS = 50
+_STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to read: `name` is its path below what the user named, `given` what the user named."""
+    """One file to read.
+
+    entry: the entry of `data` that led to it. name: its path below that entry.
+    """
 
     path: Path
-    given: str
+    entry: str
     name: str
     size: int
     mtime_ns: int
@@ -33,38 +36,38 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that `data` names, in reading order: the files shuffled, then the hub data sets as given.
+    """Everything that `data` names, in reading order: first the files, shuffled, then the hub data sets as given.
 
-    The shuffle is fixed: by a hash of the file's path below its folder, with no seed, so that the text up to a byte
-    limit is a sample of the folder rather than its first names in the alphabet, and the same on every machine.
+    The shuffle sorts by a hash of the file's path below its folder, without a seed. So the text up to a byte limit is
+    a sample of the folder rather than its first names in the alphabet, and the same on every machine.
     """
 
-    names: list[str]
+    names: list[str]  # the entries of `data`
     files: list[SourceFile] = field(default_factory=list)
     hub: list[tuple[str, str | None]] = field(default_factory=list)
     standard_library: bool = False
-    skipped: dict[str, int] = field(default_factory=dict)  # ending of the name -> files of that kind in the folders
+    skipped: dict[str, int] = field(default_factory=dict)  # ending of the name -> number of such files in the folders
 
     def fingerprint(self) -> list[object]:
-        """What tells an unchanged source: names, and each file's relative path, size and modification time (ns)."""
-        return [self.names, [[file.given, file.name, file.size, file.mtime_ns] for file in self.files], self.hub]
+        """Changes when a source changes: names, and each file's relative path, size and modification time (ns)."""
+        return [self.names, [[file.entry, file.name, file.size, file.mtime_ns] for file in self.files], self.hub]
 
     def text_bytes(self) -> int | None:
-        """Bytes of text to come, about; None where compression, parquet or a hub data set hides them."""
+        """Bytes of text, roughly; None where compression, parquet or a hub data set hides them."""
         if self.hub or not all(readers.holds_plain_text(file.path) for file in self.files):
             return None
         return sum(file.size for file in self.files)
 
     def few_documents(self, max_bytes: int | None) -> bool:
-        """Whether all are files of one document each, fewer than 50 of which begin within `max_bytes` (on disk)."""
+        """Whether all sources are files of one document each, and fewer than 50 begin within `max_bytes` (on disk)."""
         if self.hub or not all(readers.is_one_document(file.path) for file in self.files):
             return False
         limit = sys.maxsize if max_bytes is None else max_bytes
         starts = accumulate([0, *(file.size for file in self.files[:-1])])
-        return sum(start < limit for start in starts) < _FEW
+        return sum(start < limit for start in starts) < _FEW_DOCUMENTS
 
     def texts(self, text_field: str, scratch: Path) -> Iterator[str]:
-        """Each document's text; `scratch` holds a compressed parquet file while it is read. Raises SettingError."""
+        """Each document's text. scratch: folder for a decompressed parquet file. Raises SettingError."""
         for file in self.files:
             if self.standard_library:
                 yield from readers.python_source(file.path)
@@ -75,7 +78,7 @@ class Sources:
 
 
 def find_sources(data: Sequence[str] | None) -> Sources:
-    """Resolve the `data` setting without reading any text. Raises SettingError for what is missing or unreadable."""
+    """Resolve the `data` setting without reading text. Raises SettingError for a missing or unreadable entry."""
     if data is None:
         return _standard_library()
     entries = [data] if isinstance(data, str | os.PathLike) else list(data)
@@ -86,7 +89,7 @@ def find_sources(data: Sequence[str] | None) -> Sources:
     skipped: Counter[str] = Counter()
     hub: list[tuple[str, str | None]] = []
     for name in names:
-        if not name:  # as a shell's unset variable gives it; Path would take it for this folder
+        if not name:  # a shell's unset variable; Path("") would be the working directory
             raise SettingError(f"data holds {name!r}; {_ALLOWED}")
         path = Path(name).expanduser()
         if path.exists():
@@ -109,29 +112,30 @@ def _shuffle_key(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
-def _files_of(path: Path, given: str, skipped: Counter[str]) -> list[SourceFile]:
-    """What can be read of a file or folder; files of other kinds are counted in `skipped`."""
+def _files_of(path: Path, entry: str, skipped: Counter[str]) -> list[SourceFile]:
+    """The readable files of a file or folder; counts files of other kinds in `skipped`."""
     if path.is_file():
         if readers.format_of(path) is None:
-            raise SettingError(f"data holds {given!r}, a kind of file that can't be read; {_ALLOWED}")
-        file = _source_file(path, given, path.name)
+            raise SettingError(f"data holds {entry!r}, a kind of file that can't be read; {_ALLOWED}")
+        file = _source_file(path, entry, path.name)
         if not file.size:
-            raise SettingError(f"data holds {given!r}, which is an empty file; a file must hold some text")
+            raise SettingError(f"data holds {entry!r}, which is an empty file; a file must hold some text")
         return [file]
     if not path.is_dir():
-        raise SettingError(f"data holds {given!r}, which is neither a file nor a folder; {_ALLOWED}")
+        raise SettingError(f"data holds {entry!r}, which is neither a file nor a folder; {_ALLOWED}")
     files = []
     for found in _walk(path):
         if readers.format_of(found):
-            files.append(_source_file(found, given, found.relative_to(path).as_posix()))
+            files.append(_source_file(found, entry, found.relative_to(path).as_posix()))
         else:
             skipped[found.suffix.lower() or found.name] += 1
     if not files:
-        raise SettingError(f"data holds {given!r}, a folder without a file that can be read; {_ALLOWED}")
+        raise SettingError(f"data holds {entry!r}, a folder without a file that can be read; {_ALLOWED}")
     return files
 
 
 def _walk(folder: Path, skipped: Set[str] = frozenset()) -> Iterator[Path]:
+    """The files below a folder, without hidden ones, hidden folders and the skipped folders."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
         for name in sorted(names):
@@ -140,19 +144,19 @@ def _walk(folder: Path, skipped: Set[str] = frozenset()) -> Iterator[Path]:
                 yield path
 
 
-def _source_file(path: Path, given: str, name: str) -> SourceFile:
+def _source_file(path: Path, entry: str, name: str) -> SourceFile:
     try:
         status = path.stat()
     except OSError as error:
-        raise SettingError(f"data holds {given!r}, where {name!r} can't be read: {error.strerror}") from error
-    return SourceFile(path, given, name, status.st_size, status.st_mtime_ns)
+        raise SettingError(f"data holds {entry!r}, where {name!r} can't be read: {error.strerror}") from error
+    return SourceFile(path, entry, name, status.st_size, status.st_mtime_ns)
 
 
 def _standard_library() -> Sources:
-    """The library's own .py files; its tests, bundled editor and installed packages differ between installations."""
+    """The library's .py files, without tests, bundled editor and installed packages: these differ per installation."""
     name = f"python standard library {platform.python_version()}"
     root = Path(sysconfig.get_path("stdlib"))
-    found = [path for path in _walk(root, _STDLIB_SKIPPED) if path.suffix == ".py"]
+    found = [path for path in _walk(root, _STDLIB_SKIPPED_FOLDERS) if path.suffix == ".py"]
     files = [_source_file(path, name, path.relative_to(root).as_posix()) for path in found]
     if not files:
         raise SettingError(

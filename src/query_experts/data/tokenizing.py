@@ -1,4 +1,4 @@
-"""Tokenizers: training a byte-level BPE, loading a given one, and turning documents into token ids in batches."""
+"""Tokenizers: trains a byte-level BPE, loads a given tokenizer, and turns documents into token ids in batches."""
 
 import json
 import os
@@ -20,13 +20,13 @@ TRAINING_BYTES = 10_000_000
 _PIECE_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 21
 _BATCH_PIECES = 1024
-_QUIET = "False"  # spelled unlike what users write, so that a setting of theirs is told from this module's own
+_OFF = "False"  # unlike a user's "false", so that this module recognises its own value
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` ids, fewer where the text has too few pairs that come twice.
+    """Train a byte-level BPE of at most `vocab_size` ids; fewer if too few pairs occur twice in the text.
 
-    Any text survives encoding and decoding unchanged; `<|endoftext|>`, id 0, begins, ends and pads.
+    Any text survives encoding and decoding unchanged. `<|endoftext|>`, id 0, is the bos, eos and pad token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +50,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def load_fast_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer `name`, from a folder or the hub. Raises SettingError when it is unusable or ends no text."""
+    """The tokenizer `name`, from a folder or the hub. Raises SettingError if it can't be used or has no eos token."""
     folder = Path(name).expanduser()
     allowed = (
         "a folder that holds a tokenizer, the name of one on the Hugging Face hub, or None to train one on the data"
@@ -65,7 +65,7 @@ def load_fast_tokenizer(name: str) -> PreTrainedTokenizerFast:
         if (folder / "tokenizer.json").is_file():
             json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.exists() else name, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises it plainly
+    except Exception as error:  # tokenizers raises Exception itself
         reason = " ".join(str(error).split())[:200]
         raise SettingError(f"tokenizer is {name!r}, which can't be loaded ({reason}); it must be {allowed}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -76,26 +76,26 @@ def load_fast_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the highest id, which is what an embedding needs; gaps between ids count."""
+    """One more than the highest id: the rows that an embedding needs, since ids may have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 class Tokens(NamedTuple):
-    """The ids of a document or of a piece of one, the text they stand for in UTF-8 bytes, and whether it ends here."""
+    """The token ids of a document, or of a piece of one, and the UTF-8 bytes of its text."""
 
     split: Split
     ids: list[int]
     text_bytes: int
-    ended: bool
+    ends_document: bool
 
 
 def tokenize_documents(
     documents: Iterable[tuple[Split, str, int]], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Tokens]:
-    """The documents' tokens in order; the last of a document's is eos.
+    """The documents' tokens, in order; each document ends with the eos token.
 
-    Text that spells a special token is tokenised as text. A document beyond a million characters is tokenised in
-    pieces cut at line breaks, so that memory stays bounded; no tokens are added where they meet.
+    Text that spells a special token is tokenised as text. A document of more than a million characters is tokenised in
+    pieces, cut at line breaks, which bounds memory. No tokens are added between pieces.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -111,6 +111,7 @@ def tokenize_documents(
 
 
 def _batches(documents: Iterable[tuple[Split, str, int]]) -> Iterator[list[tuple[Split, str, bool]]]:
+    """Pieces of documents in batches of bounded size: (split, piece, whether the document ends with it)."""
     batch: list[tuple[Split, str, bool]] = []
     characters = 0
     for split, text, _ in documents:
@@ -126,6 +127,7 @@ def _batches(documents: Iterable[tuple[Split, str, int]]) -> Iterator[list[tuple
 
 
 def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of bounded length, cut after a line break where there is one."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS:
         end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
@@ -136,13 +138,13 @@ def _pieces(text: str) -> Iterator[str]:
 
 @contextmanager
 def _parallel_tokenizers() -> Iterator[None]:
-    """Parallel inside, off outside, unless the user's environment says: else every later fork warns on stderr."""
+    """Parallel tokenizing inside, off afterwards: else every later fork warns on stderr. A user's own setting stays."""
     name = "TOKENIZERS_PARALLELISM"
-    ours = os.environ.get(name) in (None, _QUIET)
-    if ours:
+    unset = os.environ.get(name) in (None, _OFF)
+    if unset:
         os.environ[name] = "true"
     try:
         yield
     finally:
-        if ours:
-            os.environ[name] = _QUIET
+        if unset:
+            os.environ[name] = _OFF
