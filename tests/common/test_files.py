@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the check of free space."""
+"""Files are written completely or not at all; the check of free space; disk errors as OSError."""
 
 import errno
 import json

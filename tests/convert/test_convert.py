@@ -1,8 +1,7 @@
-"""Converting dense models: with all experts awake a converted model is the dense one, to the last bit where it can be.
+"""Converting dense models: with all experts active a converted model equals the dense one, to the last bit if possible.
 
-Each family is one that Transformers writes, with everything in it that could be mapped wrongly: biases, QK norm, fused
-projections, tied embeddings, scaled and partial rotary embedding. Norms and biases are random, so that none passes for
-another.
+The families have everything that could be mapped wrongly: biases, QK norm, fused projections, tied embeddings, scaled
+and partial rotary embedding. Norms and biases are random, so that no two can be confused.
 """
 
 import json
@@ -80,9 +79,9 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "llama-biased-tied-scaled": LlamaConfig(
         **SIZE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3
     ),
-    "llama-with-a-partial-factor": LlamaConfig(**SIZE, head_dim=8, rope_parameters=PARTIAL),  # which it passes over
+    "llama-with-a-partial-factor": LlamaConfig(**SIZE, head_dim=8, rope_parameters=PARTIAL),  # which it ignores
     "llama-proportional": LlamaConfig(**SIZE, head_dim=8, rope_parameters=PROPORTIONAL),
-    "llama-with-a-window": LlamaConfig(**SIZE, head_dim=8, sliding_window=16),  # which it doesn't know
+    "llama-with-a-window": LlamaConfig(**SIZE, head_dim=8, sliding_window=16),  # which Llama doesn't have
     "mistral": MistralConfig(**SIZE, sliding_window=None),
     "mistral-window-beyond-its-length": MistralConfig(**SIZE, sliding_window=128),
     "qwen2": Qwen2Config(**SIZE),
@@ -112,12 +111,12 @@ def tokens(rows: int = 2, length: int = 61, seed: int = 0) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Exact with all experts awake
+# Exact with all experts active
 
 
 @each_family
 @torch.no_grad()
-def test_with_all_experts_awake_logits_are_the_dense_models_in_float64(family):
+def test_with_all_experts_active_logits_are_the_dense_models_in_float64(family):
     dense = dense_model(family)
     converted = from_dense(dense)
     assert converted.dtype == torch.float64
@@ -136,7 +135,7 @@ def test_in_float32_its_error_is_at_most_twice_the_dense_models(family):
 @each_family
 @torch.no_grad()
 def test_it_generates_what_the_dense_model_does(family):
-    """Beyond the original length of longrope, too. (There, Phi-3 of Transformers 5.17 goes wrong with a cache.)"""
+    """Also beyond longrope's original length, where Phi-3 of Transformers 5.17 goes wrong with a cache."""
     dense = dense_model(family)
     options = {"max_new_tokens": 40, "do_sample": False}
     expected = dense.generate(tokens(2, 9), use_cache=False, **options)
@@ -157,15 +156,15 @@ def test_there_and_back_every_tensor_has_the_same_bytes(family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_wrong_map_is_noticed(family, monkeypatch):
-    """The test of the tests: with two projections exchanged, the logits are others."""
+    """Tests the tests above: with two projections exchanged, the logits differ."""
 
-    def exchanged(line: weight_map.WeightRule) -> weight_map.WeightRule:
+    def exchanged(rule: weight_map.WeightRule) -> weight_map.WeightRule:
         swap = {"mlp.gate_proj.weight": "mlp.up_proj.weight", "mlp.up_proj.weight": "mlp.gate_proj.weight"}
-        return replace(line, gqe=tuple(swap.get(name, name) for name in line.gqe))
+        return replace(rule, gqe=tuple(swap.get(name, name) for name in rule.gqe))
 
     dense = dense_model(family)
-    wrong = tuple(exchanged(line) for line in weight_map.LAYER[family])
-    monkeypatch.setitem(weight_map.LAYER, family, wrong)
+    wrong = tuple(exchanged(rule) for rule in weight_map.LAYER_RULES[family])
+    monkeypatch.setitem(weight_map.LAYER_RULES, family, wrong)
     assert (from_dense(dense)(tokens()).logits - dense(tokens()).logits).abs().max() > 1e-3
 
 
@@ -365,8 +364,8 @@ def test_the_fit_is_to_the_rows_that_are_not_held_out(monkeypatch):
 
 def test_rank_shares_count_each_expert_at_its_rank():
     score = torch.tensor([[4.0, 3.0, 2.0, 1.0], [4.0, 1.0, 3.0, 2.0]])
-    wanted = [[[1.0, 0, 0, 0], [0, 0.5, 0.5, 0]]]
-    torch.testing.assert_close(rank_shares(score, 1, 2), torch.tensor(wanted, dtype=torch.float64))
+    expected = [[[1.0, 0, 0, 0], [0, 0.5, 0.5, 0]]]
+    torch.testing.assert_close(rank_shares(score, 1, 2), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_kept_shares_are_of_squared_strength():
@@ -408,17 +407,17 @@ def test_a_checkpoint_of_several_dtypes_is_calibrated(router):
 def test_a_dense_model_that_overflows_on_the_text_is_refused():
     dense = dense_model("llama", torch.float16)
     dense.model.layers[1].mlp.down_proj.weight.mul_(1e4)
-    with pytest.raises(SettingError, match=r"of float16, beyond whose numbers model.layers.1 of the dense model comes"):
+    with pytest.raises(SettingError, match=r"of float16, and model.layers.1 of the dense model overflows on"):
         from_dense(dense, 1, calibration=tokens(10, 40))
     dense = dense_model("llama", torch.float16)
     dense.lm_head.weight.fill_(6e4)
-    with pytest.raises(SettingError, match=r"beyond whose numbers the output embedding comes .* bfloat16 or float32"):
+    with pytest.raises(SettingError, match=r"of float16, and the output embedding overflows on .* bfloat16 or float32"):
         from_dense(dense, 1, calibration=tokens(10, 40))
 
 
 @torch.no_grad()
 def test_a_converted_model_that_overflows_where_the_dense_one_does_not_is_refused():
-    """Of four equal heads two take back what two add; one of them alone is beyond float16."""
+    """Of four equal heads two cancel the other two; only one of them overflows float16."""
     dense = dense_model("llama", torch.float16)
     for layer in dense.model.layers:
         attention = layer.self_attn
@@ -429,7 +428,7 @@ def test_a_converted_model_that_overflows_where_the_dense_one_does_not_is_refuse
         o.copy_(torch.tensor([1.0, -1, 1, -1])[:, None] * 3e4)
     dense.model.embed_tokens.weight.abs_()
     assert dense(tokens(10, 40)).logits.isfinite().all()
-    with pytest.raises(SettingError, match="of float16, beyond whose numbers the converted model comes"):
+    with pytest.raises(SettingError, match="of float16, and the converted model overflows on"):
         from_dense(dense, 1, calibration=tokens(10, 40))
 
 
@@ -453,7 +452,7 @@ def test_a_dense_model_with_attention_dropout_is_observed_without_it():
 
 
 @torch.no_grad()
-def test_with_all_experts_awake_nothing_diverges_whatever_the_router():
+def test_with_all_experts_active_nothing_diverges_whatever_the_router():
     for router in ("random", "query_norm", "calibrated"):
         report = convert_model(dense_model(), router=router, calibration=tokens(10, 40))[1]
         assert report.kl == pytest.approx(0, abs=1e-6)
@@ -461,9 +460,9 @@ def test_with_all_experts_awake_nothing_diverges_whatever_the_router():
 
 
 @torch.no_grad()
-def test_a_calibrated_router_wakes_stronger_heads_than_a_random_one():
+def test_a_calibrated_router_selects_stronger_heads_than_a_random_one():
     dense, text = dense_model(hidden_size=16, num_hidden_layers=1), tokens(200, 30)
-    dense.model.embed_tokens.weight.abs_()  # a norm is even in the input: with a mean of zero no linear map would tell
+    dense.model.embed_tokens.weight.abs_()  # a norm is even in its input: at a mean of zero no linear map predicts it
     layer = dense.model.layers[0]
     heads: list[Tensor] = []
     layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
@@ -494,7 +493,7 @@ def test_query_norm_is_fitted_to_the_norms_of_the_queries(family):
 
 @torch.no_grad()
 def test_without_a_router_the_strongest_heads_stay_and_are_the_dense_ones():
-    """With the other heads silenced, the dense model is the one that is kept."""
+    """With the columns of W_O of the other heads at zero, the dense model is the one that is kept."""
     dense, text = dense_model(), tokens(10, 40)
     kept = []
     for layer in dense.model.layers:
@@ -511,17 +510,17 @@ def test_without_a_router_the_strongest_heads_stay_and_are_the_dense_ones():
 def test_slots_start_at_the_mean_of_their_groups_output_rows():
     dense = dense_model()
     slot = convert_model(dense, 2, output_projection="slot", router="random")[0]
-    ours = slot.model.layers[0].self_attn.o_proj.weight[:, : 4 * 8].unflatten(1, (2, 2, 8))
+    slots = slot.model.layers[0].self_attn.o_proj.weight[:, : 4 * 8].unflatten(1, (2, 2, 8))
     experts = dense.model.layers[0].self_attn.o_proj.weight.unflatten(1, (2, 4, 8)).mean(2)
-    torch.testing.assert_close(ours, experts[:, :, None].expand_as(ours), rtol=0, atol=1e-6)
+    torch.testing.assert_close(slots, experts[:, :, None].expand_as(slots), rtol=0, atol=1e-6)
     observed = convert_model(dense, 2, output_projection="slot", calibration=tokens(10, 40))[0].model.layers[0]
     x = dense.model.layers[0].input_layernorm(dense.model.embed_tokens(tokens(10, 40))).flatten(0, 1)
     scores = (x @ observed.self_attn.router.weight.T).unflatten(1, (2, 4))
     columns = dense.model.layers[0].self_attn.o_proj.weight.unflatten(1, (2, 4, 8))
-    for rank, woken in enumerate(scores.topk(2).indices.unbind(-1)):
+    for rank, selected in enumerate(scores.topk(2).indices.unbind(-1)):
         for group in range(2):
-            often = torch.bincount(woken[:, group], minlength=4) / len(x)
-            expected = (columns[:, group] * often[:, None]).sum(1)
+            share = torch.bincount(selected[:, group], minlength=4) / len(x)
+            expected = (columns[:, group] * share[:, None]).sum(1)
             start = (2 * group + rank) * 8
             found = observed.self_attn.o_proj.weight[:, start : start + 8]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -592,11 +591,11 @@ def test_the_configuration_of_a_conversion_survives_a_saved_file(tmp_path):
 
 
 def test_the_configuration_of_a_conversion_is_the_dense_models_wherever_both_have_a_field():
-    """Each at a value that is no default."""
-    held = SIZE | {
+    """Each field at a value that isn't its default."""
+    fields = SIZE | {
         "hidden_act": "gelu", "rms_norm_eps": 1e-3, "use_cache": False, "pad_token_id": 3, "bos_token_id": 4,
         "eos_token_id": [5, 6], "attention_dropout": 0.25, "tie_word_embeddings": True, "dtype": torch.bfloat16,
         "rope_parameters": LLAMA3,
     }  # fmt: skip
-    config = make_plan(LlamaConfig(**held), 2, "expert", "gqe", None, 0, False).final
-    assert {name: getattr(config, name) for name in held} == held
+    config = make_plan(LlamaConfig(**fields), 2, "expert", "gqe", None, 0, False).final
+    assert {name: getattr(config, name) for name in fields} == fields

@@ -1,4 +1,4 @@
-"""`query-experts convert`, and the two commands that make a dense checkpoint sparse."""
+"""`query-experts convert`; the two commands that make a dense checkpoint sparse; checkpoints that are refused."""
 
 import gc
 import json
@@ -36,16 +36,16 @@ from query_experts.convert import convert_model, from_dense
 from query_experts.convert import folder as folder_module
 from query_experts.convert import source as source_module
 from query_experts.convert.folder import ConvertSettings, convert_folder
-from query_experts.convert.source import Folder
+from query_experts.convert.source import CheckpointFolder
 from query_experts.evaluate.harness import load_model
-from query_experts.study import compare as study
+from query_experts.study import distill
 from query_experts.study.distill import load_start, load_teacher, with_model_sizes
 from study_helpers import options
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory, text):
-    """A dense checkpoint that `train` made, with what people keep beside one."""
+    """A dense checkpoint that `train` made, with the files that people keep next to one."""
     out = tmp_path_factory.mktemp("dense") / "run"
     assert main(options("train", out, text, arm="dense", num_attention_heads=8)) == 0
     (out / "model" / "chat_template.jinja").write_text("{{ messages }}")
@@ -54,7 +54,7 @@ def dense(tmp_path_factory, text):
     return out / "model"
 
 
-# what `options` sets of the model's sizes, left out: init brings its own
+# the model's sizes that `options` sets, left out: with init they come from its checkpoint
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 WITHOUT_SIZES = dict.fromkeys([*SIZES, "num_key_value_heads", "head_dim"])
 
@@ -95,10 +95,10 @@ def test_tokenizer_template_and_licence_come_along_and_the_card_does_not(tmp_pat
     here = {path.name for path in (tmp_path / "gqe").iterdir()}
     assert there - here == {"README.md", "model.safetensors"}
     assert (tmp_path / "gqe" / "chat_template.jinja").read_text() == "{{ messages }}"
-    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (dense, tmp_path / "gqe"))
-    assert ours["architectures"] == ["GQEForCausalLM"]
-    assert ours["rope_parameters"] == theirs["rope_parameters"]
-    assert ours["dtype"] == theirs["dtype"]
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (dense, tmp_path / "gqe"))
+    assert after["architectures"] == ["GQEForCausalLM"]
+    assert after["rope_parameters"] == before["rope_parameters"]
+    assert after["dtype"] == before["dtype"]
 
 
 COME_ALONG = (
@@ -161,13 +161,13 @@ def test_what_the_hub_does_not_hand_out_is_refused(tmp_path, monkeypatch, refuse
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "missing_on_hub", lambda name: None)
     monkeypatch.setattr(source_module, "snapshot_download", snapshot_download)
-    refused(["convert", "someone/model", "gqe"], "someone/model, which can't be had from the hub (OSError: gated)")
+    refused(["convert", "someone/model", "gqe"], "someone/model, which can't be loaded from the hub (OSError: gated)")
 
 
 def test_a_folder_is_converted_as_the_loaded_model_is(tmp_path, dense, text):
     argv = ["--top-k", "1", "--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"]
     assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv, "--seed", "3"]) == 0
-    kept = json.loads((tmp_path / "gqe" / "conversion.json").read_text())
+    record = json.loads((tmp_path / "gqe" / "conversion.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(dense)
     with open(text, encoding="utf-8") as file:
         ids = tokenizer(file.read()).input_ids[:320]
@@ -175,14 +175,16 @@ def test_a_folder_is_converted_as_the_loaded_model_is(tmp_path, dense, text):
     converted, report = convert_model(model, 1, calibration=torch.tensor(ids).view(20, 16), seed=3)
     folder = AutoModelForCausalLM.from_pretrained(tmp_path / "gqe", dtype=torch.float32)
     assert folder.config.active_query_experts == 1
-    for (name, ours), theirs in zip(folder.named_parameters(), converted.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-    assert kept["kl"] == pytest.approx(report.kl)
-    assert kept["fits"][0]["kept"] == pytest.approx(report.fits[0].kept)
-    assert kept["tokens"] == 4 * 15
-    assert kept["settings"]["checkpoint"] == "model"  # names alone, as others will read it
-    assert kept["settings"]["out"] == "gqe"
-    assert kept["settings"]["calibrate"] == ["text.txt"]
+    for (name, of_folder), of_model in zip(folder.named_parameters(), converted.parameters(), strict=True):
+        assert torch.equal(of_folder, of_model), name
+    assert list(record) == ["settings", "fits", "tokens", "dense_loss", "gqe_loss", "kl"]
+    assert record["kl"] == pytest.approx(report.kl)
+    assert list(record["fits"][0]) == ["kept", "fixed", "best"]
+    assert record["fits"][0]["kept"] == pytest.approx(report.fits[0].kept)
+    assert record["tokens"] == 4 * 15
+    assert record["settings"]["checkpoint"] == "model"  # only names, as others will read it
+    assert record["settings"]["out"] == "gqe"
+    assert record["settings"]["calibrate"] == ["text.txt"]
 
 
 @pytest.mark.parametrize("argv", [[], ["--top_k", "1", "--output_projection", "slot", "--router", "query_norm"]])
@@ -209,7 +211,7 @@ def test_frequencies_that_old_checkpoints_hold_are_passed_over(tmp_path, dense, 
 
 
 def test_documents_to_calibrate_on_are_joined_by_the_end_of_text_and_by_nothing_else(tmp_path, dense):
-    """Though the tokenizer begins each text with a token of its own; and no further is read than was asked for."""
+    """Even if the tokenizer begins each text with a token; and no more is read than was asked for."""
     folder = shutil.copytree(dense, tmp_path / "begins")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     first = ("!", tokenizer.convert_tokens_to_ids("!"))
@@ -222,7 +224,7 @@ def test_documents_to_calibrate_on_are_joined_by_the_end_of_text_and_by_nothing_
     asked = ConvertSettings(
         str(folder), "out", 1, "expert", None, [str(tmp_path / "lines.jsonl")], 83, 8, "body", 0, "cpu"
     )
-    assert folder_module.read_text(asked, folder, 16).flatten().tolist() == joined[:80]
+    assert folder_module.read_calibration_text(asked, folder, 16).flatten().tolist() == joined[:80]
 
 
 def test_a_tied_output_embedding_that_was_stored_all_the_same_is_left_out(tmp_path, dense):
@@ -237,7 +239,7 @@ def test_a_tied_output_embedding_that_was_stored_all_the_same_is_left_out(tmp_pa
 
 @torch.no_grad()
 def test_what_is_stored_of_tied_embeddings_is_loaded_as_transformers_does(tmp_path, dense):
-    """Another output embedding than the input's stays, and one that is stored alone is both."""
+    """An output embedding that differs from the input embedding stays; one stored without the other is both."""
     tensors = load_file(dense / "model.safetensors")
     embeddings = tensors.pop("model.embed_tokens.weight")
     other = {"model.embed_tokens.weight": embeddings, "lm_head.weight": torch.randn_like(embeddings)}
@@ -264,16 +266,16 @@ def test_one_file_beside_an_index_is_what_is_read_as_transformers_does(tmp_path,
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, text, monkeypatch, calibrated):
     read: list[list] = []
-    layer = Folder.layer
+    layer = CheckpointFolder.layer
 
     def watched(self, number):
         gc.collect()
-        assert not [held for held in read if any(storage() is not None for storage in held)]
+        assert not [storages for storages in read if any(storage() is not None for storage in storages)]
         tensors = layer(self, number)
         read.append([weakref.ref(tensor.untyped_storage()) for tensor in tensors.values()])  # views share it
         return tensors
 
-    monkeypatch.setattr(Folder, "layer", watched)
+    monkeypatch.setattr(CheckpointFolder, "layer", watched)
     argv = ["--calibrate", text, "--calibration_tokens", "320", "--calibration_length", "16"] if calibrated else []
     assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv]) == 0
     assert len(read) == 2
@@ -295,7 +297,7 @@ def test_long_text_is_not_tokenised_whole(dense, text, monkeypatch):
     monkeypatch.setattr(folder_module, "PIECE", 1000)
     monkeypatch.setattr(folder_module, "load_fast_tokenizer", lambda name: Watched(AutoTokenizer.from_pretrained(name)))
     asked = ConvertSettings(str(dense), "out", 1, "expert", None, [text], 640, 16, "text", 0, "cpu")
-    assert folder_module.read_text(asked, dense, 16).shape == (40, 16)
+    assert folder_module.read_calibration_text(asked, dense, 16).shape == (40, 16)
     with open(text, encoding="utf-8") as file:
         whole = file.read()
     assert whole.startswith("".join(given))
@@ -321,7 +323,7 @@ def test_out_may_be_any_folder_that_is_empty_or_new(tmp_path, dense, monkeypatch
 
 
 def test_too_little_room_is_told_before_anything_is_written(tmp_path, dense, monkeypatch, refused):
-    """The weights' own size doesn't suffice, as routers and shared heads come to them."""
+    """Space for the dense weights isn't enough, because routers and shared heads are added."""
     usage = shutil.disk_usage(tmp_path)
     size = (dense / "model.safetensors").stat().st_size
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=size))
@@ -348,7 +350,7 @@ def test_a_folder_that_is_filled_meanwhile_stays_as_it_was_filled(tmp_path, dens
 
 
 def test_in_a_folder_that_is_there_config_json_comes_last(tmp_path, dense, monkeypatch):
-    """Without it the rest is no checkpoint, so that none is taken for whole that isn't; all within out's own disk."""
+    """Without config.json the rest is no checkpoint, so none looks whole too early; all files stay on out's disk."""
     out, rename, names = tmp_path / "out", Path.rename, []
     out.mkdir()
 
@@ -424,14 +426,14 @@ def test_two_conversions_to_one_folder_keep_apart(tmp_path, dense, monkeypatch, 
 
 
 def test_what_is_removed_is_of_this_out_alone(tmp_path, dense):
-    ours, others = (tmp_path / f".m-[3].{own}.part" for own in ("0123abcd", "1.0123abcd"))
-    third = tmp_path / ".m-3.0123abcd.part"
-    for folder in (ours, others, third):
+    of_this_out, of_another = (tmp_path / f".m-[3].{id_}.part" for id_ in ("0123abcd", "1.0123abcd"))
+    of_a_third = tmp_path / ".m-3.0123abcd.part"
+    for folder in (of_this_out, of_another, of_a_third):
         folder.mkdir()
         (folder / "config.json").write_text("{}")
     with FileLock(tmp_path / ".m-[3].1.lock"):
         assert main(["convert", str(dense), str(tmp_path / "m-[3]")]) == 0
-    assert (ours.exists(), others.exists(), third.exists()) == (False, True, True)
+    assert (of_this_out.exists(), of_another.exists(), of_a_third.exists()) == (False, True, True)
 
 
 @pytest.mark.parametrize(
@@ -450,10 +452,10 @@ def test_weights_that_transformers_would_take_elsewhere_are_refused(tmp_path, de
 
 
 def test_a_tokenizer_of_another_version_of_tokenizers_is_spoken_of(tmp_path, dense, text, refused, capsys):
-    """Which raises Exception itself."""
+    """tokenizers raises Exception itself."""
     newer = shutil.copytree(dense, tmp_path / "newer")
-    held = json.loads((newer / "tokenizer.json").read_text())
-    (newer / "tokenizer.json").write_text(json.dumps(held | {"pre_tokenizer": {"type": "NewKind"}}))
+    tokenizer = json.loads((newer / "tokenizer.json").read_text())
+    (newer / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": {"type": "NewKind"}}))
     assert main(["convert", str(newer), str(tmp_path / "gqe"), "--top_k", "1"]) == 0
     assert "can't be loaded here (" in " ".join(capsys.readouterr().out.split())
     refused(["convert", newer, tmp_path / "out", "--calibrate", text], "whose tokenizer isn't there, damaged, slow")
@@ -512,7 +514,7 @@ def test_a_mistyped_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch, refuse
 
 
 class Hub:
-    """In place of the hub's client: a hub that has one model, refuses to answer, or has none."""
+    """Replaces the hub's client: a hub that has these models, or raises an error."""
 
     def __init__(self, holds=(), error=None):
         self.holds, self.error, self.asked = holds, error, 0
@@ -633,8 +635,8 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     for count in (0, 3):
         (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"num_key_value_heads": count}))
         refused(["convert", tmp_path / "copy", out], f"num_key_value_heads {count}; the former must be a multiple")
-    for held, words in {"{": "is damaged", "\xff": "is damaged", "[]": "holds no JSON object"}.items():
-        (tmp_path / "copy" / "config.json").write_text(held, encoding="latin-1")
+    for content, words in {"{": "is damaged", "\xff": "is damaged", "[]": "holds no JSON object"}.items():
+        (tmp_path / "copy" / "config.json").write_text(content, encoding="latin-1")
         refused(["convert", tmp_path / "copy", out], f"copy, whose config.json {words}")
     calibrated = ["--calibrate", text, "--calibration_tokens", 320, "--calibration_length", 16]
     copy()
@@ -657,8 +659,8 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_left(tmp_path, dense, te
     next((tmp_path / "shards").glob("*-00002-of-*")).unlink()
     refused(["convert", tmp_path / "shards", out], "which holds no model-00002-of-")
     index = tmp_path / "shards" / "model.safetensors.index.json"
-    for held in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
-        index.write_text(held)
+    for content in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
         refused(["convert", tmp_path / "shards", out], "shards, whose model.safetensors.index.json is damaged")
     assert not out.exists()
     assert not [*tmp_path.glob(".*part")]
@@ -707,7 +709,7 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert trained.config.model_type == "gqe"
     assert trained.config.active_query_experts == 1
-    assert trained.config.router_aux_loss_coef == 0  # as it was told; the other is init's own
+    assert trained.config.router_aux_loss_coef == 0  # as the option says; the other is that of init
     assert trained.config.router_z_loss_coef == 0.25
     assert main(["generate", str(tmp_path / "run" / "model"), "--prompt", "a", "--max_new_tokens", "3"]) == 0
 
@@ -725,19 +727,19 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
 def test_weights_of_the_routers_losses_are_inits_own_unless_the_user_gives_them_be_it_the_default(
     tmp_path, dense, monkeypatch, given, aux, z
 ):
-    """A preset isn't what the user gives."""
+    """A value in a preset isn't one that the user gives."""
     monkeypatch.chdir(tmp_path)
     assert main(["convert", str(dense), "gqe"]) == 0
     copy_with(tmp_path / "gqe", tmp_path / "init", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25})
     (tmp_path / "recipe.yaml").write_text("router_aux_loss_coef: 0.01\n")
     (tmp_path / "preset.yaml").write_text("router_aux_loss_coef: 0.01\nrouter_z_loss_coef: 0.0\nseq_len: 16\n")
     monkeypatch.setattr("query_experts.common.settings.presets", lambda folder: {"demo": tmp_path / "preset.yaml"})
-    held = []
-    monkeypatch.setattr(study, "train", lambda settings, console: held.append(settings) or True)
+    parsed = []
+    monkeypatch.setattr(distill, "train", lambda settings, console: parsed.append(settings) or True)
     assert main(["train", "--init", "init", *given]) == 0
-    config = load_start(held[0]).model.config
+    config = load_start(parsed[0]).model.config
     assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (aux, z)
-    sized = with_model_sizes(held[0], config)
+    sized = with_model_sizes(parsed[0], config)
     assert (sized.router_aux_loss_coef, sized.router_z_loss_coef) == (aux, z)
 
 
@@ -773,19 +775,19 @@ def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, ch
     copy_with_nan(folders["GQE"] if changes.get("init") == "NAN" else dense, folders["NAN"])
     shutil.copytree(dense, folders["OTHER"])
     tokenizer = folders["OTHER"] / "tokenizer.json"
-    held = json.loads(tokenizer.read_text())
-    vocabulary = held["model"]["vocab"]
+    content = json.loads(tokenizer.read_text())
+    vocabulary = content["model"]["vocab"]
     vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
-    tokenizer.write_text(json.dumps(held))
+    tokenizer.write_text(json.dumps(content))
     changes = {k: folders.get(v, v) for k, v in changes.items()}
     refused(options("train", tmp_path / "run", text, **WITHOUT_SIZES | changes), words)
 
 
 def copy_with(checkpoint, folder, config=None, without=None):
-    """A copy of a checkpoint of one file with other settings, or without the tensors whose name ends so."""
+    """A copy of a checkpoint with other fields in config.json, or without the tensors whose names end in `without`."""
     shutil.copytree(checkpoint, folder)
-    held = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(held | (config or {})))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | (config or {})))
     if without is not None:
         for path in folder.glob("*.safetensors"):
             kept = {name: t for name, t in load_file(path).items() if not name.endswith(without)}
@@ -849,13 +851,13 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path, dense, text, refused, monkeypa
         for path in folder.glob("tokenizer*"):
             path.unlink()
         (folder / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
-        held = {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(held))
+        fields = {"auto_map": {"AutoTokenizer": ["code.Mine", None]}, "tokenizer_class": "Mine"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields))
     own = shutil.copytree(dense, tmp_path / "own")
     (own / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass Mine: pass\n")
-    held = json.loads((own / "config.json").read_text()) | {"model_type": "mine"}
-    held["auto_map"] = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}
-    (own / "config.json").write_text(json.dumps(held))
+    fields = json.loads((own / "config.json").read_text()) | {"model_type": "mine"}
+    fields["auto_map"] = {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Mine"}
+    (own / "config.json").write_text(json.dumps(fields))
     foreign, gqe = tmp_path / "foreign", tmp_path / "foreign-gqe"
     refused(["generate", gqe], "whose tokenizer can't be loaded")
     refused(["evaluate", foreign, "--tasks", "piqa"], "whose tokenizer can't be loaded")
@@ -901,9 +903,9 @@ def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
     old = copy_with(dense, tmp_path / "old", {"pad_token_id": -1})
     assert main(["convert", str(old), str(tmp_path / "of-old")]) == 0
     torch.testing.assert_close(logits(tmp_path / "of-old"), logits(dense), rtol=0, atol=1e-5)
-    for held in ("[1]", "[" * 100_000):
-        listed = copy_with(dense, tmp_path / f"listed{len(held)}")
-        (listed / "generation_config.json").write_text(held)
+    for content in ("[1]", "[" * 100_000):
+        listed = copy_with(dense, tmp_path / f"listed{len(content)}")
+        (listed / "generation_config.json").write_text(content)
         refused(["convert", listed, out], "generation_config.json, which is damaged")
     empty = shutil.copytree(dense, tmp_path / "empty")
     (empty / "model.safetensors").unlink()
@@ -952,7 +954,7 @@ def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path, dense, tex
             ["convert", tmp_path / "dense", tmp_path / "out", *flags], "layers.0.self_attn.q_proj.weight holds numbers"
         )
     refused(["generate", tmp_path / "nan"], "checkpoint is", "q_proj.weight holds numbers that aren't finite")
-    monkeypatch.setattr(checkpoints, "VALUES_AT_ONCE", 7)  # whichever piece it is in
+    monkeypatch.setattr(checkpoints, "VALUES_AT_ONCE", 7)  # whichever part it is in
     assert checkpoints.is_finite(torch.zeros(3, 5))
     assert not any(checkpoints.is_finite(torch.zeros(15).index_fill(0, torch.tensor(n), math.inf)) for n in range(15))
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Loading a checkpoint of a folder or of the hub, whole, or refusing it in one sentence that names the setting."""
+"""Loads checkpoints from a folder or the hub; refuses an unusable one in a sentence that names the setting."""
 
 from __future__ import annotations
 
@@ -27,52 +27,48 @@ from transformers.utils import logging
 
 from query_experts.common.errors import SettingError
 
-# what a tokenizer is made of, whatever the case
-TOKENIZER = (
+# patterns of a tokenizer's files, in lower case
+TOKENIZER_FILES = (
     "tokenizer*", "vocab.*", "merges.txt", "bpe.codes", "added_tokens.json", "special_tokens_map.json", "*.model",
     "*.tiktoken", "tekken.json", "tokenization_*.py",
 )  # fmt: skip
-VALUES_AT_ONCE = 2**24  # that are looked at, so that looking takes little memory
+VALUES_AT_ONCE = 2**24  # values that is_finite reads at a time, to save memory
 
-CACHED = ("config.json", "tokenizer_config.json")  # of which a used model has one in the hub's cache
+CACHED_FILES = ("config.json", "tokenizer_config.json")  # the hub's cache has one of them for each model in use
 
 
 def load_config(checkpoint: str, field: str) -> PreTrainedConfig:
-    """Raises SettingError, naming the field, for a checkpoint that isn't there or whose config.json can't be used."""
+    """Load the configuration of a checkpoint, without running code of the checkpoint.
+
+    Args:
+        checkpoint: a folder, or the name of a model on the hub.
+        field: the setting that held the checkpoint, for error sentences.
+
+    Raises:
+        SettingError: if the checkpoint doesn't exist or its config.json can't be used.
+    """
     require_checkpoint(checkpoint, field)
     local = Path(checkpoint).exists()
     if local:
         check_config_file(Path(checkpoint), field)
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:  # of Transformers, tokenizers, the hub's HTTP client: of any kind
-        what = "whose config.json holds what can't be used" if local else "which can't be had from the hub"
-        raise SettingError(f"{field} is {checkpoint}, {what}: {reason(error)}") from error
+    except Exception as error:  # Transformers, tokenizers and the hub's HTTP client raise errors of any kind
+        problem = "whose config.json holds what can't be used" if local else "which can't be loaded from the hub"
+        raise SettingError(f"{field} is {checkpoint}, {problem}: {reason(error)}") from error
 
 
 def check_config_file(folder: Path, field: str) -> None:
-    """Raises SettingError for a folder without a config.json of a kind of model that Transformers knows."""
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise SettingError(f"{field} is {folder}, which is a file; it must be a model's folder")
-    if not path.is_file():
-        raise SettingError(f"{field} is {folder}, which holds no config.json; it must be a model's folder")
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SettingError(f"{field} is {folder}, whose config.json is damaged ({error})") from error
-    except OSError as error:
-        raise SettingError(f"{field} is {folder}, whose config.json can't be read ({error.strerror})") from error
-    if not isinstance(held, dict):
-        raise SettingError(f"{field} is {folder}, whose config.json holds no JSON object; it must be a model's")
+    """Raises SettingError unless the folder has a config.json with a model type that Transformers knows."""
+    config = read_config_file(folder, field)
     for name in ("dtype", "torch_dtype"):
-        dtype = held.get(name)
+        dtype = config.get(name)
         known = isinstance(dtype, str) and isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype)
-        if not known and dtype is not None and not isinstance(dtype, dict):  # one for each part of a model
+        if not known and dtype is not None and not isinstance(dtype, dict):  # a dictionary holds one for each submodel
             raise SettingError(
                 f"{field} is {folder}, whose config.json holds {name} {dtype!r}; it must be a dtype of torch"
             )
-    model_type = held.get("model_type")
+    model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise SettingError(
             f"{field} is {folder}, whose config.json holds model_type {model_type!r}; it must be one that Transformers "
@@ -80,8 +76,37 @@ def check_config_file(folder: Path, field: str) -> None:
         )
 
 
+def read_config_file(folder: Path, field: str) -> dict[str, Any]:
+    """The fields of a folder's config.json. Raises SettingError if there is none, or it is no JSON object."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise SettingError(f"{field} is {folder}, which is a file; it must be a model's folder")
+    if not path.is_file():
+        raise SettingError(f"{field} is {folder}, which holds no config.json; it must be a model's folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SettingError(f"{field} is {folder}, whose config.json is damaged ({error})") from error
+    except OSError as error:
+        raise SettingError(f"{field} is {folder}, whose config.json can't be read ({error.strerror})") from error
+    if not isinstance(config, dict):
+        raise SettingError(f"{field} is {folder}, whose config.json holds no JSON object; it must be a model's")
+    return config
+
+
 def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, Any]:
-    """A `GQEForCausalLM` in float32 and its tokenizer. Raises SettingError, naming the field, if there is none."""
+    """Load a GQE checkpoint and its tokenizer.
+
+    Args:
+        folder: the checkpoint's folder.
+        field: the setting that held the folder, for error sentences.
+
+    Returns:
+        A `GQEForCausalLM` in float32 on the CPU, and the tokenizer.
+
+    Raises:
+        SettingError: if the folder holds no GQE checkpoint, or one that `load_whole` or `load_tokenizer` refuses.
+    """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if not folder.exists():
@@ -94,41 +119,59 @@ def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, 
 
 
 def has_tokenizer(checkpoint: str) -> bool:
-    """Whether a folder holds anything of one; of the hub it is taken for granted."""
+    """Whether a folder holds a tokenizer's files; always true for a checkpoint on the hub."""
     folder = Path(checkpoint)
-    return not folder.exists() or any(is_named(path, TOKENIZER) for path in folder.iterdir())
+    return not folder.exists() or any(matches_any(path, TOKENIZER_FILES) for path in folder.iterdir())
 
 
-def is_named(path: Path, patterns: tuple[str, ...]) -> bool:
+def matches_any(path: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether a path is a file whose name, in lower case, matches one of the patterns."""
     return path.is_file() and any(fnmatch(path.name.lower(), pattern) for pattern in patterns)
 
 
 def load_tokenizer(checkpoint: str, model: PreTrainedModel, field: str) -> Any:
-    """The tokenizer of a model. Raises SettingError, naming the field, for none, and for one that isn't the model's."""
+    """Load the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: a folder, or the name of a model on the hub.
+        model: the checkpoint's model, whose embedding must have a row for each token.
+        field: the setting that held the checkpoint, for error sentences.
+
+    Raises:
+        SettingError: if there is no tokenizer, if it can't be loaded, or if it is another model's.
+    """
     if not has_tokenizer(checkpoint):
-        raise SettingError(f"{field} is {checkpoint}, which holds no tokenizer; it must have its own beside the model")
+        raise SettingError(f"{field} is {checkpoint}, which holds no tokenizer; it must hold its own next to the model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:  # of Transformers, tokenizers, the hub's HTTP client: of any kind
+    except Exception as error:  # Transformers, tokenizers and the hub's HTTP client raise errors of any kind
         raise SettingError(
-            f"{field} is {checkpoint}, whose tokenizer can't be loaded ({reason(error)}); it must have one beside it, "
-            "as save_pretrained writes it"
+            f"{field} is {checkpoint}, whose tokenizer can't be loaded ({reason(error)}); it must hold one as "
+            "save_pretrained writes it"
         ) from error
     size, rows = len(tokenizer), model.get_input_embeddings().num_embeddings
     if not tokenizer.vocab_size or size > rows:
         raise SettingError(
-            f"{field} is {checkpoint}, whose tokenizer has {size} tokens and whose model {rows}; it must have its own "
-            "tokenizer beside it"
+            f"{field} is {checkpoint}, whose tokenizer has {size} tokens and whose model {rows}; it must hold the "
+            "model's own tokenizer"
         )
     return tokenizer
 
 
 def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
-    """A model of a folder or the hub, by its class or Auto class.
+    """Load a model and refuse a checkpoint that isn't complete.
 
-    Raises SettingError, naming the field, for a checkpoint that can't be loaded, that lacks weights or holds them in
-    another shape, in whose place Transformers would draw new ones, that holds layers which config.json doesn't, or
-    whose numbers aren't finite.
+    Transformers itself would draw missing weights, or weights of another shape, at random.
+
+    Args:
+        kind: the model's class, or an Auto class.
+        checkpoint: a folder, or the name of a model on the hub.
+        dtype: of the weights; a torch.dtype or its name, or "auto" for the checkpoint's own.
+        field: the setting that held the checkpoint, for error sentences.
+
+    Raises:
+        SettingError: if the checkpoint can't be loaded, lacks weights, has weights of another shape, has layers that
+            config.json doesn't have, or has weights that aren't finite.
     """
     config = load_config(checkpoint, field)
     try:
@@ -136,89 +179,91 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
             checkpoint, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
             trust_remote_code=False,
         )  # fmt: skip
-    except Exception as error:  # of Transformers, tokenizers, the hub's HTTP client: of any kind
+    except Exception as error:  # Transformers, tokenizers and the hub's HTTP client raise errors of any kind
         raise SettingError(f"{field} is {checkpoint}, which can't be loaded: {reason(error)}") from error
     if loading["mismatched_keys"]:
-        name, held, wanted = min(loading["mismatched_keys"])
+        name, shape, expected = min(loading["mismatched_keys"])
         raise SettingError(
-            f"{field} is {checkpoint}, whose {name} has shape {list(held)}; by config.json it must have {list(wanted)}"
+            f"{field} is {checkpoint}, whose {name} has shape {list(shape)}; by config.json it must have "
+            f"{list(expected)}"
         )
     if missing := sorted(loading["missing_keys"]):
         raise SettingError(
             f"{field} is {checkpoint}, which lacks {len(missing)} weights of {type(model).__name__}, such as "
             f"{missing[0]}; it must hold them all"
         )
-    held = model.state_dict()
-    if beyond := sorted(filter(partial(is_unexpected_layer, model, held), loading["unexpected_keys"])):
-        raise SettingError(f"{field} is {checkpoint}, which holds {beyond[0]}; by config.json it must not be there")
-    for name, tensor in held.items():  # a frozen router is no parameter
+    tensors = model.state_dict()  # also has what is no parameter, such as a frozen router
+    if unexpected := sorted(filter(partial(is_unexpected_layer, model, tensors), loading["unexpected_keys"])):
+        raise SettingError(f"{field} is {checkpoint}, which holds {unexpected[0]}; by config.json it must not be there")
+    for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise SettingError(f"{field} is {checkpoint}, whose {name} holds numbers that aren't finite; all must be")
     return model
 
 
-def is_unexpected_layer(model: PreTrainedModel, held: dict[str, Tensor], name: str) -> bool:
-    """Whether a tensor that the model, which has those held, has no place for tells of another config.json.
+def is_unexpected_layer(model: PreTrainedModel, tensors: dict[str, Tensor], name: str) -> bool:
+    """Whether a tensor of the checkpoint that the model has no place for shows that config.json is another model's.
 
-    Other models' checkpoints may hold more than Transformers uses, but not what a layer of the model has by a number
-    that it hasn't.
+    In a GQE checkpoint every such tensor does. Other checkpoints may hold tensors that Transformers doesn't use, but no
+    tensor of a layer whose number the model doesn't have. tensors: those that the model has, by name.
     """
     if model.config.model_type == "gqe":
         return True
-    first = re.sub(r"(^|\.)\d+\.", r"\g<1>0.", name, count=1)
-    return first != name and (first in held or f"{model.base_model_prefix}.{first}" in held)
+    in_layer_0 = re.sub(r"(^|\.)\d+\.", r"\g<1>0.", name, count=1)
+    return in_layer_0 != name and (in_layer_0 in tensors or f"{model.base_model_prefix}.{in_layer_0}" in tensors)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity, from which scores and losses would be nonsense."""
+    """Whether a tensor has neither NaN nor infinity."""
     return all(bool(part.isfinite().all()) for part in tensor.detach().reshape(-1).split(VALUES_AT_ONCE))
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line; with its kind where it only names what it didn't find."""
-    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # a wrapper
+    """The text of an error in one line, cut to 300 characters; with its type if the text alone may say too little."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # a wrapper of the real error
         error = error.__cause__
-    said = " ".join(str(error).split())
-    said = said if len(said) <= 300 else f"{said[:300]} ..."
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:300]} ..."
     return (
-        said
+        text
         if isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
-        else f"{type(error).__name__}: {said}"
+        else f"{type(error).__name__}: {text}"
     )
 
 
 def require_checkpoint(name: str, field: str) -> None:
-    """Raises SettingError for a name that is neither a folder's nor, as far as the hub tells, a model's there."""
+    """Raises SettingError unless the name is that of a folder, or of a model on the hub, as far as the hub answers."""
     if not name:
         raise SettingError(f"{field} is empty; it must be a folder, or a model on the hub")
     path = Path(name)
-    if os.path.exists(path):  # unlike Path's own, it takes any name
+    if os.path.exists(path):  # Path.exists raises for some names
         return
+    problem: str | None
     if path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
-        why: str | None = "doesn't exist"
+        problem = "doesn't exist"
     elif os.path.islink(path):
-        why = "is a link to nothing"
+        problem = "is a link to nothing"
     else:
-        why = missing_on_hub(name)
-        why = f"is no folder here, and {why}" if why is not None else None
-    if why is not None:
-        raise SettingError(f"{field} is {name}, which {why}; it must be a folder, or a model on the hub")
+        problem = missing_on_hub(name)
+        problem = f"is no folder here, and {problem}" if problem is not None else None
+    if problem is not None:
+        raise SettingError(f"{field} is {name}, which {problem}; it must be a folder, or a model on the hub")
 
 
 def missing_on_hub(name: str, repo_type: str = "model") -> str | None:
-    """Why the hub can't have what is asked for, by one question; None if it can, or the cache has it.
+    """Why the hub can't provide a repository, as a clause of a sentence; None if it can, or the cache has it.
 
-    The libraries that read from it would ask again and again, for half a minute.
+    It asks the hub once. The libraries that load from the hub would retry for half a minute.
     """
     try:
-        if any(isinstance(try_to_load_from_cache(name, file, repo_type=repo_type), str) for file in CACHED):
+        if any(isinstance(try_to_load_from_cache(name, file, repo_type=repo_type), str) for file in CACHED_FILES):
             return None
         if HfApi().repo_exists(name, repo_type=repo_type):
             return None
         return f"the hub has no {repo_type} of that name, or none without logging in (hf auth login)"
     except HFValidationError:
         return "the hub has no such names"
-    except OfflineModeIsEnabled:  # they look in their caches then, and don't wait
+    except OfflineModeIsEnabled:  # the libraries then read only their caches, without a delay
         return None
-    except Exception as error:  # the HTTP client's, which is another package from one version of the hub's to the next
+    except Exception as error:  # the HTTP client's; which client it is depends on the hub package's version
         return f"the hub can't be asked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"

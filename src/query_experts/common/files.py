@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the disk that they go to."""
+"""Writes files completely or not at all, checks disk space, and reports disk errors as OSError."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from query_experts.common.errors import SettingError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text beside the target and rename it into place. Makes the folder."""
+    """Write UTF-8 text next to the target, then rename it into place. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     temporary.write_text(text, encoding="utf-8")
@@ -26,12 +26,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As write_text; refuses numbers that JSON can't hold."""
+    """Write a value as JSON, as `write_text` does. Raises ValueError for numbers that JSON can't hold."""
     write_text(path, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """An object that `write_json` wrote. Raises SettingError, ending in the remedy, where the file is damaged."""
+    """Read an object that `write_json` wrote. Raises SettingError, ending in the remedy, for a damaged file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -43,7 +43,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 @contextmanager
 def no_empty_folders(path: Path) -> Iterator[None]:
-    """Of a folder and those above it that aren't there yet, removes in the end those that are empty."""
+    """On exit, remove those of a folder and its parents that didn't exist before and are empty."""
     missing = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
     try:
         yield
@@ -54,7 +54,10 @@ def no_empty_folders(path: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, num_bytes: int, out: str | None = None) -> None:
-    """Raises SettingError if the disk of the folder has less room than that. out: what the folder is for its user."""
+    """Check the free space of a folder's disk. Creates the folder.
+
+    out: the name under which the user knows the folder. Raises SettingError if fewer than `num_bytes` are free.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
@@ -63,26 +66,26 @@ def require_space(folder: Path, num_bytes: int, out: str | None = None) -> None:
         )
 
 
-FULL_DISK = ("unexpected pos ", "iostream error", "Writer failed writing")  # torch.save
+FULL_DISK_MESSAGES = ("unexpected pos ", "iostream error", "Writer failed writing")  # of torch.save
 
 
 @contextmanager
 def disk_errors_as_os_errors(folder: Path) -> Iterator[None]:
-    """safetensors and torch.save tell of a disk that refuses in errors of their own kinds, by words alone."""
+    """Raises OSError for disk errors that safetensors and torch.save report only by the text of their own errors."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        if told is None and not any(words in str(error) for words in FULL_DISK):
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None and not any(message in str(error) for message in FULL_DISK_MESSAGES):
             raise
-        number = int(told[1]) if told is not None else errno.ENOSPC
+        number = int(match[1]) if match is not None else errno.ENOSPC
         raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a fast tokenizer, after checking for room: the tokenizers package reports a full disk as no OSError.
+    """Save a fast tokenizer, after a check of the free space: the tokenizers package raises no OSError for a full disk.
 
-    Raises OSError (ENOSPC).
+    Raises OSError (ENOSPC) if less than twice the tokenizer's size is free.
     """
     size = len(tokenizer.backend_tokenizer.to_str().encode())
     if shutil.disk_usage(folder).free < 2 * size:

@@ -1,4 +1,4 @@
-"""From a dense model's configuration to GQE's, and what can't be converted, each with its reason."""
+"""Builds GQE's configuration from a dense model's, and refuses dense models that can't be converted."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from query_experts.common.errors import SettingError
-from query_experts.convert.weight_map import LAYER
+from query_experts.convert.weight_map import LAYER_RULES
 from query_experts.model.configuration_gqe import GQEConfig
 
-CARRIED = (
+COPIED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
     "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
     "dtype",
 )  # fmt: skip
 
-# field that tells -> why such a model has no GQE form
-FOREIGN = {
+# configuration field -> why a model that has it has no GQE form
+UNSUPPORTED_FIELDS = {
     "kv_lora_rank": "has multi-head latent attention, where no KV heads group the query heads",
     "no_rope_layers": "has layers without rotary embedding",
     "num_local_experts": "has a mixture of experts in place of the MLP",
     "num_experts": "has a mixture of experts in place of the MLP",
     "attn_logit_softcapping": "caps its attention's logits",
 }
-SINKS = ("gpt_oss",)
+MODELS_WITH_SINKS = ("gpt_oss",)
 
 
 def gqe_config(dense: PreTrainedConfig, top_k: int | None, output_projection: str, variant: str) -> GQEConfig:
-    """GQE's configuration of a dense model's shape; top_k None: all experts.
+    """GQE's configuration with a dense model's sizes.
 
-    Raises SettingError for a dense model that can't be converted, and for settings that it can't be converted to.
+    top_k: active experts per group; None for all. Raises SettingError for a dense model that can't be converted, and
+    for a setting that doesn't fit it.
     """
     check_convertible(dense)
     experts = dense.num_attention_heads // dense.num_key_value_heads
@@ -46,9 +47,9 @@ def gqe_config(dense: PreTrainedConfig, top_k: int | None, output_projection: st
     if variant not in ("gqe", "hard_concat"):
         raise SettingError(f"variant is {variant!r}; it must be gqe or hard_concat, which can start equal to dense")
     qwen2 = dense.model_type == "qwen2"
-    carried = {name: getattr(dense, name) for name in CARRIED}
+    copied = {name: getattr(dense, name) for name in COPIED_FIELDS}
     return GQEConfig(
-        **carried | {"rope_parameters": rotary(dense)},
+        **copied | {"rope_parameters": rope_parameters(dense)},
         head_dim=getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads,
         attention_bias=qwen2 or getattr(dense, "attention_bias", False),
         attention_output_bias=False if qwen2 else None,
@@ -60,50 +61,80 @@ def gqe_config(dense: PreTrainedConfig, top_k: int | None, output_projection: st
     )
 
 
-def untied(config: PreTrainedConfig) -> PreTrainedConfig:
-    """For weights whose output embedding isn't the input's, whatever the configuration says; so loads Transformers."""
+def with_untied_embeddings(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration for weights whose output embedding differs from the input embedding.
+
+    Transformers also unties such weights, whatever the configuration says.
+    """
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False
     return config
 
 
-def rotary(dense: PreTrainedConfig) -> dict[str, Any]:
-    """The rotary embedding as the dense model itself computes it; of these families Phi-3 alone rotates a part.
+def rope_parameters(dense: PreTrainedConfig) -> dict[str, Any]:
+    """The rotary parameters that the dense model really uses; of these families only Phi-3 rotates part of a head.
 
-    Raises SettingError for a part with scaled frequencies.
+    Raises SettingError for scaled frequencies of part of a head in another family.
     """
-    held = dict(dense.rope_parameters)
-    part = held.get("partial_rotary_factor", 1.0)
-    if dense.model_type != "phi3" and part != 1.0:
-        kind = held.get("rope_type", "default")
-        if kind == "proportional":  # of which the factor is part, in every family
-            return held
-        if kind != "default":
+    parameters = dict(dense.rope_parameters)
+    factor = parameters.get("partial_rotary_factor", 1.0)
+    if dense.model_type != "phi3" and factor != 1.0:
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type == "proportional":  # uses the factor in every family
+            return parameters
+        if rope_type != "default":
             raise SettingError(
-                f"rope_parameters hold rope_type {kind!r} and partial_rotary_factor {part}; scaled "
-                f"frequencies of a part are converted of phi3 alone, so partial_rotary_factor must be 1 for "
-                f"{dense.model_type}"
+                f"rope_parameters hold rope_type {rope_type!r} and partial_rotary_factor {factor}; only phi3 converts "
+                f"with both, so partial_rotary_factor must be 1 for {dense.model_type}"
             )
-        del held["partial_rotary_factor"]  # passed over by the dense model
-    return held
+        del parameters["partial_rotary_factor"]  # the dense model ignores it
+    return parameters
 
 
 def check_convertible(dense: PreTrainedConfig) -> None:
-    """Raises SettingError, with the reason, for a model whose attention has no GQE form."""
-    kind = dense.model_type
-    if kind not in LAYER:
-        reasons = ["has attention sinks"] if kind in SINKS else []
-        reasons += [why for field, why in FOREIGN.items() if getattr(dense, field, None) is not None]
+    """Raises SettingError, with the reason, for a dense model that has no GQE form."""
+    check_model_type(dense)
+    check_sizes(dense)
+    check_heads(dense)
+    check_sliding_window(dense)
+    if dense.hidden_act not in ACT2FN:
+        raise SettingError(f"hidden_act is {dense.hidden_act!r}; it must be an activation that Transformers knows")
+    dropout = dense.attention_dropout
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise SettingError(f"attention_dropout is {dropout!r}; it must be a number, 0 or more and below 1")
+    check_rotary(dense)
+    if getattr(dense, "quantization_config", None) is not None:
+        raise SettingError("quantization_config is set; the weights must be plain (quantise them after converting)")
+    for name in ("resid_pdrop", "embd_pdrop"):
+        dropout = getattr(dense, name, 0)
+        if dropout:
+            raise SettingError(f"{name} is {dropout}; GQE has no such dropout, so it must be 0")
+
+
+def check_model_type(dense: PreTrainedConfig) -> None:
+    """Raises SettingError for a family without rules in the weight map."""
+    model_type = dense.model_type
+    if model_type not in LAYER_RULES:
+        reasons = ["has attention sinks"] if model_type in MODELS_WITH_SINKS else []
+        reasons += [why for field, why in UNSUPPORTED_FIELDS.items() if getattr(dense, field, None) is not None]
         why = f", which {reasons[0]}" if reasons else ""
-        raise SettingError(f"model_type is {kind!r}{why}; it must be one of {', '.join(sorted(LAYER))}")
+        raise SettingError(f"model_type is {model_type!r}{why}; it must be one of {', '.join(sorted(LAYER_RULES))}")
+
+
+def check_sizes(dense: PreTrainedConfig) -> None:
+    """Raises SettingError for sizes below 1 and a padding token outside of the vocabulary."""
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings",
                  "head_dim"):  # fmt: skip
-        held: Any = getattr(dense, name, None)
-        if held is not None and held < 1:
-            raise SettingError(f"{name} is {held}; it must be 1 or more")
+        size: int | None = getattr(dense, name, None)
+        if size is not None and size < 1:
+            raise SettingError(f"{name} is {size}; it must be 1 or more")
     padding = dense.pad_token_id
-    if padding is not None and not -dense.vocab_size <= padding < dense.vocab_size:  # -1, of old, is the last
+    if padding is not None and not -dense.vocab_size <= padding < dense.vocab_size:  # old checkpoints: -1, the last
         raise SettingError(f"pad_token_id is {padding}; it must be below vocab_size, {dense.vocab_size}, or null")
+
+
+def check_heads(dense: PreTrainedConfig) -> None:
+    """Raises SettingError unless each KV head serves the same number of query heads, two or more."""
     heads, kv_heads = dense.num_attention_heads, dense.num_key_value_heads
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
         raise SettingError(
@@ -115,20 +146,27 @@ def check_convertible(dense: PreTrainedConfig) -> None:
             f"num_attention_heads is {heads} and num_key_value_heads {kv_heads}; each KV head must serve two query "
             "heads or more, or there is nothing to route (M = 1)"
         )
+
+
+def check_sliding_window(dense: PreTrainedConfig) -> None:
+    """Raises SettingError for a sliding window that is shorter than the model's length."""
     window = getattr(dense, "sliding_window", None)
-    by_layer = kind in ("qwen2", "qwen3")  # Llama knows no window, and the others know it alone
-    slides = "sliding_attention" in dense.layer_types if by_layer else kind != "llama" and window is not None
+    has_layer_types = dense.model_type in ("qwen2", "qwen3")  # Llama has no window; other families slide in all layers
+    slides = (
+        "sliding_attention" in dense.layer_types
+        if has_layer_types
+        else dense.model_type != "llama" and window is not None
+    )
     if slides and (window is None or window < dense.max_position_embeddings):
-        named = "layer_types hold 'sliding_attention', " if by_layer else ""
+        layer_types = "layer_types hold 'sliding_attention', " if has_layer_types else ""
         raise SettingError(
-            f"{named}sliding_window is {window} and max_position_embeddings {dense.max_position_embeddings}; GQE has "
-            "no sliding windows, so sliding_window must be null, or no smaller than max_position_embeddings"
+            f"{layer_types}sliding_window is {window} and max_position_embeddings {dense.max_position_embeddings}; GQE "
+            "has no sliding windows, so sliding_window must be null, or no smaller than max_position_embeddings"
         )
-    if dense.hidden_act not in ACT2FN:
-        raise SettingError(f"hidden_act is {dense.hidden_act!r}; it must be an activation that Transformers knows")
-    dropout = dense.attention_dropout
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise SettingError(f"attention_dropout is {dropout!r}; it must be a number, 0 or more and below 1")
+
+
+def check_rotary(dense: PreTrainedConfig) -> None:
+    """Raises SettingError for rotary parameters that Transformers can't compute."""
     theta = dense.rope_parameters.get("rope_theta")
     if not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise SettingError(f"rope_theta is {theta!r}; it must be a number above 0")
@@ -137,9 +175,3 @@ def check_convertible(dense: PreTrainedConfig) -> None:
         raise SettingError(
             f"rope_type is {rope_type!r}; it must be default or one of {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
         )
-    if getattr(dense, "quantization_config", None) is not None:
-        raise SettingError("quantization_config is set; the weights must be plain (quantise them after converting)")
-    for name in ("resid_pdrop", "embd_pdrop"):
-        held = getattr(dense, name, 0)
-        if held:
-            raise SettingError(f"{name} is {held}; GQE has no such dropout, so it must be 0")

@@ -1,4 +1,4 @@
-"""`query-experts convert`: from a checkpoint's folder to another, one decoder layer in memory at a time."""
+"""`query-experts convert`: makes a GQE checkpoint of a dense one, with one decoder layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,17 +29,18 @@ from query_experts.common.files import disk_errors_as_os_errors, no_empty_folder
 from query_experts.convert import make_plan
 from query_experts.convert.calibration import HELD_OUT
 from query_experts.convert.layers import Plan
-from query_experts.convert.pipeline import Report, convert
-from query_experts.convert.sidecar_files import check_sidecar_files, copied_bytes, copy_sidecar_files
-from query_experts.convert.source import Folder, find_checkpoint, read_config
+from query_experts.convert.pipeline import Report, convert_in_parts
+from query_experts.convert.sidecar_files import check_sidecar_files, copy_sidecar_files, sidecar_bytes
+from query_experts.convert.source import CheckpointFolder, find_checkpoint, load_dense_config
 from query_experts.data.sources import find_sources
 from query_experts.data.tokenizing import load_fast_tokenizer
 from query_experts.model.configuration_gqe import GQEConfig
 
-TOKENS = 16_384  # of text, where nothing else is asked for
-LENGTH = 512  # of a sequence of it, where the model takes so many
-PART, LOCK = ".{name}.{own}.part", ".{name}.lock"  # the folder that a conversion is made in, and what keeps it alone
-PIECE = 2**16  # characters that are tokenised at once
+TOKENS = 16_384  # of text to calibrate on, by default
+LENGTH = 512  # tokens of a sequence, by default, if the model takes that many
+UNFINISHED_NAME = ".{name}.{id}.part"  # of the folder that a conversion writes to
+LOCK_NAME = ".{name}.lock"  # of the file that keeps other conversions away
+PIECE = 2**16  # characters that are tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,11 @@ class ConvertSettings:
 
 
 def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
-    """Write the GQE checkpoint, its config.json last. Raises SettingError for what can't be converted."""
+    """Convert a checkpoint and write the GQE checkpoint, config.json last.
+
+    Returns the plan of the conversion, and what it measured. Raises SettingError for a checkpoint or a setting that
+    can't be used.
+    """
     settings = with_defaults(settings)
     out = new_folder(settings.out)
     if settings.output_projection == "slot" and not settings.calibrate:
@@ -73,20 +81,21 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     report = Report()
     with building_folder(out, settings.out) as building, ExitStack() as stack:
         folder = find_checkpoint(settings.checkpoint)
-        config = read_config(folder, settings.checkpoint)
+        config = load_dense_config(folder, settings.checkpoint)
         check_sidecar_files(folder)
         with disk_errors_as_os_errors(building):
-            source = Folder(folder, config, settings.device, stack)
+            source = CheckpointFolder(folder, config, settings.device, stack)
             plan = make_plan(
                 source.config, settings.top_k, settings.output_projection, "gqe", settings.router, settings.seed,
                 bool(settings.calibrate),
             )  # fmt: skip
-            text = read_text(settings, folder, config.max_position_embeddings) if settings.calibrate else None
-            needed = source.num_bytes + added_bytes(plan.full) + copied_bytes(folder)
+            longest = config.max_position_embeddings
+            text = read_calibration_text(settings, folder, longest) if settings.calibrate else None
+            needed = source.num_bytes + added_bytes(plan.full) + sidecar_bytes(folder)
             require_space(building, needed, settings.out)
             write_model(building, source, plan, text, report)
         copy_sidecar_files(folder, building)
-        write_json(building / "conversion.json", describe(settings, report))
+        write_json(building / "conversion.json", dataclasses.asdict(conversion_record(settings, report)))
         move_into_place(building, out, settings.out)
     return plan, report
 
@@ -118,22 +127,25 @@ def new_folder(name: str) -> Path:
 
 @contextmanager
 def building_folder(out: Path, name: str) -> Iterator[Path]:
-    """A folder beside `out`, or within it where it is there (as a mounted disk, perhaps); removed in the end.
+    """A folder to write the checkpoint to, removed on exit; next to `out`, or inside an `out` that exists already.
 
-    Meanwhile a lock keeps other conversions to the same `out` away. So folders of this kind that are there before were
-    left by conversions that were killed, and are removed. Raises SettingError where another is at work, for an `out`
-    that holds something, and where none can be made.
+    (An `out` that exists may be a mounted disk, so that its neighbours are on another disk.) A lock keeps other
+    conversions to the same `out` away. So unfinished folders of the same `out` are left over from killed conversions,
+    and are removed.
+
+    out: the resolved path. name: the setting as given. Raises SettingError if another conversion is running, if `out`
+    isn't empty, and if no folder can be made.
     """
-    place = out if out.exists() else out.parent
-    lock = place / LOCK.format(name=out.name)
-    building = place / PART.format(name=out.name, own=uuid.uuid4().hex[:8])
-    with no_empty_folders(place), ExitStack() as stack:
+    parent = out if out.exists() else out.parent
+    lock = parent / LOCK_NAME.format(name=out.name)
+    building = parent / UNFINISHED_NAME.format(name=out.name, id=uuid.uuid4().hex[:8])
+    with no_empty_folders(parent), ExitStack() as stack:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(lock, timeout=0))
-            stack.callback(remove, lock)
-            for left in place.glob(PART.format(name=glob.escape(out.name), own="[0-9a-f]" * 8)):
-                shutil.rmtree(left, ignore_errors=True)
+            stack.callback(remove_lock, lock)
+            for unfinished in parent.glob(UNFINISHED_NAME.format(name=glob.escape(out.name), id="[0-9a-f]" * 8)):
+                shutil.rmtree(unfinished, ignore_errors=True)
             require_empty(out, name)
             stack.callback(shutil.rmtree, building, ignore_errors=True)
             building.mkdir()
@@ -151,63 +163,65 @@ def building_folder(out: Path, name: str) -> Iterator[Path]:
         yield building
 
 
-def remove(lock: Path) -> None:
-    with suppress(OSError):  # gone, or on a system that doesn't let go of it yet
+def remove_lock(lock: Path) -> None:
+    with suppress(OSError):  # it is gone, or the system still holds it
         lock.unlink()
 
 
 def require_empty(out: Path, name: str) -> None:
-    """Raises SettingError for an `out` that holds something besides the lock."""
-    first = min(held_in(out), default=None) if out.exists() else None
+    """Raises SettingError for an `out` that holds anything but the lock."""
+    first = min(contents(out), default=None) if out.exists() else None
     if first is not None:
         raise SettingError(f"out is {name}, which holds {first.name}; it must be a new or empty folder")
 
 
-def held_in(out: Path) -> list[Path]:
-    return [path for path in out.iterdir() if path.name != LOCK.format(name=out.name)]
+def contents(out: Path) -> list[Path]:
+    """The files and folders in `out`, without the lock."""
+    return [path for path in out.iterdir() if path.name != LOCK_NAME.format(name=out.name)]
 
 
 def move_into_place(building: Path, out: Path, name: str) -> None:
-    """The finished folder, under its name; config.json last, where it goes in file by file.
+    """Rename the finished folder to `out`, or move its files into an `out` that exists, config.json last.
 
-    Raises SettingError where the folder is no longer empty.
+    Raises SettingError if `out` is no longer empty.
     """
     if not out.exists():
         building.rename(out)
         return
-    if any(path != building for path in held_in(out)):  # a working directory, perhaps: it stays the same folder
+    # `out` isn't replaced, because it may be a process's working directory
+    if any(path != building for path in contents(out)):
         raise SettingError(f"out is {name}, which was filled meanwhile; it must be a new or empty folder")
-    placed: list[Path] = []
+    moved: list[Path] = []
     try:
         for path in sorted(building.iterdir(), key=lambda path: path.name == "config.json"):
-            placed.append(path.rename(out / path.name))
+            moved.append(path.rename(out / path.name))
     except BaseException:
-        for path in placed:
+        for path in moved:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
 def added_bytes(config: GQEConfig) -> int:
-    """What GQE has and a dense model doesn't: routers, shared heads and two slots' columns of W_O."""
+    """Size of what only GQE has, in bytes: routers, shared heads and the columns of W_O of two slots."""
     values = config.num_hidden_layers * config.hidden_size * (config.num_attention_heads + 3 * config.head_dim)
     return int(values * (config.dtype or torch.float32).itemsize)
 
 
-def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None, report: Report) -> None:
-    """Configuration and weights: a file for each layer, and the first for what is outside of them."""
-    files = plan.final.num_hidden_layers + 1
+def write_model(building: Path, source: CheckpointFolder, plan: Plan, text: Tensor | None, report: Report) -> None:
+    """Write configuration and weights: a file for the tensors outside of the layers, then one for each layer."""
+    num_files = plan.final.num_hidden_layers + 1
     weight_map: dict[str, str] = {}
     total = 0
-    with tqdm(desc="converting", unit="part", total=files) as bar:
-        number = 0  # counted by hand, as enumerate would hold the last part
-        for tensors in convert(source, plan, text, report):
+    with tqdm(desc="converting", unit="part", total=num_files) as bar:
+        number = 0  # enumerate would keep the last part in memory
+        for tensors in convert_in_parts(source, plan, text, report):
             number += 1  # noqa: SIM113
-            name = f"model-{number:05}-of-{files:05}.safetensors"
+            name = f"model-{number:05}-of-{num_files:05}.safetensors"
             on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
             save_file(on_cpu, building / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(on_cpu, name)
             total += sum(tensor.nbytes for tensor in on_cpu.values())
-            del tensors, on_cpu  # before the next part is made
+            del tensors, on_cpu  # frees them before the next part is made
             bar.update()
     write_json(building / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = plan.final
@@ -215,10 +229,11 @@ def write_model(building: Path, source: Folder, plan: Plan, text: Tensor | None,
     config.save_pretrained(building)
 
 
-def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
-    """Token ids [sequences, calibration_length] of the text's beginning, documents joined by the end-of-text token.
+def read_calibration_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
+    """Token ids [sequences, calibration_length] of the beginning of the text; each document ends with the eos token.
 
-    longest: max_position_embeddings of the model.
+    folder: of the checkpoint, for its tokenizer. longest: the model's max_position_embeddings. Raises SettingError for
+    a length that the model can't take, and for too few tokens.
     """
     tokens, text_field = settings.calibration_tokens, settings.text_field
     assert tokens is not None
@@ -238,7 +253,7 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
         tokenizer = load_fast_tokenizer(str(folder))
         sources = find_sources(settings.calibrate)
         for document in sources.texts(text_field, Path(scratch)):
-            for start in range(0, len(document), PIECE):  # a book as one text would fill the memory
+            for start in range(0, len(document), PIECE):  # in pieces, as a whole book would fill the memory
                 piece = document[start : start + PIECE]
                 ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
                 if len(ids) >= tokens:
@@ -257,36 +272,59 @@ def read_text(settings: ConvertSettings, folder: Path, longest: int) -> Tensor:
 
 @contextmanager
 def errors_in_convert_terms(folder: Path) -> Iterator[None]:
-    """What is refused of the text or the tokenizer is refused by the names of training's settings."""
+    """Errors about the text or the tokenizer name settings of training; this names those of the conversion."""
     try:
         yield
     except SettingError as error:
-        said = str(error)
-        if said.startswith("data "):
-            said = f"calibrate {said.removeprefix('data ')}"
-        if said.startswith("tokenizer is "):
-            said = f"checkpoint is {folder}, whose tokenizer isn't there, damaged, slow or without an eos_token; with "
-            said += "calibrate it must have a fast one that ends a text"
-        raise SettingError(said) from error
+        sentence = str(error)
+        if sentence.startswith("data "):
+            sentence = f"calibrate {sentence.removeprefix('data ')}"
+        if sentence.startswith("tokenizer is "):
+            sentence = (
+                f"checkpoint is {folder}, whose tokenizer isn't there, damaged, slow or without an eos_token; with "
+                "calibrate it must have a fast one with an eos_token"
+            )
+        raise SettingError(sentence) from error
 
 
-def describe(settings: ConvertSettings, report: Report) -> dict[str, Any]:
-    """What conversion.json holds. The router's weights are in the checkpoint."""
-    fits = [{"kept": f.kept, "fixed": f.fixed, "best": f.best} if f is not None else None for f in report.fits]
-    held = {f.name: getattr(report, f.name) for f in dataclasses.fields(report) if f.name != "fits"}
-    kept = dataclasses.asdict(settings) | {"calibrate": [Path(name).name for name in settings.calibrate]}
-    kept |= {name: Path(kept[name]).name for name in ("checkpoint", "out")}
-    return {"settings": kept, "fits": fits, **held}
+@dataclass(frozen=True)
+class FitShares:
+    """How good a layer's router is: the shares of `calibration.Fit`, without the weight."""
+
+    kept: float
+    fixed: float
+    best: float
 
 
-def print_report(plan: Plan, report: Report, console: Any) -> None:
-    """A row for each layer's router, and how far the models are apart."""
-    from rich import box
-    from rich.table import Table
+@dataclass(frozen=True)
+class ConversionRecord:
+    """The content of conversion.json: the settings, and what `pipeline.Report` holds, without the routers' weights."""
 
+    settings: ConvertSettings
+    fits: list[FitShares | None]
+    tokens: int
+    dense_loss: float | None
+    gqe_loss: float | None
+    kl: float | None
+
+
+def conversion_record(settings: ConvertSettings, report: Report) -> ConversionRecord:
+    """The record of a conversion; of paths it keeps only the last part, as others will read it."""
+    names_only = dataclasses.replace(
+        settings,
+        checkpoint=Path(settings.checkpoint).name,
+        out=Path(settings.out).name,
+        calibrate=[Path(name).name for name in settings.calibrate],
+    )
+    fits = [FitShares(fit.kept, fit.fixed, fit.best) if fit is not None else None for fit in report.fits]
+    return ConversionRecord(names_only, fits, report.tokens, report.dense_loss, report.gqe_loss, report.kl)
+
+
+def print_report(plan: Plan, report: Report, console: Console) -> None:
+    """Print a table of the layers' routers, and how far the two models are apart."""
     if any(fit is not None for fit in report.fits):
         k = plan.fitted_top_k
-        title = f"Share of the heads' contributions that {k} awake in each group keep, on held-out tokens"
+        title = f"Share of the heads' contributions that {k} active per group keep, on held-out tokens"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("layer", "by the router", "always the same", "the strongest"):
             table.add_column(heading, justify="right")
@@ -297,5 +335,5 @@ def print_report(plan: Plan, report: Report, console: Any) -> None:
     if report.kl is not None:
         console.print(
             f"On {report.tokens:,} held-out tokens: loss {report.gqe_loss:.4f}, dense {report.dense_loss:.4f}; "
-            f"KL(dense || GQE) {report.kl:.4f} nats a token."
+            f"KL(dense || GQE) {report.kl:.4f} nats per token."
         )

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights and comes along: tokenizer, chat template, generation settings, licence."""
+"""Copies the files next to a checkpoint's weights: tokenizer, chat template, generation settings, licence."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from query_experts.common.checkpoints import TOKENIZER, has_tokenizer, is_named, reason
+from query_experts.common.checkpoints import TOKENIZER_FILES, has_tokenizer, matches_any, reason
 from query_experts.common.errors import SettingError
 
-# what comes along, whatever the case of its name
-COPIED = (
-    *TOKENIZER, "chat_template*", "generation_config.json", "*license*", "*licence*", "copying*", "notice*",
+# patterns of the copied files, in lower case
+COPIED_FILES = (
+    *TOKENIZER_FILES, "chat_template*", "generation_config.json", "*license*", "*licence*", "copying*", "notice*",
     "use_policy*",
 )  # fmt: skip
 
 
-def copied(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if is_named(path, COPIED))
+def sidecar_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if matches_any(path, COPIED_FILES))
 
 
 def check_sidecar_files(folder: Path) -> None:
-    """Raises SettingError for a file that would come along and holds no JSON object, though its name says so."""
-    for path in copied(folder):
+    """Raises SettingError for a .json file among them that holds no JSON object."""
+    for path in sidecar_files(folder):
         if path.suffix == ".json":
             try:
-                held = json.loads(path.read_text(encoding="utf-8"))
+                value = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
                 raise SettingError(f"checkpoint holds {path}, which is damaged ({error}); it must be JSON") from error
-            if not isinstance(held, dict):
+            if not isinstance(value, dict):
                 raise SettingError(f"checkpoint holds {path}, which is damaged; it must be a JSON object")
 
 
 def tokenizer_note(folder: Path) -> str | None:
-    """What is to be said of a converted checkpoint's tokenizer, if it can't be used here."""
+    """Why a converted checkpoint's tokenizer can't be used here, without a full stop; None if it can."""
     if not has_tokenizer(str(folder)):
         return "the checkpoint has no tokenizer, and so the GQE checkpoint has none"
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of Transformers and tokenizers, which raise Exception itself
+    except Exception as error:  # Transformers and tokenizers raise errors of any kind
         return f"the tokenizer was copied as it is, and can't be loaded here ({reason(error)})"
     return None
 
 
-def copied_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in copied(folder))
+def sidecar_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in sidecar_files(folder))
 
 
-def copy_sidecar_files(folder: Path, building: Path) -> None:
-    """Tokenizer, chat templates, generation settings and licence."""
-    for path in copied(folder):
-        shutil.copyfile(path, building / path.name)
+def copy_sidecar_files(folder: Path, target: Path) -> None:
+    """Copy the sidecar files, and the folder of additional chat templates, from one checkpoint's folder to another."""
+    for path in sidecar_files(folder):
+        shutil.copyfile(path, target / path.name)
     templates = "additional_chat_templates"
     if (folder / templates).is_dir():
-        shutil.copytree(folder / templates, building / templates)
+        shutil.copytree(folder / templates, target / templates)
