@@ -1,4 +1,4 @@
-"""Scores by lm-eval: local files ask what its own tasks ask, and the score is what a calculation by hand gives."""
+"""Scores by lm-eval: local files give the requests of its own tasks, and scores equal those calculated by hand."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ from model_helpers import tiny_llama_config, tiny_model  # noqa: E402
 from query_experts.cli import main  # noqa: E402
 from query_experts.common.errors import SettingError  # noqa: E402
 from query_experts.evaluate import harness as evaluation  # noqa: E402
-from query_experts.evaluate.local_tasks import SOURCES, hellaswag_note, read_rows, write_definitions  # noqa: E402
+from query_experts.evaluate.local_tasks import LOCAL_DATASETS, hellaswag_note, read_rows, write_definitions  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/eval, with the real questions, is absent")
@@ -60,7 +60,7 @@ def hellaswag_item(number, label, split="val"):
 
 
 def prepared(item, *endings):
-    """The item with cleaned texts and the query, as some give it."""
+    """The item in the form with cleaned texts and the query."""
     query = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
     return {k: item[k] for k in ("ind", "activity_label", "ctx", "label")} | {
         "endings": endings,
@@ -123,9 +123,9 @@ def checkpoints(tmp_path_factory):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     torch.manual_seed(0)
     size = {"vocab_size": 257, "max_position_embeddings": 512}
-    held = {"gqe": tiny_model(dtype=torch.float32, **size), "llama": LlamaForCausalLM(tiny_llama_config(**size))}
+    saved = {"gqe": tiny_model(dtype=torch.float32, **size), "llama": LlamaForCausalLM(tiny_llama_config(**size))}
     folders = {}
-    for name, model in held.items():
+    for name, model in saved.items():
         folders[name] = tmp_path_factory.mktemp("checkpoints") / name
         model.save_pretrained(folders[name])
         fast.save_pretrained(folders[name])
@@ -147,7 +147,7 @@ def requests(task, item=0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Local files ask what lm-eval's own tasks ask
+# Local files give the requests of lm-eval's own tasks
 # ---------------------------------------------------------------------------------------------------------------------
 
 ASKED = {
@@ -189,7 +189,7 @@ def test_local_rows_have_the_hubs_columns(name, data, tmp_path, definitions):
     task = local_task(name, data, tmp_path / "tasks", definitions)
     hub = definitions.task_index[name].cfg["dataset_path"]
     columns = set(HUB[hub].split())
-    assert columns == set(SOURCES[hub].features)
+    assert columns == set(LOCAL_DATASETS[hub].features)
     assert columns <= set(task.eval_docs.column_names)  # process_docs may add some
 
 
@@ -315,7 +315,7 @@ def test_every_hellaswag_query_is_the_one_that_lm_eval_builds(tmp_path, definiti
     ],
 )
 def test_the_real_files_are_read_whole(hub, split, subset, items):
-    rows = read_rows(SOURCES[hub], SOURCES[hub].path(SHARED, split, subset))
+    rows = read_rows(LOCAL_DATASETS[hub], LOCAL_DATASETS[hub].path(SHARED, split, subset))
     assert len(rows) == items
     if "page" in rows[0]:
         assert sum(len(row["page"].split()) for row in rows) == 241_211
@@ -368,7 +368,7 @@ def test_the_score_is_what_a_calculation_by_hand_gives(name, checkpoints, data, 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_perplexity_is_what_a_calculation_by_hand_gives(dtype, checkpoints, data, tmp_path):
-    """In bfloat16 too, where log-probabilities and their sum, rounded to 8 bits, would be off by more than 1e-4."""
+    """Also in bfloat16, where log-probabilities and their sum, rounded to 8 bits, would be off by more than 1e-4."""
     out = tmp_path / "scores.json"
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "wikitext", "--data_dir", str(data), "--out", str(out)]
     assert main([*argv, "--limit", "1", "--device", "cpu", "--dtype", dtype]) == 0
@@ -402,7 +402,7 @@ def test_a_text_longer_than_the_window_is_scored_in_windows_that_are_full(checkp
 
 
 def test_a_task_that_shuffles_is_the_same_in_every_run(checkpoints, data, tmp_path, monkeypatch):
-    """lm-eval's command seeds what a task may draw as it loads, as GPQA does the order of its answers."""
+    """lm-eval's command seeds what a task draws when it loads, such as the order of GPQA's answers."""
     code = (
         "import random\n\n\ndef docs(rows):\n"
         "    return rows.map(lambda row: {'choices': random.sample([row['sol1'], row['sol2'], 'a', 'b', 'c'], 5)})\n"
@@ -436,7 +436,7 @@ def test_generated_answers_count_among_the_requests(checkpoints, data, tmp_path,
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "arc_challenge_chat", "--data-dir", str(data)]
     argv += ["--limit", "1"]
     assert main([*argv, "--max-length", "110", "--out", str(out)]) == 0
-    assert json.loads(out.read_text())["requests"] == {"all": 1, "truncated": 1}  # 100 tokens are the answer's
+    assert json.loads(out.read_text())["requests"] == {"all": 1, "truncated": 1}  # the answer takes 100 tokens
     assert main([*argv, "--max-length", "64"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("query-experts: max_length is 64, and these tasks ask for texts as long")
@@ -453,18 +453,23 @@ def test_the_command_prints_a_table_and_writes_what_ran(checkpoints, data, tmp_p
     for word in ("standard error", "arc_easy", "piqa", "winogrande", "lambada_openai", "acc_norm", "perplexity"):
         assert word in shown.out
     results = json.loads(out.read_text())
+    assert list(results) == ["checkpoint", "model", "requests", "tasks", "settings", "environment"]
+    assert list(results["model"]) == ["type", "parameters", "max_length"]
+    assert list(results["tasks"]["piqa"]) == ["version", "items", "num_fewshot", "metrics", "note"]
+    assert list(results["tasks"]["piqa"]["metrics"]["acc"]) == ["value", "stderr", "higher_is_better"]
+    assert list(results["settings"]) == ["data_dir", "batch_size", "limit", "num_fewshot"]
     assert {name: task["items"] for name, task in results["tasks"].items()} == {
         "arc_easy": 2, "piqa": 2, "winogrande": 1, "lambada_openai": 1, "blimp_adjunct_island": 1,
     }  # fmt: skip
     assert results["environment"]["dtype"] == "bfloat16"
     assert {"torch", "transformers", "lm_eval", "datasets", "hardware"} <= set(results["environment"])
     assert results["tasks"]["arc_easy"]["version"] == 1.0
-    assert results["tasks"]["winogrande"]["metrics"]["acc"]["stderr"] is None  # of one item there is none
+    assert results["tasks"]["winogrande"]["metrics"]["acc"]["stderr"] is None  # one item has none
     assert results["tasks"]["lambada_openai"]["metrics"]["perplexity"]["higher_is_better"] is False
 
 
 def test_a_group_is_scored_with_its_members(checkpoints, data, tmp_path, monkeypatch, capsys):
-    """A group of two of BLiMP's tasks, defined as BLiMP is."""
+    """A group of two of BLiMP's tasks, defined in the same way as BLiMP."""
     group = (TASKS / "blimp" / "_blimp.yaml").read_text().split("task:")[0].replace("blimp", "two")
     scores = "aggregate_metric_list:\n  - metric: acc\n    aggregation: mean\n    weight_by_size: false\n"
     write(tmp_path / "two" / "two.yaml", f"{group}task: [blimp_adjunct_island, blimp_causative]\n{scores}")
@@ -511,7 +516,7 @@ def test_results_are_written_whether_or_not_anyone_reads_the_table(checkpoints, 
     def closed(*args):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(evaluation, "print_results", closed)
+    monkeypatch.setattr(evaluation, "print_result", closed)
     out = tmp_path / "scores.json"
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "piqa", "--data-dir", str(data), "--out", str(out)]
     assert main(argv) == 2
@@ -553,15 +558,15 @@ def test_a_folder_may_have_any_name(checkpoints, data, tmp_path, capsys):
 
 @pytest.fixture
 def refused(capsys, checkpoints, data):
-    """Runs the command on local files; its one line on stderr after exit status 2 has all these words."""
+    """Runs the command on local files; expects exit status 2 and a last line on stderr with all these words."""
 
     def check(words, *options, checkpoint=None, local=True):
         argv = ["evaluate", str(checkpoint or checkpoints["gqe"]), *(["--data-dir", str(data)] if local else [])]
         assert main([*argv, *options]) == 2
-        told = capsys.readouterr().err
-        last = told.splitlines()[-1]
+        stderr = capsys.readouterr().err
+        last = stderr.splitlines()[-1]
         assert last.startswith("query-experts: ")
-        assert "Traceback" not in told
+        assert "Traceback" not in stderr
         for word in words:
             assert word in last
 
@@ -651,7 +656,7 @@ def test_a_file_that_results_would_replace_is_refused_before_the_run(refused, tm
 
 
 def define(folder, monkeypatch, **definitions):
-    """Tasks and groups of these definitions beside PIQA and ARC."""
+    """Adds tasks and groups with these definitions to PIQA and ARC."""
     for name, text in definitions.items():
         write(folder / f"{name}.yaml", text)
     manager = TaskManager(include_defaults=False, include_path=[TASKS / "piqa", TASKS / "arc", folder])

@@ -1,1 +1,1 @@
-"""Evaluation by lm-evaluation-harness, and text generation."""
+"""Scores checkpoints with lm-evaluation-harness, and generates text."""

@@ -1,4 +1,4 @@
-"""`query-experts generate`: text from a GQE checkpoint, printed as it comes."""
+"""`query-experts generate`: prints text of a GQE checkpoint while the model generates it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,25 @@ from query_experts.common.device import resolve_device
 from query_experts.common.errors import SettingError
 from query_experts.common.settings import check_seeds
 
-LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
+LOWEST_TEMPERATURE = 1e-3  # far below it logits overflow
 
 
 def generate(
     checkpoint: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str = "auto"
 ) -> None:
-    """Print the prompt and its continuation. Raises SettingError, e.g. for a checkpoint that isn't GQE."""
+    """Print a prompt and its continuation.
+
+    Args:
+        checkpoint: folder of a GQE checkpoint with its tokenizer.
+        prompt: the text to continue.
+        max_new_tokens: tokens to generate, 1 or more.
+        temperature: 0 takes the most probable token; else it must be 0.001 or more.
+        seed: of the sampling.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        SettingError: for a setting that can't be used, and for a checkpoint that isn't GQE or can't be loaded.
+    """
     if not prompt:
         raise SettingError("prompt is empty; it must hold text")
     try:
@@ -39,11 +51,11 @@ def generate(
     if length > longest:
         print(
             f"query-experts: the text may have {length:,} tokens, and the model was made for {longest:,} "
-            "(max_position_embeddings); beyond them it may get worse",
+            "(max_position_embeddings); beyond them it may be worse",
             file=sys.stderr,
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    model.generation_config = GenerationConfig()  # a checkpoint's own may ask for beams, which can't be streamed
+    model.generation_config = GenerationConfig()  # the checkpoint's own may set beams, which can't be streamed
     model.to(device).eval().generate(
         input_ids=tokens.input_ids,
         attention_mask=tokens.attention_mask,

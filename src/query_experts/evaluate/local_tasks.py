@@ -1,8 +1,8 @@
-"""Benchmark files in their authors' format, as the tasks of lm-evaluation-harness want them.
+"""Makes benchmark files in their authors' format usable by the tasks of lm-evaluation-harness.
 
-A task definition of lm-eval names a dataset on the hub. Here the rows of that dataset are made from local files, with
-the hub's columns, types and splits; then a definition that includes lm-eval's own, and differs from it in where the
-rows lie, goes into a folder that lm-eval's task manager reads. What is asked stays lm-eval's.
+A task definition of lm-eval names a dataset on the hub. This file makes that dataset's rows from local files, with the
+hub's columns, types and splits. Then it writes a definition that includes lm-eval's own and only changes where the rows
+are. So the prompts, choices and metrics stay lm-eval's.
 """
 
 from __future__ import annotations
@@ -25,34 +25,48 @@ SPLITS = {"train": "training_split", "validation": "validation_split", "test": "
 
 
 @dataclass(frozen=True)
-class Source:
-    """A dataset of the hub in its original files.
+class LocalDataset:
+    """A dataset of the hub in its authors' files.
 
-    folder: where in the data folder they lie. files: split -> the names that its file may have; {name} is the hub's
-    name of the subset. names: the subsets that have such files; empty for any. note: what in the rows, if anything,
-    keeps a score from being comparable with published ones.
+    Attributes:
+        folder: of the files, within the data folder.
+        files: split -> names that its file may have; `{subset}` stands for the subset's name.
+        features: the hub's columns and their types.
+        read: reads a file into the hub's rows.
+        subsets: the hub's subsets that have such files; empty for any.
+        note: says why scores on these rows aren't quite comparable with published ones; None if they are.
     """
 
     folder: str
     files: dict[str, tuple[str, ...]]
     features: dict[str, Any]
     read: Callable[[Path], Iterable[Row]]
-    names: tuple[str | None, ...] = (None,)
+    subsets: tuple[str | None, ...] = (None,)
     note: Callable[[list[Row]], str | None] = lambda rows: None
 
-    def path(self, data_dir: Path, split: str, name: str | None) -> Path:
-        """The file of a split: the first that exists, else the first that it may be."""
-        paths = [data_dir / self.folder / file.format(name=name) for file in self.files[split]]
+    def path(self, data_dir: Path, split: str, subset: str | None) -> Path:
+        """The file of a split: the first name that exists, or else the first name."""
+        paths = [data_dir / self.folder / file.format(subset=subset) for file in self.files[split]]
         return next((path for path in paths if path.is_file()), paths[0])
 
 
 def write_definitions(
     names: list[str], index: dict[str, Any], data_dir: Path, folder: Path, shots: int | None
 ) -> dict[str, str]:
-    """Write definitions of the named tasks and groups, and their rows, into a folder. -> task -> note.
+    """Write definitions of tasks and groups, and their rows, into a folder.
 
-    index: name -> its entry in lm-eval's TaskManager. shots: examples before a question. Raises SettingError for a task
-    without local files, and for files that are missing or damaged.
+    Args:
+        names: of the tasks and groups.
+        index: name -> its entry in lm-eval's TaskManager.
+        data_dir: the folder of benchmark files.
+        folder: to write to.
+        shots: few-shot examples before each question; None for the task's own number.
+
+    Returns:
+        Task -> why its scores aren't quite comparable with published ones; only tasks with such a note.
+
+    Raises:
+        SettingError: for a task without local files, and for files that are missing or damaged.
     """
     if not data_dir.is_dir():
         raise SettingError(f"data_dir is {data_dir}; it must be a folder of benchmark files")
@@ -61,7 +75,7 @@ def write_definitions(
         entry = index[name]
         if entry.kind.name == "GROUP":
             (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(entry.yaml_path), "group": name}))
-            notes |= write_definitions(plain_members(name, entry, index), index, data_dir, folder, shots)
+            notes |= write_definitions(group_members(name, entry, index), index, data_dir, folder, shots)
             continue
         definition, note = local_definition(name, entry.cfg or {}, data_dir, folder, shots)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(entry.yaml_path)} | definition))
@@ -69,8 +83,8 @@ def write_definitions(
     return notes
 
 
-def plain_members(name: str, entry: Any, index: dict[str, Any]) -> list[str]:
-    """The tasks and groups in a group. Raises SettingError for a group that sets up tasks of its own."""
+def group_members(name: str, entry: Any, index: dict[str, Any]) -> list[str]:
+    """The tasks and groups in a group. Raises SettingError for a group that changes its tasks' settings."""
     members = entry.cfg["task"]
     if not all(isinstance(member, str) and member in index for member in members):
         raise SettingError(
@@ -81,67 +95,71 @@ def plain_members(name: str, entry: Any, index: dict[str, Any]) -> list[str]:
 
 
 def local_definition(name: str, task: Row, data_dir: Path, folder: Path, shots: int | None) -> tuple[Row, str | None]:
-    """What a task's definition says in place of lm-eval's; and the note on its rows."""
-    source = SOURCES.get(task.get("dataset_path", ""))
+    """The fields of a task's definition that differ from lm-eval's, and the note on its rows.
+
+    task: lm-eval's definition.
+    """
+    dataset = LOCAL_DATASETS.get(task.get("dataset_path", ""))
     subset = task.get("dataset_name")
-    if not source or (source.names and subset not in source.names):
+    if not dataset or (dataset.subsets and subset not in dataset.subsets):
         raise SettingError(
             f"tasks holds {name!r}, which has no local form; with data_dir it must be a task on one of "
-            f"{', '.join(SOURCES)}"
+            f"{', '.join(LOCAL_DATASETS)}"
         )
-    asked = task.get("test_split") or task["validation_split"]
-    shown = task.get("fewshot_split") or task.get("training_split")
+    question_split = task.get("test_split") or task["validation_split"]
+    example_split = task.get("fewshot_split") or task.get("training_split")
     shots = num_examples(task.get("output_type"), task.get("num_fewshot"), shots)
-    needed = {asked} | ({shown} if shots and shown else set())
+    needed = {question_split} | ({example_split} if shots and example_split else set())
     files: dict[str, str] = {}
     note = None
-    for split in source.files:
-        path = source.path(data_dir, split, subset)
+    for split in dataset.files:
+        path = dataset.path(data_dir, split, subset)
         if not path.is_file():
             if split in needed:
-                use = "asks" if split == asked else "takes its examples from (num_fewshot)"
+                use = "asks" if split == question_split else "takes its examples from (num_fewshot)"
                 raise SettingError(f"data_dir holds no {path}, the {split} split, which {name} {use}")
             continue
-        rows = read_rows(source, path)
-        note = source.note(rows) if split == asked else note
+        rows = read_rows(dataset, path)
+        note = dataset.note(rows) if split == question_split else note
         files[split] = str(folder / f"{name}.{split}.parquet")
-        Dataset.from_list(rows, features=Features(source.features)).to_parquet(files[split])
-    here: Row = {"dataset_path": "parquet", "dataset_name": None, "tag": None, "task": name}
-    here["dataset_kwargs"] = {"data_files": files, "cache_dir": str(folder / "cache")}
+        Dataset.from_list(rows, features=Features(dataset.features)).to_parquet(files[split])
+    definition: Row = {"dataset_path": "parquet", "dataset_name": None, "tag": None, "task": name}
+    definition["dataset_kwargs"] = {"data_files": files, "cache_dir": str(folder / "cache")}
     absent = {key: None for key in (*SPLITS.values(), "fewshot_split") if task.get(key) not in files}
-    return here | absent, note
+    return definition | absent, note
 
 
-def num_examples(output_type: str | None, own: int | None, asked: int | None) -> int:
-    """Examples before a question: as many as asked, or the task's own; a task that says 0 has none to show."""
-    if output_type == "loglikelihood_rolling":  # a text is scored alone, whatever lm-eval writes down
+def num_examples(output_type: str | None, task_shots: int | None, shots: int | None) -> int:
+    """Few-shot examples before each question: `shots`, or the task's own number if that is 0 or `shots` is None."""
+    if output_type == "loglikelihood_rolling":  # scores a text without context, whatever number lm-eval records
         return 0
-    return (own if own == 0 or asked is None else asked) or 0
+    return (task_shots if task_shots == 0 or shots is None else shots) or 0
 
 
-def read_rows(source: Source, path: Path) -> list[Row]:
-    """The hub's rows of a file. Raises SettingError for one that is damaged or empty."""
-    rows = list(source.read(path))
+def read_rows(dataset: LocalDataset, path: Path) -> list[Row]:
+    """The hub's rows of a file. Raises SettingError for a file that is damaged or empty."""
+    rows = list(dataset.read(path))
     if not rows:
         raise SettingError(f"data_dir holds {path}, which is empty; it must hold questions")
     return rows
 
 
-def text_of(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """The text of a file. Raises SettingError for one that isn't UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SettingError(f"data_dir holds {path}, which is no UTF-8 text ({error.reason})") from error
 
 
-def lines(make: Callable[[Row], Row]) -> Callable[[Path], Iterator[Row]]:
-    """A reader of a JSON object a line, each of which `make` turns into the hub's row."""
+def json_lines(make_row: Callable[[Row], Row]) -> Callable[[Path], Iterator[Row]]:
+    """A reader of files with a JSON object on each line, which `make_row` turns into the hub's row."""
 
     def read(path: Path) -> Iterator[Row]:
-        for number, line in enumerate(text_of(path).rstrip("\n").split("\n"), 1):
+        for number, line in enumerate(read_utf8(path).rstrip("\n").split("\n"), 1):
             try:
-                row = make(json.loads(line))
-                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                row = make_row(json.loads(line))
+                json.dumps(row, ensure_ascii=False).encode()  # raises for half a surrogate pair
                 yield row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
@@ -150,8 +168,8 @@ def lines(make: Callable[[Row], Row]) -> Callable[[Path], Iterator[Row]]:
     return read
 
 
-def texts(row: Row, *fields: str) -> dict[str, str]:
-    """These fields of a row. Raises KeyError or TypeError if they aren't there or no text."""
+def text_fields(row: Row, *fields: str) -> dict[str, str]:
+    """These fields of a row. Raises KeyError for a missing field and TypeError for one that isn't text."""
     for field in fields:
         if not isinstance(row[field], str):
             raise TypeError(f"{field} is {row[field]!r}; it must be text")
@@ -159,30 +177,32 @@ def texts(row: Row, *fields: str) -> dict[str, str]:
 
 
 def one_of(field: str, value: Any, allowed: Iterable[Any]) -> Any:
+    """The same value. Raises ValueError if it isn't allowed."""
     allowed = list(allowed)
     if value not in allowed:
         raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
     return value
 
 
-def whole(field: str, value: Any) -> int:
+def whole_number(field: str, value: Any) -> int:
+    """A value of digits, or an integer, as int. Raises ValueError for others and for 2 ** 31 and above."""
     if not str(value).isdecimal() or int(value) >= 2**31:
         raise ValueError(f"{field} is {value!r}; it must be a whole number below 2 ** 31")
     return int(value)
 
 
 def hellaswag(row: Row) -> Row:
-    """The authors' row, or one of texts that are already cleaned, with the query in place of the context's two parts.
+    """A row in the authors' form, or in a form with cleaned texts and the query instead of the context's two parts.
 
-    Such a row says nothing of `source_id`, `split` and `split_type`.
+    The latter has no `source_id`, `split` and `split_type`.
     """
     endings = row["endings"]
     if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(text, str) for text in endings):
         raise ValueError(f"endings is {endings!r}; it must be four texts")
-    ind, label = whole("ind", row["ind"]), one_of("label", str(row["label"]), "0123")
-    common = {"ind": ind, "endings": endings, "label": label, **texts(row, "activity_label", "ctx")}
+    ind, label = whole_number("ind", row["ind"]), one_of("label", str(row["label"]), "0123")
+    common = {"ind": ind, "endings": endings, "label": label, **text_fields(row, "activity_label", "ctx")}
     if "ctx_a" in row or "query_lm_eval" not in row:
-        return common | texts(row, "ctx_a", "ctx_b", "source_id", "split", "split_type")
+        return common | text_fields(row, "ctx_a", "ctx_b", "source_id", "split", "split_type")
     activity, query = row["activity_label"], row["query_lm_eval"]
     start, end = context_parts(row["ctx"], query.removeprefix(f"{activity}: "))
     if query != preprocess(f"{activity}: {start} {end.capitalize()}"):
@@ -191,7 +211,7 @@ def hellaswag(row: Row) -> Row:
 
 
 def context_parts(context: str, capitalized: str) -> tuple[str, str]:
-    """The context's sentences and the last one's start, which the query has with a capital letter."""
+    """Split a context into its sentences and the start of the last one, which has a capital letter in the query."""
     for at in range(len(context) - 1, 0, -1):
         start, end = context[:at], context[at + 1 :]
         if context[at] == " " and end != end.capitalize() and f"{start} {end.capitalize()}" == capitalized:
@@ -200,64 +220,65 @@ def context_parts(context: str, capitalized: str) -> tuple[str, str]:
 
 
 def hellaswag_note(rows: list[Row]) -> str | None:
+    """The note on rows with cleaned texts."""
     if all(row["source_id"] for row in rows):
         return None
     return (
-        "the file's texts are cleaned already: where an ending began with a bracketed mark, the published form has one "
+        "the file's texts are cleaned already: if an ending began with a bracketed mark, the published form has one "
         "more blank before it"
     )
 
 
 def piqa(path: Path) -> Iterator[Row]:
-    """Questions, and beside them in NAME-labels.lst their labels."""
-    questions = list(lines(lambda row: texts(row, "goal", "sol1", "sol2"))(path))
-    beside = path.with_name(f"{path.stem}-labels.lst")
-    if not beside.is_file():
-        raise SettingError(f"data_dir holds no {beside}, the labels of {path.name}")
-    labels = text_of(beside).split()
+    """Rows of a file of questions and the file of their labels, NAME-labels.lst."""
+    questions = list(json_lines(lambda row: text_fields(row, "goal", "sol1", "sol2"))(path))
+    label_file = path.with_name(f"{path.stem}-labels.lst")
+    if not label_file.is_file():
+        raise SettingError(f"data_dir holds no {label_file}, the labels of {path.name}")
+    labels = read_utf8(label_file).split()
     if len(labels) != len(questions):
-        raise SettingError(f"data_dir holds {beside} with {len(labels)} labels; it must hold {len(questions)}")
+        raise SettingError(f"data_dir holds {label_file} with {len(labels)} labels; it must hold {len(questions)}")
     for number, (question, label) in enumerate(zip(questions, labels, strict=True), 1):
         if label not in ("0", "1"):
-            raise SettingError(f"data_dir holds {beside}, whose line {number} is {label!r}; it must be 0 or 1")
+            raise SettingError(f"data_dir holds {label_file}, whose line {number} is {label!r}; it must be 0 or 1")
         yield question | {"label": int(label)}
 
 
 def arc(row: Row) -> Row:
-    choices = [texts(choice, "text", "label") for choice in row["question"]["choices"]]
+    choices = [text_fields(choice, "text", "label") for choice in row["question"]["choices"]]
     labels = [choice["label"] for choice in choices]
     return {
-        "id": texts(row, "id")["id"],
-        "question": texts(row["question"], "stem")["stem"],
+        "id": text_fields(row, "id")["id"],
+        "question": text_fields(row["question"], "stem")["stem"],
         "choices": {"text": [choice["text"] for choice in choices], "label": labels},
         "answerKey": one_of("answerKey", row["answerKey"], labels),
     }
 
 
 def winogrande(row: Row) -> Row:
-    held = texts(row, "sentence", "option1", "option2", "answer")
-    one_of("answer", held["answer"], "12")
-    if "_" not in held["sentence"]:
-        raise ValueError(f"sentence is {held['sentence']!r}; it must have a gap, _")
-    return held
+    fields = text_fields(row, "sentence", "option1", "option2", "answer")
+    one_of("answer", fields["answer"], "12")
+    if "_" not in fields["sentence"]:
+        raise ValueError(f"sentence is {fields['sentence']!r}; it must have a gap, _")
+    return fields
 
 
 def lambada(row: Row) -> Row:
-    held = texts(row, "text")
-    if " " not in held["text"].strip():
-        raise ValueError(f"text is {held['text']!r}; it must have a word to predict and words before it")
-    return held
+    fields = text_fields(row, "text")
+    if " " not in fields["text"].strip():
+        raise ValueError(f"text is {fields['text']!r}; it must have a word to predict and words before it")
+    return fields
 
 
 def blimp(row: Row) -> Row:
     flags = {name: bool(row[name]) for name in BLIMP_FLAGS}
-    return texts(row, *BLIMP_TEXTS) | flags | {"pair_id": whole("pairID", row["pairID"])}
+    return text_fields(row, *BLIMP_TEXTS) | flags | {"pair_id": whole_number("pairID", row["pairID"])}
 
 
 def wikitext(path: Path) -> Iterator[Row]:
-    """One row a page. A page begins at a heading of the first level, as the hub's dataset cuts them."""
+    """One row for each page. A page begins at a heading of the first level, as in the hub's dataset."""
     page: list[str] = []
-    for line in text_of(path).split("\n"):
+    for line in read_utf8(path).split("\n"):
         bare = line.replace("= = =", "===").replace("= =", "==").strip()
         if bare.startswith("= ") and bare.endswith(" ="):
             if "\n".join(page).strip():
@@ -269,70 +290,74 @@ def wikitext(path: Path) -> Iterator[Row]:
 
 
 def wikitext_note(rows: list[Row]) -> str | None:
+    """The note on a file without the blank lines around headings."""
     if any("\n \n" in row["page"] for row in rows):
         return None
     return (
-        "the file has lost the blank lines around headings: word counts are the published file's, the text and its "
+        "the file has lost the blank lines around headings: its words are those of the published file, its text and "
         "bytes aren't"
     )
 
 
 BLIMP_TEXTS = ("sentence_good", "sentence_bad", "field", "linguistics_term", "UID")
 BLIMP_FLAGS = ("simple_LM_method", "one_prefix_method", "two_prefix_method", "lexically_identical")
-SOURCES = {
-    "Rowan/hellaswag": Source(
+LOCAL_DATASETS = {
+    "Rowan/hellaswag": LocalDataset(
         folder="hellaswag",
         files={"train": ("hellaswag_train.jsonl",), "validation": ("hellaswag_val.jsonl",)},
         features={
             "ind": Value("int32"), "activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "ctx": TEXT,
             "endings": List(TEXT), "source_id": TEXT, "split": TEXT, "split_type": TEXT, "label": TEXT,
         },
-        read=lines(hellaswag),
+        read=json_lines(hellaswag),
         note=hellaswag_note,
     ),
-    "baber/piqa": Source(
+    "baber/piqa": LocalDataset(
         folder="piqa",
         files={"train": ("train.jsonl",), "validation": ("valid.jsonl",)},
         features={"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": Value("int64")},
         read=piqa,
     ),
-    "allenai/ai2_arc": Source(
+    "allenai/ai2_arc": LocalDataset(
         folder="arc",
-        files={"train": ("{name}-Train.jsonl",), "validation": ("{name}-Dev.jsonl",), "test": ("{name}-Test.jsonl",)},
+        files={
+            "train": ("{subset}-Train.jsonl",), "validation": ("{subset}-Dev.jsonl",),
+            "test": ("{subset}-Test.jsonl",),
+        },
         features={
             "id": TEXT, "question": TEXT, "choices": {"text": List(TEXT), "label": List(TEXT)}, "answerKey": TEXT,
         },
-        read=lines(arc),
-        names=("ARC-Easy", "ARC-Challenge"),
+        read=json_lines(arc),
+        subsets=("ARC-Easy", "ARC-Challenge"),
     ),
-    "allenai/winogrande": Source(
+    "allenai/winogrande": LocalDataset(
         folder="winogrande",
         files={"train": ("train_xl.jsonl",), "validation": ("dev.jsonl", "winogrande_dev.jsonl")},
         features={"sentence": TEXT, "option1": TEXT, "option2": TEXT, "answer": TEXT},
-        read=lines(winogrande),
-        names=("winogrande_xl",),
+        read=json_lines(winogrande),
+        subsets=("winogrande_xl",),
     ),
-    "EleutherAI/lambada_openai": Source(
+    "EleutherAI/lambada_openai": LocalDataset(
         folder="lambada",
         files={"test": ("lambada_test.jsonl",)},
         features={"text": TEXT},
-        read=lines(lambada),
-        names=("default",),
+        read=json_lines(lambada),
+        subsets=("default",),
     ),
-    "nyu-mll/blimp": Source(
+    "nyu-mll/blimp": LocalDataset(
         folder="blimp",
-        files={"train": ("{name}.jsonl",)},  # the hub calls its one split so
+        files={"train": ("{subset}.jsonl",)},  # the hub's only split has this name
         features=dict.fromkeys(BLIMP_TEXTS, TEXT) | dict.fromkeys(BLIMP_FLAGS, Value("bool"))
         | {"pair_id": Value("int32")},
-        read=lines(blimp),
-        names=(),
+        read=json_lines(blimp),
+        subsets=(),
     ),
-    "EleutherAI/wikitext_document_level": Source(
+    "EleutherAI/wikitext_document_level": LocalDataset(
         folder="wikitext2",
         files={"train": ("wiki.train.raw",), "validation": ("wiki.valid.raw",), "test": ("wiki.test.raw",)},
         features={"page": TEXT},
         read=wikitext,
-        names=("wikitext-2-raw-v1",),
+        subsets=("wikitext-2-raw-v1",),
         note=wikitext_note,
     ),
 }  # fmt: skip
