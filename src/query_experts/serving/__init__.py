@@ -1,15 +1,15 @@
 """The vLLM plug-in: `vllm serve CHECKPOINT` for GQE checkpoints.
 
-vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). The model is in `model`, its
-attention in `attention`, the rotary embedding in `rotary`; how W_O is cut for tensor parallelism is in `sharding`,
-which needs no vLLM.
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). `model` holds the model,
+`attention` its attention and `rotary` the rotary embedding. `sharding` splits W_O for tensor parallelism and doesn't
+need vLLM.
 """
 
 MODEL = "query_experts.serving.model:VLLMGQEForCausalLM"
 
 
 def register() -> None:
-    """Makes the architecture GQEForCausalLM known to vLLM, and the model type `gqe` to Transformers (on import)."""
+    """Register the architecture GQEForCausalLM with vLLM; importing the package registered `gqe` with Transformers."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model("GQEForCausalLM", MODEL)

@@ -1,12 +1,12 @@
-"""GQE attention over vLLM's paged KV cache: route, select, attend, combine, for a flat batch of tokens.
+"""GQE attention over vLLM's paged KV cache, for a flat batch of tokens: route, select, attend, combine.
 
-The woken queries are ordinary heads over the G KV heads, so they run in vLLM's own `Attention`, on whatever kernel it
-picks. A paged kernel wants equally many queries for each KV head. So the shared head's mean K/V is cached as one more
-KV head, at 1/G more cache, and its query is given k times over, of which one result is kept; for k = 1 nothing is
-computed twice.
+The selected queries are ordinary heads over the G KV heads, so they run in vLLM's own `Attention`, on any of its
+kernels. A paged kernel needs the same number of queries for each KV head. So the shared head's mean K/V is cached as
+one more KV head, which enlarges the cache by 1/G. Its query is repeated k times, and one of the results is kept; with
+k = 1 nothing is computed twice.
 
-Shapes: T tokens of all requests, D hidden size, d head dim, N query experts, M experts in a group, k experts woken in a
-group; G groups in all, of which a tensor-parallel rank holds L = G / ranks, and all of their experts.
+Shapes: T tokens of all requests, D hidden size, d head dim, N query experts, M experts in a group, k active experts per
+group; G groups in all, of which a tensor-parallel rank has L = G / ranks, with all their experts.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from query_experts.serving.rotary import rotary_embedding
 
 @torch.library.custom_op("query_experts::record_routing", mutates_args=["indices"])
 def record_routing(indices: Tensor, layer_name: str) -> None:
-    """Hands the woken experts [T, G, k] of a layer to whoever listens to it, as [T, G*k], numbered 0 to N-1.
+    """Pass a layer's selected experts [T, G, k] to its `capture_fn`, as [T, G*k], numbered 0 to N-1.
 
-    An operator, as a compiled graph would not see a listener that comes later. It is declared to change the indices,
-    which it only reads: a compiler drops an operator that nothing after it depends on.
+    It is an operator because a compiled graph wouldn't call a `capture_fn` that is set later. It is declared to change
+    the indices, although it only reads them: a compiler removes an operator without effect.
     """
     layer: VLLMGQEAttention = get_forward_context().no_compile_layers[layer_name]
     if layer.capture_fn is not None:
@@ -48,14 +48,21 @@ def record_routing(indices: Tensor, layer_name: str) -> None:
 
 
 class VLLMGQEAttention(nn.Module):
-    """`query_experts.GQEAttention` for serving. Takes the arguments that vLLM's Llama layer gives its attention.
+    """`query_experts.GQEAttention` for serving, with the arguments that vLLM's Llama layer gives its attention.
 
-    bias, bias_o_proj: passed over, as vLLM's Llama derives them from fields that GQE doesn't have, too.
-    layer_id, capture_fn: by these vLLM recognises a layer whose routing it can record, and says who listens
-    (`--enable-return-routed-experts`).
+    Args:
+        config: the model's configuration.
+        hidden_size, num_heads, num_kv_heads, max_position_embeddings: D, N, G, and the positions of the model.
+        quant_config, cache_config, prefix, attn_type: as for other attention layers in vLLM.
+        bias, bias_o_proj: ignored. vLLM's Llama layer also derives them from fields that GQE doesn't have.
 
-    Raises ValueError where the KV groups don't split over the tensor-parallel ranks, where max_model_len is beyond the
-    rotary embedding, or where routing is to be recorded and vLLM was told another number of experts.
+    Attributes:
+        layer_id, capture_fn: by these vLLM recognises a layer whose routing it can record, and receives the routing
+            (`--enable-return-routed-experts`).
+
+    Raises:
+        ValueError: if the number of ranks doesn't divide G, if max_model_len exceeds the rotary embedding, or if
+            routing is to be recorded and vLLM has another number of experts.
     """
 
     def __init__(
@@ -88,7 +95,7 @@ class VLLMGQEAttention(nn.Module):
         self.head_dim = config.head_dim
         self.variant = config.variant
         self.shared_head_kv = config.shared_head_kv
-        self.rows_by_expert = config.output_projection == "expert"
+        self.by_expert = config.output_projection == "expert"
 
         linear = {"bias": config.attention_bias, "quant_config": quant_config}
         self.qkv_proj = QKVParallelLinear(
@@ -98,8 +105,8 @@ class VLLMGQEAttention(nn.Module):
         self.q_shared = None
         if self.variant == "gqe":
             self.q_shared = ReplicatedLinear(hidden_size, self.head_dim, prefix=f"{prefix}.q_shared", **linear)
-        hard_slots = num_heads if self.rows_by_expert else num_kv_heads * self.top_k
-        extra_slots = 2 * ranks if self.variant == "gqe" else 0  # see `sharding`
+        hard_slots = num_heads if self.by_expert else num_kv_heads * self.top_k
+        extra_slots = 2 * ranks if self.variant == "gqe" else 0  # each rank has both: see `sharding`
         self.o_proj = RowParallelLinear(
             (hard_slots + extra_slots) * self.head_dim, hidden_size,
             bias=config.attention_bias if config.attention_output_bias is None else config.attention_output_bias,
@@ -121,23 +128,24 @@ class VLLMGQEAttention(nn.Module):
         )  # fmt: skip
 
     def _records_routing(self) -> bool:
+        """Whether vLLM asks for the selected experts; registers the layer, so that `record_routing` finds it."""
         vllm_config = get_current_vllm_config()
         vllm_config.compilation_config.static_forward_context[self.name] = self
         if not vllm_config.aux_output_config.enable_return_routed_experts:
             return False
         if self.router is None:
             raise ValueError("routing is 'none'; without a router there is no routing to record")
-        told = vllm_config.model_config.get_num_experts(), vllm_config.model_config.get_num_experts_per_tok()
+        configured = vllm_config.model_config.get_num_experts(), vllm_config.model_config.get_num_experts_per_tok()
         actual = self.groups * self.experts, self.groups * self.top_k
-        if told != actual:
+        if configured != actual:
             raise ValueError(
-                f"num_experts and num_experts_per_tok are {told[0]} and {told[1]}; to record this model's routing, "
-                f"hf_overrides must say {actual[0]} and {actual[1]}"
+                f"num_experts and num_experts_per_tok are {configured[0]} and {configured[1]}; to record this model's "
+                f"routing, hf_overrides must say {actual[0]} and {actual[1]}"
             )
         return True
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """positions [T] (each in its own request), hidden_states [T, D] -> [T, D]."""
+        """positions int [T], counted within each request; hidden_states [T, D] -> [T, D]."""
         probs, indices = self.route(hidden_states)
         if self.records or self.capture_fn is not None:
             record_routing(indices, self.name)
@@ -149,8 +157,10 @@ class VLLMGQEAttention(nn.Module):
         return self.o_proj(self.combine(out, probs, indices))[0]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> probabilities [T, G, M], float32, and woken experts [T, G, k]: of all ranks' groups, as the
-        weighted slot is renormalised over all of them."""
+        """x [T, D] -> probabilities, float32 [T, G, M], and selected experts, int64 [T, G, k].
+
+        Both are of all ranks' groups, because the weighted slot's weights are normalised over all groups.
+        """
         shape = (x.shape[0], self.groups, self.experts)
         if self.router is None:
             probs = x.new_full(shape, 1 / self.experts, dtype=torch.float32)
@@ -158,13 +168,15 @@ class VLLMGQEAttention(nn.Module):
         probs = self.router(x.unsqueeze(0)).view(shape).softmax(-1)
         return probs, select_top_k(probs, self.top_k)
 
-    def own(self, of_groups: Tensor) -> Tensor:
-        """[T, G, ...] -> [T, L, ...], this rank's groups."""
-        return of_groups.narrow(1, self.first_group, self.own_groups)
+    def own(self, all_groups: Tensor) -> Tensor:
+        """This rank's groups: [T, G, ...] -> [T, L, ...]."""
+        return all_groups.narrow(1, self.first_group, self.own_groups)
 
     def project(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> queries [T, (L*k, + k) * d], of the woken and k times of the shared head; keys, values
-        [T, L*d]."""
+        """x [T, D] -> queries [T, (L*k + k) * d], keys and values [T, L*d].
+
+        The queries are those of the selected experts, then k times the shared head's, if there is one.
+        """
         L, M, d = self.own_groups, self.experts, self.head_dim
         query, key, value = self.qkv_proj(x)[0].split([L * M * d, L * d, L * d], -1)
         if self.router is not None:
@@ -176,18 +188,18 @@ class VLLMGQEAttention(nn.Module):
         return query, key, value
 
     def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """RMSNorm over the head dim of queries and keys [T, heads * d], if the model has it."""
+        """QK norm: RMSNorm over d of queries and keys [T, heads * d], if the model has it."""
         if self.q_norm is None or self.k_norm is None:
             return query, key
         query_by_head, key_by_head = (t.reshape(t.shape[0], -1, self.head_dim) for t in (query, key))
         return self.q_norm(query_by_head).view(query.shape), self.k_norm(key_by_head).view(key.shape)
 
     def with_shared_head(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [T, L*d] as they are cached: [T, (L + 1) * d], with those of the shared head, if any."""
+        """Keys and values to cache: [T, L*d] -> [T, (L + 1) * d], with those of the shared head, if there is one."""
         if self.q_shared is None:
             return key, value
         by_head = torch.stack([key, value]).view(2, -1, self.own_groups, self.head_dim)
-        if self.shared_head_kv == "first":  # of rank 0, whose shared head alone counts
+        if self.shared_head_kv == "first":  # on rank 0 that of group 0; the other ranks' shared heads meet zeros in W_O
             shared = by_head[:, :, 0]
         else:
             shared = by_head.mean(2)
@@ -196,8 +208,10 @@ class VLLMGQEAttention(nn.Module):
         return torch.cat([key, shared[0]], -1), torch.cat([value, shared[1]], -1)
 
     def combine(self, out: Tensor, probs: Tensor, indices: Tensor) -> Tensor:
-        """Attention's output [T, (L*k, + k) * d] -> this rank's rows for W_O: hard slots (or experts), its part of the
-        weighted slot, the shared head."""
+        """Attention's output [T, (L*k + k) * d] -> this rank's input of W_O, [T, columns of its W_O].
+
+        It consists of the hard slots (or experts), this rank's part of the weighted slot, and the shared head.
+        """
         by_head = out.view(out.shape[0], -1, self.top_k, self.head_dim)  # [T, L (+ 1), k, d]
         routed, extra = by_head[:, : self.own_groups], []
         scores = probs.gather(-1, indices)  # [T, G, k]
@@ -207,8 +221,7 @@ class VLLMGQEAttention(nn.Module):
             extra = [weighted, by_head[:, -1, 0]]
         elif self.variant == "weighted_concat":
             routed = routed * self.own(scores).unsqueeze(-1).to(routed.dtype)
-        if self.rows_by_expert and self.router is not None:
-            routed = scatter_experts(routed.unsqueeze(0), self.own(indices).unsqueeze(0), self.experts)[
-                0
-            ]  # [T, L, M, d]
+        if self.by_expert and self.router is not None:
+            scattered = scatter_experts(routed.unsqueeze(0), self.own(indices).unsqueeze(0), self.experts)
+            routed = scattered[0]  # [T, L, M, d]
         return torch.cat([routed.flatten(1), *extra], -1)

@@ -1,11 +1,11 @@
-"""How the input rows of W_O are dealt out to tensor-parallel ranks: by KV group.
+"""Splits the columns of W_O over tensor-parallel ranks, by KV group.
 
-Rank r of R owns G/R neighbouring groups, whose hard slots (or experts) are neighbours in W_O as well, since its rows
-are ordered by group. The two extra slots belong to no group:
+Rank r of R owns G/R neighbouring groups. Columns of W_O are ordered by group, so the columns of a rank's hard slots (or
+experts) are neighbours too. The two extra slots belong to no group:
 
-- the weighted slot is a sum over all groups' woken experts, and W_O is linear, so each rank applies the same rows to
-  its own groups' part of the sum, and the all-reduce that ends the layer adds the parts up;
-- the shared head is computed on every rank, and its rows are applied on rank 0 alone: elsewhere they are zeros.
+- The weighted slot is a sum over the selected experts of all groups, and W_O is linear. So each rank applies the same
+  columns to its own groups' part of the sum, and the all-reduce at the end of the layer adds the parts up.
+- Every rank computes the shared head, but only rank 0 applies its columns. Elsewhere they are zeros.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from torch import Tensor
 from query_experts.model.configuration_gqe import GQEConfig
 
 
-def output_rows(config: GQEConfig) -> int:
-    """How many numbers W_O takes: hard slots (or experts), the weighted slot, the shared head."""
+def output_projection_width(config: GQEConfig) -> int:
+    """Columns of W_O: d for each hard slot (or expert), for the weighted slot and for the shared head."""
     by_expert = config.output_projection == "expert"
     hard = config.num_attention_heads if by_expert else config.num_key_value_heads * config.active_query_experts
     return (hard + (2 if config.variant == "gqe" else 0)) * config.head_dim
 
 
 def shard_for_ranks(name: str, tensor: Tensor, config: GQEConfig, num_ranks: int) -> Tensor:
-    """A tensor of o_proj in the checkpoint: its weight dealt out; its bias and scales of a whole row as they are.
+    """A tensor of o_proj in the checkpoint -> the tensor that vLLM splits evenly over the ranks.
 
-    Raises ValueError for weights quantised in blocks or packed, whose rows can't be told apart.
+    The weight is rearranged by `shard_output_weight`; a bias, and scales of whole output channels, stay as they are.
+    Raises ValueError for weights that are packed or quantised in blocks, whose columns can't be separated.
     """
-    if name.endswith(".weight") and tensor.shape[-1] == output_rows(config):
-        return deal_output_rows(tensor, config.head_dim, num_ranks)
+    if name.endswith(".weight") and tensor.shape[-1] == output_projection_width(config):
+        return shard_output_weight(tensor, config.head_dim, num_ranks)
     if tensor.numel() in (1, config.hidden_size):
         return tensor
     raise ValueError(
@@ -38,14 +39,14 @@ def shard_for_ranks(name: str, tensor: Tensor, config: GQEConfig, num_ranks: int
     )
 
 
-def deal_output_rows(weight: Tensor, head_dim: int, num_ranks: int) -> Tensor:
-    """W_O of the variant `gqe` as R ranks hold it, one after the other.
+def shard_output_weight(weight: Tensor, head_dim: int, num_ranks: int) -> Tensor:
+    """Rearrange W_O of the variant `gqe` so that the columns of each rank are neighbours, rank after rank.
 
-    weight: [D, (hard + 2) * d], where `hard`, the rows' slots or experts, is a multiple of R
-    -> [D, (hard + 2*R) * d]; with R = 1, the same.
+    weight: [D, (hard + 2) * d], with a number of hard slots (or experts) that R divides -> [D, (hard + 2*R) * d]. With
+    R = 1 it stays the same.
     """
     hard_slots, weighted, shared = weight.split([weight.shape[-1] - 2 * head_dim, head_dim, head_dim], -1)
-    pieces: list[Tensor] = []
+    parts: list[Tensor] = []
     for rank, own in enumerate(hard_slots.chunk(num_ranks, -1)):
-        pieces += [own, weighted, shared if rank == 0 else torch.zeros_like(shared)]
-    return torch.cat(pieces, -1)
+        parts += [own, weighted, shared if rank == 0 else torch.zeros_like(shared)]
+    return torch.cat(parts, -1)
