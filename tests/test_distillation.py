@@ -1,4 +1,4 @@
-"""Distillation: what the loss is made of, however a step is cut, and how k falls."""
+"""Distillation: the terms of the loss, micro-batches, teachers, documents in a row, and how k falls."""
 
 import copy
 from pathlib import Path
@@ -17,17 +17,17 @@ from study_helpers import LENGTHS, Rows, arguments, logged, model_of, quiet, tin
 
 def test_the_divergence_is_that_of_the_predicted_tokens_alone():
     torch.manual_seed(0)
-    ours, theirs = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
+    student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
     labels = torch.tensor([[1, 2, -100, 3, 4], [-100, 5, 6, -100, -100]])
     total, count = 0.0, 0
     for b in range(2):
         for t in range(4):
             if labels[b, t + 1] != -100:
-                p, q = theirs[b, t].softmax(-1), ours[b, t].softmax(-1)
+                p, q = teacher[b, t].softmax(-1), student[b, t].softmax(-1)
                 total, count = total + float((p * (p / q).log()).sum()), count + 1
-    assert float(divergence(ours, theirs, labels, None)) == pytest.approx(total / count, rel=1e-5)
-    assert float(divergence(ours, theirs, labels, 20)) == pytest.approx(total / 20, rel=1e-5)
-    assert float(divergence(ours, ours, labels, None)) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(student, teacher, labels, None)) == pytest.approx(total / count, rel=1e-5)
+    assert float(divergence(student, teacher, labels, 20)) == pytest.approx(total / 20, rel=1e-5)
+    assert float(divergence(student, student, labels, None)) == pytest.approx(0, abs=1e-6)
 
 
 def trainer_of(tmp_path, teacher, model, weight, **changes):
@@ -64,13 +64,13 @@ def test_a_steps_gradient_is_of_both_losses_by_their_weights_and_of_the_routers(
         log_target=True,
     )
     (0.3 * outputs.lm_loss + 0.7 * kl + expected.config.router_aux_loss_coef * outputs.aux_loss).backward()
-    for (name, ours), theirs in zip(trainer.model.named_parameters(), expected.parameters(), strict=True):
-        if theirs.grad is not None:
-            torch.testing.assert_close(ours.data, theirs.data - theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, trained), start in zip(trainer.model.named_parameters(), expected.parameters(), strict=True):
+        if start.grad is not None:
+            torch.testing.assert_close(trained.data, start.data - start.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_step_in_micro_batches_is_that_of_the_whole_batch(tmp_path):
-    """Without the balance loss, which sees no more than the micro-batches so far."""
+    """Without the balance loss, which covers only the micro-batches so far."""
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     whole = stepped(tmp_path / "a", 0.7, balance=0.0, per_device_train_batch_size=8)[1].model
     cut = stepped(tmp_path / "b", 0.7, balance=0.0, **small)[1].model
@@ -92,19 +92,19 @@ def test_the_teacher_stays_as_it_is_and_validation_is_the_language_model_loss(tm
 
 
 def test_a_converted_model_learns_its_teacher(tmp_path):
-    """With all experts awake the divergence is zero at first; with one it is not, and falls."""
+    """With all experts active the divergence is zero at first; with one it isn't, and falls."""
     teacher = model_of("dense").eval()
     student = from_dense(teacher, 1)
     batch = default_data_collator([*Rows(8, lengths=LENGTHS[:8])])
-    seen = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
-    def apart():
-        return float(divergence(student.eval()(**seen).logits, teacher(**seen).logits, batch["labels"], None))
+    def distance():
+        return float(divergence(student.eval()(**inputs).logits, teacher(**inputs).logits, batch["labels"], None))
 
-    before = apart()
+    before = distance()
     trainer_of(tmp_path, teacher, student, 1.0, max_steps=40, learning_rate=3e-3).train()
-    assert apart() < 0.8 * before
+    assert distance() < 0.8 * before
 
 
 def test_teachers_that_do_not_fit_are_refused(tmp_path):
@@ -149,7 +149,7 @@ def test_k_falls_one_by_one_and_reaches_its_end_in_time():
 
 
 def test_a_run_that_is_resumed_validates_as_one_that_was_not(tmp_path):
-    """k falls over its steps; what is saved of it in between must not be judged at another k."""
+    """k falls during the run; a checkpoint in between must not be validated at another k."""
     teacher = model_of("dense").eval()
     model_of("dense").save_pretrained(tmp_path / "dense")
     whole, pieces = (
@@ -215,39 +215,39 @@ def test_the_teacher_keeps_documents_of_a_row_apart_as_the_student_does():
     packed = {"input_ids": ids, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
     outputs = [
         model(**given, use_cache=False).logits
-        for model, given in ((student, packed), (teacher, teacher_inputs(packed, apart=True)))
+        for model, given in ((student, packed), (teacher, teacher_inputs(packed, separates_documents=True)))
     ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
-    assert (teacher(**packed, use_cache=False).logits - outputs[0]).abs().max() > 1e-3  # as it would be without
+    assert (teacher(**packed, use_cache=False).logits - outputs[0]).abs().max() > 1e-3  # as without teacher_inputs
     padded = packed | {"attention_mask": (torch.arange(12) < torch.tensor([[10], [12]])).long()}
     outputs = [
         model(**given, use_cache=False).logits[padded["attention_mask"] != 0]
-        for model, given in ((student, padded), (teacher, teacher_inputs(padded, apart=True)))
+        for model, given in ((student, padded), (teacher, teacher_inputs(padded, separates_documents=True)))
     ]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
     hidden = packed | {"attention_mask": (torch.arange(12) >= 2).long().expand(2, -1)}
-    with pytest.raises(ValueError, match="attention_mask hides tokens before others and position_ids begin anew"):
-        teacher_inputs(hidden, apart=True)
+    with pytest.raises(ValueError, match="attention_mask hides tokens before others and position_ids restart"):
+        teacher_inputs(hidden, separates_documents=True)
     first = {name: tensor[:1] for name, tensor in packed.items()}
     for holes in ([4, 5], [4], [5]):  # within the row: at the end of a document, or at the beginning of the next
         mask = torch.ones(1, 12).long().index_fill(1, torch.tensor(holes), 0)
         with pytest.raises(ValueError, match="attention_mask hides tokens before others"):
-            teacher_inputs(first | {"attention_mask": mask}, apart=True)
+            teacher_inputs(first | {"attention_mask": mask}, separates_documents=True)
     one = hidden | {"position_ids": torch.arange(12)[None]}
-    assert teacher_inputs(one, apart=True) == one
-    assert teacher_inputs(hidden, apart=False) == hidden  # a stock student sees it as its teacher does
+    assert teacher_inputs(one, separates_documents=True) == one
+    assert teacher_inputs(hidden, separates_documents=False) == hidden  # a stock student attends as its teacher does
 
 
 @torch.no_grad()
 def test_rows_that_are_padded_on_the_left_are_seen_by_the_teacher_as_they_are():
-    """Where their positions don't go on, at the padding, there is no document to keep apart."""
+    """Positions that don't increase, at the padding, are no boundary between documents."""
     teacher = model_of("dense").eval()
     student = from_dense(teacher)
     mask = (torch.arange(12) >= torch.tensor([[0], [4], [7]])).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     assert positions.diff().ne(1).any()
     padded = {"input_ids": torch.randint(300, (3, 12)), "position_ids": positions, "attention_mask": mask}
-    seen = teacher_inputs(padded, apart=True)
+    seen = teacher_inputs(padded, separates_documents=True)
     assert seen == padded
     outputs = [
         model(**given, use_cache=False).logits[mask == 1] for model, given in ((student, padded), (teacher, seen))

@@ -1,6 +1,6 @@
-"""Two processes over gloo, each with its own rows, train as one process does with all of them.
+"""Two processes over gloo, each with its own rows, train as one process does with all rows.
 
-Run as a script, this file is one of the two processes: it runs every case and saves the gradients that it gets.
+Run as a script, this file is one of the two processes: it runs every case and saves its gradients.
 """
 
 import os
@@ -37,7 +37,7 @@ MICRO_BATCHES = 2
 ROWS = 2  # of one rank in one micro-batch
 SETTING = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "seed": 3}
 
-# how the processes train, and what the model is told of the step
+# how the processes train, and which counts of the step the model gets
 CASES = {
     "ddp_with_the_step_s_labels": ("ddp", ["num_items_in_batch"]),
     "ddp_with_uneven_padding": ("ddp", ["num_items_in_batch", "num_tokens_in_batch"]),
@@ -48,7 +48,7 @@ CASES = {
 
 
 def batch(case: str) -> tuple[Tensor, Tensor, Tensor]:
-    """All rows of a step [micro-batch, rank, row, T]: tokens, mask, labels; padding differs from row to row."""
+    """All rows of a step: tokens, mask and labels [micro-batch, rank, row, T]; each row has its own padding."""
     rows = MICRO_BATCHES * WORLD * ROWS
     ids = random_tokens(rows, 12, seed=5)
     mask = torch.ones_like(ids)
@@ -58,23 +58,26 @@ def batch(case: str) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(t.view(MICRO_BATCHES, WORLD, ROWS, 12) for t in (ids, mask, labels))
 
 
-def told(case: str) -> dict[str, Tensor]:
+def counts_of(case: str) -> dict[str, Tensor]:
+    """The counts of the step that the model gets, by their argument's name."""
     _, mask, labels = batch(case)
     counts = {"num_items_in_batch": labels[..., 1:].ne(-100).sum(), "num_tokens_in_batch": mask.sum()}
     return {name: counts[name] for name in CASES[case][1]}
 
 
 def train_alone(case: str) -> dict[str, Tensor]:
-    """Gradients of a step, of one process that sees every rank's rows."""
+    """The gradients of a step in one process that gets every rank's rows."""
     model = tiny_model(**SETTING).train()
     for ids, mask, labels in zip(*batch(case), strict=True):
-        out = model(ids.flatten(0, 1), attention_mask=mask.flatten(0, 1), labels=labels.flatten(0, 1), **told(case))
+        out = model(
+            ids.flatten(0, 1), attention_mask=mask.flatten(0, 1), labels=labels.flatten(0, 1), **counts_of(case)
+        )
         out.loss.backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
 def train_as_rank(case: str, rank: int) -> dict[str, Tensor]:
-    """The same of one of two processes, with the Trainer's factor: it makes up for the average over ranks."""
+    """The same in one of two processes, with the factor by which the Trainer undoes the average over ranks."""
     model = tiny_model(**SETTING).train()
     how, counts = CASES[case]
     if how == "fsdp":
@@ -88,7 +91,7 @@ def train_as_rank(case: str, rank: int) -> dict[str, Tensor]:
         checkpoint_activations(model)
     wrapped = model if how == "fsdp" else DistributedDataParallel(model)
     for ids, mask, labels in zip(*(t[:, rank] for t in batch(case)), strict=True):
-        out = wrapped(input_ids=ids, attention_mask=mask, labels=labels, **told(case))
+        out = wrapped(input_ids=ids, attention_mask=mask, labels=labels, **counts_of(case))
         (out.loss * (WORLD if counts else 1)).backward()
     whole = (lambda t: t.full_tensor()) if how == "fsdp" else (lambda t: t)
     return {name: whole(p.grad) for name, p in model.named_parameters()}
@@ -107,7 +110,7 @@ TRAINED = {
     "gqe_trainer_on_gqe": tiny_model,
     "gqe_trainer_on_static": tiny_static,
     "gqe_trainer_on_dense": tiny_llama,
-    "gqe_trainer_on_gqe_rank_by_rank": tiny_model,  # each rank counts its own tokens; all have as many
+    "gqe_trainer_on_gqe_rank_by_rank": tiny_model,  # each rank counts its own tokens; the counts are equal
     "gqe_trainer_on_dense_rank_by_rank": tiny_llama,
     "distilled_gqe": tiny_model,
     "distilled_dense": tiny_llama,
@@ -118,17 +121,17 @@ TRAINED = {
 def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
     """Parameters after two steps of GQETrainer over 8 rows, `rows` on each rank, and its losses.
 
-    The rows are unevenly padded, but for ranks that count for themselves, of which the mean of means is asked.
+    The rows are unevenly padded, unless each rank counts its own tokens: then the loss is the mean of the ranks' means.
     """
-    apart = case.endswith("rank_by_rank")
-    ids, mask, labels = (t.flatten(0, 2) for t in batch("ddp_told_nothing" if apart else "ddp_with_uneven_padding"))
+    by_rank = case.endswith("rank_by_rank")
+    ids, mask, labels = (t.flatten(0, 2) for t in batch("ddp_told_nothing" if by_rank else "ddp_with_uneven_padding"))
     data = [{"input_ids": i, "attention_mask": m, "labels": n} for i, m, n in zip(ids, mask, labels, strict=True)]
     model = TRAINED[case](seed=3)
     arguments = TrainingArguments(
         output_dir=str(folder / case), max_steps=2, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
         optim="sgd", learning_rate=0.1,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, dataloader_pin_memory=False, average_tokens_across_devices=not apart,
+        report_to=[], disable_tqdm=True, dataloader_pin_memory=False, average_tokens_across_devices=not by_rank,
     )  # fmt: skip
     options: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": data, "eval_dataset": data}
     if case.startswith("distilled"):
@@ -142,7 +145,7 @@ def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
 
 
 def tokens_in_window(rank: int, own: bool) -> Tensor:
-    """How many tokens the balance loss's f spans after a step, whose labels each rank counts for all or for its own."""
+    """How many tokens the balance loss's f covers after a step. own: whether each rank counts only its own labels."""
     model = tiny_model(**SETTING).train()
     ids, mask, labels = (t[:, rank] for t in batch("ddp_told_nothing"))
     total = labels[..., 1:].numel() * (1 if own else WORLD)
@@ -152,7 +155,7 @@ def tokens_in_window(rank: int, own: bool) -> Tensor:
 
 
 def steps_until_stopped(rank: int, folder: Path) -> Tensor:
-    """Of a run of five steps in which the last rank alone is asked to stop."""
+    """The last step of a run of five steps in which only the last rank is asked to stop."""
     request = StopRequest()
 
     class Ask(TrainerCallback):
@@ -175,7 +178,7 @@ def steps_until_stopped(rank: int, folder: Path) -> Tensor:
 
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    # for the Trainer, which looks for these though the process group is there already
+    # the Trainer needs these even if the process group exists already
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     os.environ |= {"WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD)}
     dist.init_process_group(
@@ -194,7 +197,7 @@ def main(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where both processes have left their gradients."""
+    """The folder with the gradients of both processes."""
     path = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     processes = [
@@ -247,14 +250,14 @@ def test_the_balance_loss_spans_a_step_whether_its_labels_are_counted_over_ranks
 
 
 def test_a_rank_s_own_balance_loss_would_give_other_gradients():
-    """What the tests above would miss if they could not tell: f of one rank's rows alone."""
+    """Tests the tests above: f of only one rank's rows gives other gradients."""
     case = "ddp_with_uneven_padding"
     whole = train_alone(case)
     summed: dict[str, Tensor] = {}
     for rank in range(WORLD):
         model = tiny_model(**SETTING).train()
         for ids, mask, labels in zip(*(t[:, rank] for t in batch(case)), strict=True):
-            model(ids, attention_mask=mask, labels=labels, **told(case)).loss.backward()
+            model(ids, attention_mask=mask, labels=labels, **counts_of(case)).loss.backward()
         for name, p in model.named_parameters():
             summed[name] = summed.get(name, 0) + p.grad
     name = "model.layers.0.self_attn.router.weight"

@@ -1,4 +1,4 @@
-"""Routing that was recorded elsewhere: the model wakes the experts that it is given, and trains on."""
+"""Replayed routing: the model selects the experts that it is given, and trains with them."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ ROUTED = [setting for setting in SETTINGS if setting.get("routing") != "none"]
 each_setting = pytest.mark.parametrize("setting", ROUTED, ids=setting_id)
 
 
-def woken(model, ids: torch.Tensor) -> torch.Tensor:
-    """[B, T, L, G*k], as an engine numbers experts."""
+def selected_experts(model, ids: torch.Tensor) -> torch.Tensor:
+    """The experts that a model selects, [B, T, L, G*k], numbered as by an engine."""
     config = model.config
     M = config.num_attention_heads // config.num_key_value_heads
     first = torch.arange(0, config.num_attention_heads, M)[:, None]
@@ -29,7 +29,7 @@ def test_replaying_what_the_model_does_itself_changes_nothing(setting):
     expected.loss.backward()
     expected_gradients = gradients(model)
     model.zero_grad()
-    with replayed_routing(model, woken(model, ids)):
+    with replayed_routing(model, selected_experts(model, ids)):
         replayed = model(ids, labels=ids)
         replayed.loss.backward()
     torch.testing.assert_close(replayed.logits, expected.logits, **EXACT)
@@ -39,20 +39,21 @@ def test_replaying_what_the_model_does_itself_changes_nothing(setting):
 
 @each_setting
 @torch.no_grad()
-def test_other_experts_than_the_models_own_are_woken_until_the_replay_ends(setting):
-    """Another model's experts give what this model gives with that one's routers."""
+def test_other_experts_than_the_models_own_are_selected_until_the_replay_ends(setting):
+    """With another model's experts the output differs; after the replay it is as before."""
     model, other, ids = tiny_model(**setting), tiny_model(**setting, seed=1), random_tokens(2, 13)
     before = model(ids).logits
-    foreign = woken(other, ids)
-    with replayed_routing(model, foreign):
-        first = model(ids).logits
-        again = woken_indices(model)
-    assert again.tolist() == foreign.tolist()
-    assert (first - before).abs().amax() > 1e-3
+    experts = selected_experts(other, ids)
+    with replayed_routing(model, experts):
+        replayed = model(ids).logits
+        forced = forced_experts(model)
+    assert forced.tolist() == experts.tolist()
+    assert (replayed - before).abs().amax() > 1e-3
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
 
 
-def woken_indices(model) -> torch.Tensor:
+def forced_experts(model) -> torch.Tensor:
+    """The experts that the layers are set to select, [B, T, L, G*k]."""
     M = model.config.num_attention_heads // model.config.num_key_value_heads
     first = torch.arange(0, model.config.num_attention_heads, M)[:, None]
     return torch.stack([(layer.self_attn.forced_indices + first).flatten(2) for layer in model.model.layers], 2)
@@ -122,7 +123,7 @@ def test_a_replay_within_a_replay_is_refused_and_leaves_the_outer_one():
     with replayed_routing(model, experts):
         with pytest.raises(ValueError, match="model replays experts already"), replayed_routing(model, experts):
             pass
-        assert woken_indices(model).equal(experts)
+        assert forced_experts(model).equal(experts)
 
 
 def test_a_wrapped_model_replays_as_the_model_itself():

@@ -1,4 +1,4 @@
-"""Behaviour of GQETrainer: what it logs, what it tells the model, data order, resuming; and equal initial values."""
+"""GQETrainer: what it logs, what it passes to the model, data order, resuming; and equal initial values."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ def language_model_loss(model, rows):
 
 
 class Inputs:
-    """Keeps what a model's forward is given in training."""
+    """Records the keyword arguments of a model's forward passes in training."""
 
     def __init__(self, model):
         self.calls = []
@@ -46,7 +46,7 @@ class Killed(Exception):
 
 
 class KillAfter(TrainerCallback):
-    """Ends the process, as it were, at the beginning of a step."""
+    """Raises at the beginning of a step, as if the process was killed."""
 
     def __init__(self, step):
         self.step = step
@@ -140,7 +140,7 @@ def test_without_an_attention_mask_all_tokens_of_the_step_count(tmp_path):
 
 @pytest.mark.parametrize(("coefficient", "z_coefficient"), [(0.0, 0.0), (2.0, 0.0), (0.0, 2.0)])
 def test_micro_batches_of_padded_rows_give_the_update_of_one_batch(tmp_path, coefficient, z_coefficient):
-    """All tokens are the same, so every layer's input is the same at every position, and every token wakes the same
+    """All tokens are the same, so every layer's input is the same at every position, and every token selects the same
     experts: f is equal in all micro-batches, whatever they hold, and only the weights of the terms can differ."""
     rows = Rows(8, lengths=[12, 2, 7, 12, 3, 5, 12, 9])
     rows.ids.fill_(7)

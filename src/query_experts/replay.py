@@ -1,8 +1,8 @@
-"""Replaying routing that was recorded elsewhere, so that training sees the experts that served a text.
+"""Replays recorded routing, so that training uses the experts that generated a text.
 
-A serving engine's arithmetic differs from the trainer's in its last bits, and where two experts are nearly as probable
-a bit decides which of them wakes. Who trains on what an engine generated can have it return the experts it woke (in
-vLLM: `--enable-return-routed-experts`) and wake the same ones.
+A serving engine's arithmetic differs from the trainer's in its last bits. If two experts are nearly equally probable,
+such a bit decides which of them is selected. An engine can return the experts that it selected for a text (vLLM:
+`--enable-return-routed-experts`), and training on that text can select the same ones.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from query_experts.model.modeling_gqe import GQEModel
 
 @contextmanager
 def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
-    """Within it, forward passes over B rows of T tokens, without a cache, wake these experts.
+    """Context manager in which forward passes over B rows of T tokens, without a cache, select the given experts.
 
-    model: a GQE model, or what wraps one (adapters, DDP). experts: integers [B, T, L, G*k], L layers, expert m of group
-    g as g*M + m; in each group the most probable first, as vLLM returns them. The router's probabilities, and so the
-    weighted slot, its gradients and the balance loss, are the model's own. With activation checkpointing the backward
-    pass belongs inside as well.
+    The router's probabilities stay the model's own, and so do the weighted slot, its gradients and the balance loss.
+    With activation checkpointing the backward pass must be inside the context too.
 
-    Raises ValueError for experts that don't fit the model, for a model without routers, for a replay within a replay,
-    and, in the forward pass, for tokens that the experts aren't for.
+    Args:
+        model: a GQE model, or a module that wraps one (adapters, DDP).
+        experts: integers [B, T, L, G*k] for L layers; expert m of group g is g*M + m. Groups are in order, and within
+            a group the most probable expert comes first, as vLLM returns them.
+
+    Raises:
+        ValueError: for experts that don't fit the model, for a model without routers, and for a replay within a
+            replay; in a forward pass, for another number of rows or tokens.
     """
     decoders = [module for module in model.modules() if isinstance(module, GQEModel)]
     if len(decoders) != 1:
@@ -43,7 +47,7 @@ def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
         layer.forced_indices = indices.to(layer.q_proj.weight.device)
 
     def check_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layers[0].forced_indices is None:  # a compiled model remembers hooks that are gone
+        if layers[0].forced_indices is None:  # a compiled model still calls removed hooks
             return
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
@@ -63,7 +67,10 @@ def replayed_routing(model: nn.Module, experts: Tensor) -> Iterator[None]:
 
 
 def experts_within_groups(experts: Tensor, layers: list[GQEAttention]) -> Tensor:
-    """Checked, and numbered 0 to M - 1: int64 [B, T, L, G, k]."""
+    """The experts numbered within their groups, 0 to M - 1: [B, T, L, G*k] -> int64 [B, T, L, G, k].
+
+    Raises ValueError for experts that don't fit the layers.
+    """
     G, M, k = layers[0].num_kv_heads, layers[0].experts_per_group, layers[0].top_k
     if not isinstance(experts, Tensor) or experts.dtype == torch.bool or experts.is_floating_point():
         kind = experts.dtype if isinstance(experts, Tensor) else type(experts).__name__

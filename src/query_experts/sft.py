@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer for GQE models: its data, packing and adapters, and the model's own loss. Needs trl."""
+"""TRL's SFTTrainer for GQE models: its data, packing and adapters, with the model's own loss. Needs trl."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from query_experts.training import GQETrainer
 
 
 class _OwnLossSFTTrainer(SFTTrainer):
-    """TRL takes the hidden states past the model's `forward`, and one list of experts for a layer, as in Mixtral."""
+    """SFTTrainer with the loss that the model returns.
+
+    TRL's own loss bypasses the model's `forward`, and its balance loss expects one list of experts per layer, as in
+    Mixtral.
+    """
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -27,10 +31,15 @@ class _OwnLossSFTTrainer(SFTTrainer):
 
 
 class GQESFTTrainer(GQETrainer, _OwnLossSFTTrainer):
-    """`SFTTrainer`'s arguments; the loss of `GQEForCausalLM`, and what `GQETrainer` logs of it.
+    """TRL's SFTTrainer with the loss of `GQEForCausalLM`; logs it as `GQETrainer` does.
 
-    TRL's own metrics of the loss (entropy, mean_token_accuracy, aux_loss, num_tokens) aren't logged. Raises ValueError
-    for a loss that would replace the model's: `loss_type="dft"`, label smoothing, `compute_loss_func`.
+    It doesn't log TRL's metrics of the loss: entropy, mean_token_accuracy, aux_loss, num_tokens.
+
+    Args:
+        *args, **kwargs: as for SFTTrainer.
+
+    Raises:
+        ValueError: for a loss that replaces the model's: `loss_type="dft"`, label smoothing, `compute_loss_func`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

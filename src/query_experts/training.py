@@ -1,4 +1,4 @@
-"""Training through Transformers' Trainer: what it must know of the router's losses, and equal initial values."""
+"""Trains GQE and dense models with Transformers' Trainer: exact weights of the router's losses, comparable losses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from transformers import Trainer
 
 
 class GQETrainer(Trainer):
-    """Transformers' Trainer; nothing of its loop is changed. It serves dense models as well.
+    """Transformers' Trainer for GQE models and dense models, with its training loop unchanged.
 
-    To each micro-batch of a GQE model it adds `num_tokens_in_batch`, the step's real tokens over all micro-batches
-    and ranks, so that the balance loss is weighted exactly. It logs the language-model loss alone as `lm_loss`, and
-    `eval_loss` is that loss too, so that arms with and without a router compare. (Stock Trainer works as well: it
-    weights the balance loss by labels, and its losses hold the balance term.)
+    It differs from the stock Trainer, which also trains GQE models, in two ways:
+
+    - Each micro-batch of a GQE model gets `num_tokens_in_batch`: the step's real tokens over all micro-batches and
+      ranks. So the balance loss is weighted exactly. (The stock Trainer weights it by labels.)
+    - It also logs the language-model loss without the router's losses, as `lm_loss`, and reports it as `eval_loss`. So
+      losses of models with and without a router are comparable. Both are in nats per token.
+
+    Args:
+        *args, **kwargs: as for Transformers' Trainer.
+
+    Raises:
+        ValueError: for label smoothing and `compute_loss_func`, which replace the model's loss, and for several GPUs
+            in one process (nn.DataParallel).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -58,12 +67,15 @@ class GQETrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def lm_loss(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
-        """The language-model loss, not yet scaled up for being averaged over ranks."""
+        """The model's language-model loss, without the factor `num_averaging_ranks`."""
         lm_loss = outputs.get("lm_loss")
         return outputs["loss"] / self.num_averaging_ranks(num_items_in_batch) if lm_loss is None else lm_loss
 
     def num_averaging_ranks(self, num_items_in_batch: Any) -> int:
-        """Over so many ranks a loss that counts the whole step is averaged; the Trainer makes up for it."""
+        """Ranks over which gradients are averaged although the loss is divided by the whole step's items.
+
+        The Trainer multiplies such a loss by this number.
+        """
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             return self.accelerator.num_processes // self.get_tp_size()
         return 1
@@ -71,10 +83,10 @@ class GQETrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._lm_loss_sum is not None:
             steps = max(1, self.state.global_step - self._lm_loss_step)
-            # each micro-batch's loss is its share of the step's mean, so the sum over ranks and steps is over steps
+            # a micro-batch's loss is its share of the step's mean: the sum over ranks and micro-batches is one per step
             total = self.accelerator.reduce(self._lm_loss_sum, "sum").item()
-            total /= self.get_tp_size()  # replicas
-            if not self.args.average_tokens_across_devices:  # each rank's losses add up to a mean of its own
+            total /= self.get_tp_size()  # tensor-parallel ranks all count the same loss
+            if not self.args.average_tokens_across_devices:  # then each rank's losses add up to its own mean
                 total /= self.accelerator.num_processes // self.get_tp_size()
             logs["lm_loss"] = total / steps
             self._lm_loss_sum = None
@@ -82,6 +94,6 @@ class GQETrainer(Trainer):
 
 
 def count_tokens(batch: dict[str, Any]) -> int:
-    """Real tokens of a batch: those that its 2D attention mask keeps, or all."""
+    """Number of real tokens in a batch: those that its 2D attention mask keeps, or all."""
     mask = batch.get("attention_mask")
     return int(mask.ne(0).sum()) if mask is not None and mask.ndim == 2 else batch["labels"].numel()

@@ -225,10 +225,10 @@ def balance_by_hand(selected_from: list[Tensor], probs_from: list[Tensor], group
         counted, averaged = counted.unflatten(-1, (groups, -1)), averaged.unflatten(-1, (groups, -1))
         experts = counted.shape[-1]
         for g in range(groups):
-            wakes = [0] * experts
+            selections = [0] * experts
             for token in counted[:, g].tolist():
                 for m in sorted(range(experts), key=lambda m, token=token: (-token[m], m))[:top_k]:
-                    wakes[m] += 1
-            fraction = torch.tensor(wakes, dtype=total.dtype) / len(counted)
+                    selections[m] += 1
+            fraction = torch.tensor(selections, dtype=total.dtype) / len(counted)
             total = total + experts * (fraction * averaged[:, g].softmax(-1).mean(0)).sum() / groups
     return total

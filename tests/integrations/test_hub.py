@@ -1,4 +1,4 @@
-"""A checkpoint's folder loads by `trust_remote_code`, where nobody imports query_experts, and says what is missing."""
+"""A checkpoint's folder loads by `trust_remote_code`, without importing query_experts; a missing package is named."""
 
 import json
 import os
@@ -29,7 +29,7 @@ try:
     AutoConfig.from_pretrained(folder, trust_remote_code=False)
 except ValueError as error:
     print("untrusted:", " ".join(str(error).split()))
-sys.modules["query_experts"] = None  # as where it isn't installed
+sys.modules["query_experts"] = None  # as if it wasn't installed
 try:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 except ImportError as error:
@@ -61,7 +61,7 @@ def test_a_checkpoint_loads_in_a_process_that_knows_nothing_of_the_package(tmp_p
     logits, hidden = torch.load(tmp_path / "kept.pt")
     torch.testing.assert_close(logits, model(ids).logits, **EXACT)
     torch.testing.assert_close(hidden, model.model(ids).last_hidden_state, **EXACT)
-    for file in FILES:  # and not the package's source, which Transformers would copy
+    for file in FILES:  # not the package's source, which Transformers would copy
         assert (tmp_path / "model-again" / file).read_text() == (tmp_path / "model" / file).read_text()
 
 
@@ -77,9 +77,9 @@ def test_each_class_that_the_configuration_maps_to_is_the_packages_own(tmp_path,
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     tiny_model().save_pretrained(tmp_path)
-    held = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert held == AUTO_MAP
-    found = [get_class_from_dynamic_module(reference, tmp_path) for reference in held.values()]
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map == AUTO_MAP
+    found = [get_class_from_dynamic_module(reference, tmp_path) for reference in auto_map.values()]
     assert found == [GQEConfig, GQEModel, GQEForCausalLM]
 
 

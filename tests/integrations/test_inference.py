@@ -1,4 +1,4 @@
-"""Pipelines, continuous batching and export take a GQE model, or say why not."""
+"""Pipelines, continuous batching and export work with a GQE model, or refuse it with the reason."""
 
 import inspect
 
@@ -21,7 +21,7 @@ from model_helpers import (
 
 PAGED_ONCE = "kwargs" in inspect.signature(PagedAttentionCache.update).parameters
 LENGTH = torch.export.Dim("length", min=3, max=4096)
-SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # by default the cache takes the machine's memory
+SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # the default cache takes the whole memory
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_the_pipeline_writes_what_generate_does_alone_and_in_a_padded_batch(sett
 
 
 def batch_generates_what_generate_does(model, lengths=(9, 4, 1)):
-    """Whether `generate_batch` writes, for prompts of mixed lengths, what `generate` writes for each alone."""
+    """Whether `generate_batch`, for prompts of mixed lengths, gives what `generate` gives for each prompt."""
     prompts = [random_tokens(1, length, seed=length) for length in lengths]
     alone = [model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1) for ids in prompts]
     asked = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -82,7 +82,7 @@ def test_continuous_batching_says_where_the_paged_cache_cannot_serve_the_shared_
 
 
 def assert_exports(module, arguments, dynamic_shapes, others):
-    """The exported program gives the module's own output on other inputs than it was traced with."""
+    """The exported program equals the module on inputs other than those it was traced with."""
     with torch.no_grad():
         program = torch.export.export(module, (), arguments, dynamic_shapes=dynamic_shapes, strict=False).module()
         for other in others:
@@ -95,7 +95,7 @@ class Logits(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids, attention_mask=None, position_ids=None):
-        """input_ids [B, T] and the mask that they may have -> logits [B, T, V]."""
+        """input_ids [B, T], with an optional mask and positions -> logits [B, T, V]."""
         return self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).logits

@@ -1,6 +1,6 @@
 """Quantised loading through Transformers, 8 and 4 bit, on a CPU: bitsandbytes and torchao.
 
-Both packages make every import of Transformers slower by seconds, so that they have an environment of their own:
+Both packages slow every import of Transformers by seconds, so they have an environment of their own:
 `make test-quantized`.
 """
 
@@ -39,7 +39,7 @@ QUANTISED = {
 
 
 class Int8Linear(nn.Module):
-    """What LLM.int8 rounds, in plain operations: weights by output row and activations by token, to 8 bits."""
+    """The roundings of LLM.int8 in plain operations: weights by output row and activations by token, to 8 bits."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -52,7 +52,7 @@ class Int8Linear(nn.Module):
 
 
 def dequantised(linear: nn.Module) -> Tensor:
-    """The weight that a 4-bit or a torchao layer stands for, as numbers."""
+    """The weight of a 4-bit or torchao layer, as numbers."""
     if isinstance(linear, bitsandbytes.nn.Linear4bit):
         return bitsandbytes.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).float()
     return linear.weight.dequantize()
@@ -63,7 +63,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def plain_run(plain: GQEForCausalLM, quantised: GQEForCausalLM) -> GQEForCausalLM:
-    """The same model, with the quantised one's roundings made in plain operations."""
+    """The plain model with the quantised model's roundings, in plain operations."""
     out = copy.deepcopy(plain)
     for name, module in quantised.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
@@ -75,7 +75,7 @@ def plain_run(plain: GQEForCausalLM, quantised: GQEForCausalLM) -> GQEForCausalL
 
 @pytest.fixture(scope="module", params=QUANTISED)
 def models(request, tmp_path_factory):
-    """(plain, quantised, plain run with the quantised one's roundings), all without gradients."""
+    """The plain model, the quantised one, and the plain one with its roundings; all without gradients."""
     folder = tmp_path_factory.mktemp("model")
     plain = tiny_model(dtype=torch.float32, exact_loss=False, **SIZE)
     plain.save_pretrained(folder)
@@ -135,7 +135,7 @@ def test_a_quantised_checkpoint_is_saved_and_loaded(models, tmp_path):
 def test_weights_alone_in_few_bits_give_the_logits_of_the_weights_that_they_stand_for(models):
     _, quantised, by_hand = models
     if any(isinstance(m, bitsandbytes.nn.Linear8bitLt | bitsandbytes.nn.Linear4bit) for m in quantised.modules()):
-        pytest.skip("bitsandbytes computes in few bits, too")
+        pytest.skip("bitsandbytes also computes in few bits")
     torch.testing.assert_close(quantised(IDS).logits, by_hand(IDS).logits, rtol=0, atol=1e-4)
 
 

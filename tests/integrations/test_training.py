@@ -1,4 +1,4 @@
-"""PEFT and TRL take a GQE model: LoRA trains, decodes, saves and merges; SFT trains with the balance loss or not."""
+"""PEFT and TRL with a GQE model: LoRA trains, decodes, saves and merges; SFT trains with and without balance loss."""
 
 import copy
 import random
@@ -31,7 +31,7 @@ SPARSE = {"num_attention_heads": 16, "active_query_experts": 1}  # M = 8: one to
 
 
 def adapted(model, *, trained_router=True, seed=3):
-    """A LoRA model whose adapters already do something: LoRA starts with B = 0."""
+    """A LoRA model whose adapters have an effect already; LoRA itself starts with B = 0."""
     has_router = model.config.routing == "learned"
     targets = [name for name in PROJECTIONS if any(n.endswith(name) for n, _ in model.named_modules())]
     saved = ["router"] if trained_router and has_router else None
@@ -128,7 +128,7 @@ def tokenizer():
 
 
 def sft(tmp_path, tokenizer, trainer=GQESFTTrainer, model=None, trainer_arguments=None, **changes):
-    """A trainer on 48 documents that count upwards."""
+    """A trainer on 48 documents whose words count upwards."""
     draw = random.Random(0)
     texts = [" ".join(f"w{(s + i) % 29}" for i in range(draw.randint(3, 12))) for s in range(48)]
     settings = {
@@ -158,10 +158,10 @@ def test_sft_trains_with_the_models_own_loss(tmp_path, tokenizer, changes):
     trainer = sft(tmp_path, tokenizer, **changes)
     trainer.train()
     losses, lm_losses = logged(trainer, "loss"), logged(trainer, "lm_loss")
-    assert not logged(trainer, "aux_loss") + logged(trainer, "mean_token_accuracy")  # TRL's, of a loss of its own
+    assert not logged(trainer, "aux_loss") + logged(trainer, "mean_token_accuracy")  # TRL's metrics, of its own loss
     assert lm_losses[-1] < 0.8 * lm_losses[0]
     layers, top_k, coefficient = 2, 2, 0.01
-    for loss, lm_loss in zip(losses, lm_losses, strict=True):  # a balanced layer's term is k, a collapsed one's up to M
+    for loss, lm_loss in zip(losses, lm_losses, strict=True):  # a layer's term: k if balanced, up to M if collapsed
         assert 0.9 * top_k <= (loss - lm_loss) / (coefficient * layers) <= 4
 
 

@@ -1,6 +1,6 @@
-"""Makes Transformers' own tests importable for test_gqe_common.py, and ends the run in a table that names each skip.
+"""Makes Transformers' own tests importable for test_gqe_common.py, and ends the run with a table of the skipped tests.
 
-Without the unpacked source distribution (see run.py) nothing here is collected, so an ordinary `pytest` passes by.
+Without the unpacked source distribution (see run.py) nothing here is collected, so an ordinary `pytest` skips it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def skip_reason(report) -> str:
     return " ".join(reason.removeprefix("Skipped: ").split())
 
 
-def total_outcome(had: set[str]) -> str:
-    """One outcome for a test; a test that passed, but with every subtest skipped, is skipped."""
-    if "failed" in had or "skipped" in had:
-        return "failed" if "failed" in had else "skipped"
-    return "skipped" if "subtest skipped" in had and "subtest passed" not in had else "passed"
+def total_outcome(outcomes: set[str]) -> str:
+    """One outcome for a test; a test that passed, but whose subtests were all skipped, is skipped."""
+    if "failed" in outcomes or "skipped" in outcomes:
+        return "failed" if "failed" in outcomes else "skipped"
+    return "skipped" if "subtest skipped" in outcomes and "subtest passed" not in outcomes else "passed"
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
@@ -45,7 +45,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
             if outcome == "skipped":
                 skips[skip_reason(report)].add(f"{test}, {report.context.msg or 'a subtest'}" if is_subtest else test)
 
-    totals = Counter(total_outcome(had) for had in outcomes.values())
+    totals = Counter(total_outcome(one) for one in outcomes.values())
     write = terminalreporter.write_line
     terminalreporter.section(f"common tests of {Path(os.environ[SDIST_VARIABLE]).name}")
     for outcome in ("passed", "failed", "skipped"):

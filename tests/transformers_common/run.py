@@ -2,8 +2,8 @@
 
     python tests/transformers_common/run.py [--cache DIR] [pytest arguments]
 
-The distribution is fetched once and its tests unpacked into DIR/transformers-VERSION. Exit status: pytest's; 2 where
-the distribution can't be had. Needs the packages pytest and parameterized.
+The distribution is downloaded once and its tests unpacked into DIR/transformers-VERSION. Exit status: pytest's, or 2 if
+the distribution can't be downloaded. Needs the packages pytest and parameterized.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-NEEDED = "tests/test_modeling_common.py"
+COMMON_TESTS = "tests/test_modeling_common.py"
 
 
 class CannotRun(Exception):
-    """One sentence: what is missing."""
+    """The run can't start; the message is a sentence that names what is missing."""
 
 
 def sdist_tests(cache: Path, version: str) -> Path:
-    """The folder that holds `tests` of the distribution of that version, fetched if it isn't there yet."""
+    """The folder with the `tests` of that version's distribution; downloads it if it isn't there yet."""
     root = cache / f"transformers-{version}"
-    if (root / NEEDED).is_file():
+    if (root / COMMON_TESTS).is_file():
         return root
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="fetching-") as folder:
@@ -39,8 +39,8 @@ def sdist_tests(cache: Path, version: str) -> Path:
         if archive is None:
             raise CannotRun(f"pip fetched no source archive of transformers {version}.")
         unpacked = unpack(archive, Path(folder) / "unpacked")
-        if not (unpacked / NEEDED).is_file():
-            raise CannotRun(f"{archive.name} holds no {NEEDED}.")
+        if not (unpacked / COMMON_TESTS).is_file():
+            raise CannotRun(f"{archive.name} holds no {COMMON_TESTS}.")
         if not root.exists():
             unpacked.rename(root)
     return root
@@ -53,13 +53,13 @@ def download(version: str, folder: Path) -> None:
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        said = result.stderr.strip().splitlines() or ["nothing"]
-        error = next((line for line in reversed(said) if line.startswith("ERROR")), said[-1])
+        lines = result.stderr.strip().splitlines() or ["nothing"]
+        error = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise CannotRun(f"The source distribution of transformers {version} can't be fetched; pip says: {error}")
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """The tests alone. ConfigTester executes `tests/__init__.py`, which is empty in the repository and missing here."""
+    """Unpack only the tests, and add `tests/__init__.py`: ConfigTester runs it, and the distribution lacks it."""
     with tarfile.open(archive) as tar:
         tests = [member for member in tar.getmembers() if member.name.partition("/")[2].startswith("tests/")]
         tar.extractall(folder, members=tests, filter="data")
@@ -72,7 +72,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 def environment(sdist: Path) -> dict[str, str]:
     path = [*filter(None, [os.environ.get("PYTHONPATH")]), str(REPOSITORY / "src")]
     return {
-        "OMP_NUM_THREADS": "1",  # tiny models: more threads only get into the ranks' way
+        "OMP_NUM_THREADS": "1",  # for tiny models more threads only slow the ranks down
         "HF_HUB_OFFLINE": "1",
         **os.environ,
         "TRANSFORMERS_SDIST": str(sdist),

@@ -1,8 +1,8 @@
 """Transformers' common model tests on the GQE model: `python tests/transformers_common/run.py` runs them.
 
-What stands here is the tiny model that they ask for, and what they can't know of GQE. A test of theirs that passes
-without having built a GQE model has tested nothing: it is counted as a skip, with its reason from NO_MODEL_BUILT,
-or it fails where no reason is known.
+This file holds the tiny model that they need, and what they don't know about GQE. A test that passes without building
+a GQE model has tested nothing. It is counted as skipped, with its reason from NO_MODEL_BUILT, and fails without a
+known reason.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from query_experts import GQEConfig, GQEForCausalLM, GQEModel
 from query_experts.model.modeling_gqe import GQEPreTrainedModel
 from query_experts.ops.attend import DECODE_TOKENS
 
-# Lists of model types and class names by which the tests choose what to run; a model outside Transformers is in none.
+# By these lists of model types and class names the tests choose what to run; they lack models outside Transformers.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # no list: every model with a plan
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
-MODEL_MAPPING_NAMES["gqe"] = "GQEModel"  # without these two no labels are given and training is not tested
+MODEL_MAPPING_NAMES["gqe"] = "GQEModel"  # without these two there are no labels, and training isn't tested
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gqe"] = "GQEForCausalLM"
 
-# The tests read annotations of forward to see what can be asked of it, but don't resolve postponed ones.
+# The tests read the annotations of forward to find its arguments, but don't resolve postponed annotations.
 for forward in (GQEModel.forward, GQEForCausalLM.forward):
     hints = typing.get_type_hints(inspect.unwrap(forward)) | {"kwargs": Unpack[TransformersKwargs]}
     inspect.unwrap(forward).__annotations__.update(hints)
 
 if test_fsdp_mixin._get_distributed_device_type() == "cpu":
-    # They ask for as many cores as ranks; ranks on the CPU are processes, which can share cores.
+    # The tests want a core for each rank, but ranks on the CPU are processes, which can share cores.
     test_fsdp_mixin._get_available_fsdp_workers = lambda: 4
 
 # Tests that may pass without building a model: name (a regular expression) -> why that is a skip, or None if it isn't.
@@ -62,7 +62,7 @@ NO_MODEL_BUILT = {
 
 
 class Started:
-    """How many GQE models were built and how many ranks were started, to tell whether a test did anything."""
+    """Counts the GQE models that were built and the ranks that were started: whether a test did anything."""
 
     count = 0
 
@@ -107,10 +107,10 @@ def no_silent_pass(test_class: type) -> type:
 
 
 class GQEModelTester:
-    """A model of 4 query experts in 2 groups, one of each awake, and its inputs.
+    """A model with 4 query experts in 2 groups, one active per group, and its inputs.
 
-    `num_attention_heads` is here what the tests mean by it: the heads of the attention weights, which in GQE are the
-    woken experts and the shared head.
+    `num_attention_heads` has the tests' meaning here: the heads of the attention weights. In GQE these are the selected
+    experts and the shared head.
     """
 
     base_model_class = GQEModel
@@ -118,10 +118,10 @@ class GQEModelTester:
     all_model_classes = (GQEModel, GQEForCausalLM)
     is_training = True
     batch_size = 13
-    seq_length = DECODE_TOKENS + 3  # fewer, with the cache that is on by default, would all be decoded in one read
+    seq_length = DECODE_TOKENS + 3  # with fewer tokens, and the cache on by default, all would take the decode path
     vocab_size = 99
     hidden_size = 32
-    intermediate_size = 36  # 5.17 does not split an odd one over two ranks, in Llama neither
+    intermediate_size = 36  # Transformers 5.17 can't split an odd size over two ranks, nor can its Llama
     num_hidden_layers = 2
     num_query_experts = 4
     num_key_value_heads = 2
@@ -170,7 +170,7 @@ class GQEModelTest(
         self.model_tester = GQEModelTester(self)
 
     def test_config(self) -> None:
-        held = {
+        fields = {
             "head_dim": 64,
             "num_attention_heads": 12,
             "num_key_value_heads": 3,
@@ -183,10 +183,10 @@ class GQEModelTest(
             "router_z_loss_coef": 0.001,
             "output_router_logits": True,
         }
-        ConfigTester(self, config_class=GQEConfig, **held).run_common_tests()
+        ConfigTester(self, config_class=GQEConfig, **fields).run_common_tests()
 
     def test_can_init_all_missing_weights(self) -> None:
-        """They run it for models added since 2023, judging by the copyright line of the configuration's file."""
+        """The tests run it for models added since 2023, by the copyright line of the configuration's file."""
         with tempfile.NamedTemporaryFile("w", suffix=".py") as dated:
             dated.write("# Copyright 2026\n")
             dated.flush()
@@ -194,6 +194,6 @@ class GQEModelTest(
                 super().test_can_init_all_missing_weights()
 
     def _get_tiny_config(self) -> tuple[type, dict[str, Any]]:
-        """Theirs gives each of 4 heads its own KV head, which leaves the router nothing to choose."""
+        """The tests' own configuration has a KV head for each of 4 heads, so that there is nothing to route."""
         config_class, fields = super()._get_tiny_config()
         return config_class, fields | {"num_key_value_heads": 2}

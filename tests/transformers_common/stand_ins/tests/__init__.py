@@ -1,6 +1,6 @@
-"""The package `tests` of Transformers: its source distribution's modules, and stand-ins for those that it leaves out.
+"""The package `tests` of Transformers: its source distribution's modules, and stand-ins for those that it lacks.
 
-The distribution comes first, so that a module which a later version carries is taken from there.
+The distribution comes first, so that modules of a later version replace the stand-ins.
 """
 
 import os

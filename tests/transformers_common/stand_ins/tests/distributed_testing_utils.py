@@ -1,7 +1,7 @@
-"""Stand-in for the launcher of Transformers' tensor-parallel and FSDP tests, which the distribution leaves out.
+"""Stand-in for the launcher of Transformers' tensor-parallel and FSDP tests, which the distribution lacks.
 
-It really starts the ranks: fresh processes, gloo on the CPU or the accelerator's own backend, and a failure or a
-hang of any rank fails the test.
+It starts the ranks as new processes, with gloo on the CPU or the accelerator's own backend. A rank that fails or hangs
+fails the test.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _set_rank_device(rank: int) -> None:
 
 
 def _start_rank_processes(function: Callable, args: tuple, nprocs: int, timeout: float = RANKS_TIMEOUT_S) -> None:
-    """Runs function(rank, *args) in `nprocs` new processes and waits; raises what a rank raised, or TimeoutError."""
+    """Run function(rank, *args) in `nprocs` new processes and wait; raises the error of a rank, or TimeoutError."""
     deadline = time.monotonic() + timeout
     ranks = mp.spawn(function, args=args, nprocs=nprocs, join=False)
     try:
@@ -73,7 +73,7 @@ def run_distributed(world_size: int) -> Callable[[Callable], Callable[..., None]
     def with_ranks(function: Callable) -> Callable[..., None]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> None:
-            # the store lives here and chose its port itself, so no other run can take it
+            # this process owns the store, which chose a free port itself, so that no other run can take it
             store = dist.TCPStore("localhost", 0, world_size=None, is_master=True, wait_for_workers=False)
             _start_rank_processes(_run_rank, (function, world_size, store.port, args, kwargs), world_size)
 

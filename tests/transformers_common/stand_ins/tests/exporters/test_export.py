@@ -1,4 +1,4 @@
-"""Stand-in for Transformers' export tests, which the distribution leaves out: a smaller test of the same exporter."""
+"""Stand-in for Transformers' export tests, which the distribution lacks: a smaller test of the same exporter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-in for Transformers' generation tests, which the distribution leaves out; tests/test_generation.py has ours."""
+"""Stand-in for Transformers' generation tests, which the distribution lacks; see tests/model/test_generation.py."""
 
 
 class GenerationTesterMixin:
