@@ -47,6 +47,17 @@ def record_routing(indices: Tensor, layer_name: str) -> None:
         layer.capture_fn((indices + first[:, None]).flatten(1))
 
 
+def tensor_parallel_ranks(num_kv_heads: int) -> int:
+    """The number of tensor-parallel ranks. Raises ValueError if the KV groups can't be split evenly over them."""
+    ranks = get_tensor_model_parallel_world_size()
+    if num_kv_heads % ranks:
+        raise ValueError(
+            f"tensor_parallel_size is {ranks}; it must divide num_key_value_heads, {num_kv_heads}: a group of "
+            "query experts stays on one rank"
+        )
+    return ranks
+
+
 class VLLMGQEAttention(nn.Module):
     """`query_experts.GQEAttention` for serving, with the arguments that vLLM's Llama layer gives its attention.
 
@@ -80,15 +91,9 @@ class VLLMGQEAttention(nn.Module):
         attn_type: str = "decoder",
     ):
         super().__init__()
-        ranks = get_tensor_model_parallel_world_size()
-        if num_kv_heads % ranks:
-            raise ValueError(
-                f"tensor_parallel_size is {ranks}; it must divide num_key_value_heads, {num_kv_heads}: a group of "
-                "query experts stays on one rank"
-            )
-        self.ranks = ranks
+        self.ranks = tensor_parallel_ranks(num_kv_heads)
         self.groups = num_kv_heads
-        self.own_groups = num_kv_heads // ranks
+        self.own_groups = num_kv_heads // self.ranks
         self.first_group = get_tensor_model_parallel_rank() * self.own_groups
         self.experts = num_heads // num_kv_heads
         self.top_k = config.active_query_experts
@@ -105,10 +110,8 @@ class VLLMGQEAttention(nn.Module):
         self.q_shared = None
         if self.variant == "gqe":
             self.q_shared = ReplicatedLinear(hidden_size, self.head_dim, prefix=f"{prefix}.q_shared", **linear)
-        hard_slots = num_heads if self.by_expert else num_kv_heads * self.top_k
-        extra_slots = 2 * ranks if self.variant == "gqe" else 0  # each rank has both: see `sharding`
         self.o_proj = RowParallelLinear(
-            (hard_slots + extra_slots) * self.head_dim, hidden_size,
+            self._output_slots() * self.head_dim, hidden_size,
             bias=config.attention_bias if config.attention_output_bias is None else config.attention_output_bias,
             quant_config=quant_config, prefix=f"{prefix}.o_proj",
         )  # fmt: skip
@@ -126,6 +129,11 @@ class VLLMGQEAttention(nn.Module):
             cached_heads * self.top_k, self.head_dim, self.head_dim**-0.5, num_kv_heads=cached_heads,
             cache_config=cache_config, quant_config=quant_config, attn_type=attn_type, prefix=f"{prefix}.attn",
         )  # fmt: skip
+
+    def _output_slots(self) -> int:
+        """Slots of W_O, summed over the ranks: the hard slots (or experts), and both extra slots on each rank."""
+        hard_slots = self.groups * (self.experts if self.by_expert else self.top_k)
+        return hard_slots + (2 * self.ranks if self.variant == "gqe" else 0)
 
     def _records_routing(self) -> bool:
         """Whether vLLM asks for the selected experts; registers the layer, so that `record_routing` finds it."""
