@@ -357,9 +357,9 @@ def test_the_fit_is_to_the_rows_that_are_not_held_out(monkeypatch):
     torch.testing.assert_close(fit.weight, torch.linalg.solve(seen.T @ seen + ridge, seen.T @ target).T.float())
     other = strength.clone()
     other[held_out] = other[held_out].flip(-1)
-    judged = fit_router(x, other, 2, 1, held_out)
-    assert torch.equal(judged.weight, fit.weight)
-    assert judged.kept != fit.kept
+    again = fit_router(x, other, 2, 1, held_out)
+    assert torch.equal(again.weight, fit.weight)
+    assert again.kept != fit.kept
 
 
 def test_rank_shares_count_each_expert_at_its_rank():
@@ -456,7 +456,7 @@ def test_with_all_experts_active_nothing_diverges_whatever_the_router():
     for router in ("random", "query_norm", "calibrated"):
         report = convert_model(dense_model(), router=router, calibration=tokens(10, 40))[1]
         assert report.kl == pytest.approx(0, abs=1e-6)
-        assert all(fit.best < 0.99 for fit in report.fits if fit is not None)  # judged at one expert a group
+        assert all(fit.best < 0.99 for fit in report.fits if fit is not None)  # judged at one expert per group
 
 
 @torch.no_grad()

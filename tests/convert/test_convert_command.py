@@ -115,42 +115,42 @@ STAY_BEHIND = (
 
 
 @pytest.fixture(scope="module")
-def converted_with_all_beside_it(tmp_path_factory, dense):
+def converted_with_all_sidecar_files(tmp_path_factory, dense):
     folder = tmp_path_factory.mktemp("beside")
     shutil.copytree(dense, folder / "dense")
     for name in (*COME_ALONG, *STAY_BEHIND):
         (folder / "dense" / name).parent.mkdir(exist_ok=True)
-        (folder / "dense" / name).write_text(json.dumps({"held by": name}))
+        (folder / "dense" / name).write_text(json.dumps({"file": name}))
     assert main(["convert", str(folder / "dense"), str(folder / "gqe")]) == 0
     return folder / "gqe"
 
 
 @pytest.mark.parametrize("name", COME_ALONG)
-def test_what_tokenizer_template_and_licence_are_made_of_comes_along(converted_with_all_beside_it, name):
-    assert (converted_with_all_beside_it / name).read_text() == json.dumps({"held by": name})
+def test_what_tokenizer_template_and_licence_are_made_of_comes_along(converted_with_all_sidecar_files, name):
+    assert (converted_with_all_sidecar_files / name).read_text() == json.dumps({"file": name})
 
 
 @pytest.mark.parametrize("name", STAY_BEHIND)
-def test_what_belongs_to_the_dense_model_alone_stays_behind(converted_with_all_beside_it, name):
-    assert not (converted_with_all_beside_it / name).exists()
+def test_what_belongs_to_the_dense_model_alone_stays_behind(converted_with_all_sidecar_files, name):
+    assert not (converted_with_all_sidecar_files / name).exists()
 
 
 def test_of_the_hub_no_weights_in_other_forms_are_fetched(tmp_path, dense, monkeypatch):
-    wanted = [path.name for path in dense.iterdir()]
+    expected = [path.name for path in dense.iterdir()]
     others = ["pytorch_model.bin", "old/pytorch_model.bin", "model.pt", "model.pth", "model.gguf", "tf_model.h5"]
     others += ["flax_model.msgpack", "model.onnx_data", "onnx/config.json", "original/x", "consolidated.safetensors"]
     fetched = []
 
     def snapshot_download(name, **options):
         assert name == "someone/model"
-        fetched.extend(filter_repo_objects(wanted + others, **options))
+        fetched.extend(filter_repo_objects(expected + others, **options))
         return str(dense)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "missing_on_hub", lambda name: None)
     monkeypatch.setattr(source_module, "snapshot_download", snapshot_download)
     assert main(["convert", "someone/model", "gqe"]) == 0
-    assert fetched == wanted
+    assert fetched == expected
     torch.testing.assert_close(logits(tmp_path / "gqe"), logits(dense), rtol=0, atol=1e-5)
 
 
@@ -294,7 +294,7 @@ def test_long_text_is_not_tokenised_whole(dense, text, monkeypatch):
             given.append(piece)
             return self.tokenizer(piece, **options)
 
-    monkeypatch.setattr(folder_module, "PIECE", 1000)
+    monkeypatch.setattr(folder_module, "PIECE_CHARACTERS", 1000)
     monkeypatch.setattr(folder_module, "load_fast_tokenizer", lambda name: Watched(AutoTokenizer.from_pretrained(name)))
     asked = ConvertSettings(str(dense), "out", 1, "expert", None, [text], 640, 16, "text", 0, "cpu")
     assert folder_module.read_calibration_text(asked, dense, 16).shape == (40, 16)
@@ -495,8 +495,8 @@ def test_a_tokenizer_that_is_not_there_or_cannot_be_loaded_is_spoken_of(tmp_path
     assert "Note: the checkpoint has no tokenizer, and so the GQE checkpoint has none." in capsys.readouterr().out
     (bare / "tokenizer.json").write_text("{}")
     assert main(["convert", str(bare), str(tmp_path / "two")]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Note: the tokenizer was copied as it is, and can't be loaded here (" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "Note: the tokenizer was copied as it is, and can't be loaded here (" in output
     assert main(["convert", str(dense), str(tmp_path / "three")]) == 0
     assert "Note" not in capsys.readouterr().out
 
@@ -700,8 +700,8 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
     argv += ["--batch_size", 2, "--gradient_accumulation_steps", 1, "--evaluations", 2, "--sparsify_fraction", 0.5]
     argv += ["--router_aux_loss_coef", 0]
     assert main([str(word) for word in argv]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "at the start, teacher's" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "at the start, teacher's" in output
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["arm"] == "converted"
     assert [tokens for tokens, _ in result["validation_curve"]] == [0, 96, 192]

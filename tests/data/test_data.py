@@ -700,7 +700,7 @@ def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"text": ', "line 3 is not JSON (Expecting value at column "),
         ('["text"]', "line 3 is a JSON list"),
@@ -709,9 +709,9 @@ def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
         ('{"text": "ab\\ud800"}', "line 3 has half a surrogate pair in 'text' at character 2"),
     ],
 )
-def test_a_bad_jsonl_line_is_named_with_file_and_number(tmp_path, line, said):
+def test_a_bad_jsonl_line_is_named_with_file_and_number(tmp_path, line, message):
     (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": null}\n' + line + "\n")
-    assert f"x.jsonl', where {said}" in refused(tmp_path, [str(tmp_path / "x.jsonl")])
+    assert f"x.jsonl', where {message}" in refused(tmp_path, [str(tmp_path / "x.jsonl")])
 
 
 def test_a_parquet_table_without_the_column_names_those_it_has(tmp_path):

@@ -398,7 +398,7 @@ def test_a_text_longer_than_the_window_is_scored_in_windows_that_are_full(checkp
     task = json.loads(out.read_text())["tasks"]["wikitext"]
     bits = task["metrics"]["bits_per_byte"]["value"]
     assert bits == pytest.approx(-total / len(page.encode()) / math.log(2), rel=1e-5)
-    assert task["num_fewshot"] == 0  # a text is scored alone, and needs no training split
+    assert task["num_fewshot"] == 0  # a text is scored without examples, and needs no training split
 
 
 def test_a_task_that_shuffles_is_the_same_in_every_run(checkpoints, data, tmp_path, monkeypatch):

@@ -54,10 +54,10 @@ def test_a_checkpoint_loads_in_a_process_that_knows_nothing_of_the_package(tmp_p
         [sys.executable, "-c", ELSEWHERE, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
-    said = dict(line.split(": ", 1) for line in ran.stdout.splitlines())
-    assert "trust_remote_code=True" in said["untrusted"]
-    assert "pip install query-experts" in said["missing"]
-    assert said["classes"] == "query_experts.model.modeling_gqe query_experts.model.modeling_gqe"
+    printed = dict(line.split(": ", 1) for line in ran.stdout.splitlines())
+    assert "trust_remote_code=True" in printed["untrusted"]
+    assert "pip install query-experts" in printed["missing"]
+    assert printed["classes"] == "query_experts.model.modeling_gqe query_experts.model.modeling_gqe"
     logits, hidden = torch.load(tmp_path / "kept.pt")
     torch.testing.assert_close(logits, model(ids).logits, **EXACT)
     torch.testing.assert_close(hidden, model.model(ids).last_hidden_state, **EXACT)

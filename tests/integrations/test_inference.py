@@ -50,12 +50,12 @@ def test_the_pipeline_writes_what_generate_does_alone_and_in_a_padded_batch(sett
 def batch_generates_what_generate_does(model, lengths=(9, 4, 1)):
     """Whether `generate_batch`, for prompts of mixed lengths, gives what `generate` gives for each prompt."""
     prompts = [random_tokens(1, length, seed=length) for length in lengths]
-    alone = [model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1) for ids in prompts]
+    one_by_one = [model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=-1) for ids in prompts]
     asked = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     inputs = [ids[0].tolist() for ids in prompts]
     out = model.generate_batch(inputs, generation_config=asked, continuous_batching_config=SMALL)
     return [result.generated_tokens for result in out.values()] == [
-        row[0, length:].tolist() for row, length in zip(alone, lengths, strict=True)
+        row[0, length:].tolist() for row, length in zip(one_by_one, lengths, strict=True)
     ]
 
 
@@ -73,8 +73,8 @@ def test_continuous_batching_without_a_shared_head_on_any_backend(variant, backe
 
 def test_continuous_batching_says_where_the_paged_cache_cannot_serve_the_shared_head(monkeypatch):
     asked = {"generation_config": GenerationConfig(max_new_tokens=1)}
-    wanted = "needs 'sdpa'" if PAGED_ONCE else "needs a newer one"
-    with pytest.raises(ValueError, match=wanted):
+    message = "needs 'sdpa'" if PAGED_ONCE else "needs a newer one"
+    with pytest.raises(ValueError, match=message):
         tiny_model("eager", torch.float32).generate_batch([[1, 2]], **asked)
     monkeypatch.setattr(PagedAttentionCache, "update", lambda self, key_states, value_states, layer_idx: None)
     with pytest.raises(ValueError, match=r"transformers is 5\..*can't serve the shared head"):

@@ -52,7 +52,7 @@ if test_fsdp_mixin._get_distributed_device_type() == "cpu":
 
 # Tests that may pass without building a model: name (a regular expression) -> why that is a skip, or None if it isn't.
 NO_MODEL_BUILT = {
-    "test_config|test_config_attn_implementation_setter": None,  # about the configuration alone
+    "test_config|test_config_attn_implementation_setter": None,  # only about the configuration
     "test_model_main_input_name": None,  # about forward's signature
     "test_num_layers_is_small": None,  # about GQEModelTester
     "test_get_(text|image|audio|video)_features_.*": "GQE has one input, text, and no get_*_features method",

@@ -42,7 +42,7 @@ def load_config(checkpoint: str, field: str) -> PreTrainedConfig:
 
     Args:
         checkpoint: a folder, or the name of a model on the hub.
-        field: the setting that held the checkpoint, for error sentences.
+        field: the setting that names the checkpoint, for error sentences.
 
     Raises:
         SettingError: if the checkpoint doesn't exist or its config.json can't be used.
@@ -99,7 +99,7 @@ def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, 
 
     Args:
         folder: the checkpoint's folder.
-        field: the setting that held the folder, for error sentences.
+        field: the setting that names the folder, for error sentences.
 
     Returns:
         A `GQEForCausalLM` in float32 on the CPU, and the tokenizer.
@@ -135,7 +135,7 @@ def load_tokenizer(checkpoint: str, model: PreTrainedModel, field: str) -> Any:
     Args:
         checkpoint: a folder, or the name of a model on the hub.
         model: the checkpoint's model, whose embedding must have a row for each token.
-        field: the setting that held the checkpoint, for error sentences.
+        field: the setting that names the checkpoint, for error sentences.
 
     Raises:
         SettingError: if there is no tokenizer, if it can't be loaded, or if it is another model's.
@@ -167,7 +167,7 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
         kind: the model's class, or an Auto class.
         checkpoint: a folder, or the name of a model on the hub.
         dtype: of the weights; a torch.dtype or its name, or "auto" for the checkpoint's own.
-        field: the setting that held the checkpoint, for error sentences.
+        field: the setting that names the checkpoint, for error sentences.
 
     Raises:
         SettingError: if the checkpoint can't be loaded, lacks weights, has weights of another shape, has layers that
@@ -219,7 +219,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The text of an error in one line, cut to 300 characters; with its type if the text alone may say too little."""
+    """The text of an error in one line, cut to 300 characters; with its type unless the text explains itself."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # a wrapper of the real error
         error = error.__cause__
     text = " ".join(str(error).split())

@@ -38,9 +38,9 @@ from query_experts.model.configuration_gqe import GQEConfig
 
 TOKENS = 16_384  # of text to calibrate on, by default
 LENGTH = 512  # tokens of a sequence, by default, if the model takes that many
-UNFINISHED_NAME = ".{name}.{id}.part"  # of the folder that a conversion writes to
+BUILDING_NAME = ".{name}.{id}.part"  # of the folder that a conversion writes to
 LOCK_NAME = ".{name}.lock"  # of the file that keeps other conversions away
-PIECE = 2**16  # characters that are tokenised at a time
+PIECE_CHARACTERS = 2**16  # text that is tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     can't be used.
     """
     settings = with_defaults(settings)
-    out = new_folder(settings.out)
+    out = resolve_out(settings.out)
     if settings.output_projection == "slot" and not settings.calibrate:
         raise SettingError(
             "output_projection is 'slot', which doesn't start equal to the dense model; calibrate must be given, so "
@@ -110,42 +110,42 @@ def with_defaults(settings: ConvertSettings) -> ConvertSettings:
     return dataclasses.replace(settings, **defaults | given) if settings.calibrate else settings
 
 
-def new_folder(name: str) -> Path:
-    """Raises SettingError for an `out` that can't be a folder."""
+def resolve_out(name: str) -> Path:
+    """The absolute path of `out`. Raises SettingError if it can't be a folder."""
     if not name:
         raise SettingError("out is empty; it must be a new or empty folder")
     try:
         out = Path(name).resolve()
         blocked = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError) as error:  # such as a loop of links
         raise SettingError(f"out is {name}, which can't be read ({error}); it must be a new or empty folder") from error
     if blocked is not None:
-        what = "which" if blocked == out else f"where {blocked}"
-        raise SettingError(f"out is {name}, {what} is a file; it must be a new or empty folder")
+        subject = "which" if blocked == out else f"where {blocked}"
+        raise SettingError(f"out is {name}, {subject} is a file; it must be a new or empty folder")
     return out
 
 
 @contextmanager
 def building_folder(out: Path, name: str) -> Iterator[Path]:
-    """A folder to write the checkpoint to, removed on exit; next to `out`, or inside an `out` that exists already.
+    """A folder to build the checkpoint in, removed on exit. It is next to `out`, or inside an `out` that exists.
 
-    (An `out` that exists may be a mounted disk, so that its neighbours are on another disk.) A lock keeps other
-    conversions to the same `out` away. So unfinished folders of the same `out` are left over from killed conversions,
-    and are removed.
+    (An `out` that exists may be a mounted disk; a folder next to it would be on another disk.) A lock keeps other
+    conversions to the same `out` away. So building folders of the same `out` are left over from killed conversions, and
+    are removed.
 
     out: the resolved path. name: the setting as given. Raises SettingError if another conversion is running, if `out`
     isn't empty, and if no folder can be made.
     """
     parent = out if out.exists() else out.parent
     lock = parent / LOCK_NAME.format(name=out.name)
-    building = parent / UNFINISHED_NAME.format(name=out.name, id=uuid.uuid4().hex[:8])
+    building = parent / BUILDING_NAME.format(name=out.name, id=uuid.uuid4().hex[:8])
     with no_empty_folders(parent), ExitStack() as stack:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(lock, timeout=0))
             stack.callback(remove_lock, lock)
-            for unfinished in parent.glob(UNFINISHED_NAME.format(name=glob.escape(out.name), id="[0-9a-f]" * 8)):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for abandoned in parent.glob(BUILDING_NAME.format(name=glob.escape(out.name), id="[0-9a-f]" * 8)):
+                shutil.rmtree(abandoned, ignore_errors=True)
             require_empty(out, name)
             stack.callback(shutil.rmtree, building, ignore_errors=True)
             building.mkdir()
@@ -253,8 +253,8 @@ def read_calibration_text(settings: ConvertSettings, folder: Path, longest: int)
         tokenizer = load_fast_tokenizer(str(folder))
         sources = find_sources(settings.calibrate)
         for document in sources.texts(text_field, Path(scratch)):
-            for start in range(0, len(document), PIECE):  # in pieces, as a whole book would fill the memory
-                piece = document[start : start + PIECE]
+            for start in range(0, len(document), PIECE_CHARACTERS):  # in pieces, as a whole book would fill the memory
+                piece = document[start : start + PIECE_CHARACTERS]
                 ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
                 if len(ids) >= tokens:
                     break
