@@ -107,12 +107,12 @@ def test_a_loss_coefficient_must_be_a_number_from_zero_on(name, value):
 def test_counts_may_be_any_whole_numbers_and_nothing_else():
     assert GQEAttention(64, np.int64(8), np.int64(4)).top_k == 1
     for bad in ("8", 8.0, None):
-        with pytest.raises(ValueError, match=f"num_query_experts .* is {bad!r}; it must be a whole number"):
+        with pytest.raises(ValueError, match=f"^num_query_experts is {bad!r}; it must be a whole number"):
             GQEAttention(64, bad, 4)
     with pytest.raises((StrictDataclassError, ValueError), match="num_attention_heads"):
         GQEConfig(num_attention_heads=0)
     for name in ("hidden_size", "num_query_experts", "num_kv_heads"):
-        with pytest.raises(ValueError, match=rf"{name}( \(\w+\))? is -1; it must be 1 or more"):
+        with pytest.raises(ValueError, match=rf"^{name} is -1; it must be 1 or more"):
             GQEAttention(**{"hidden_size": 64, "num_query_experts": 8, "num_kv_heads": 4, name: -1})
 
 

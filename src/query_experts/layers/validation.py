@@ -1,13 +1,21 @@
-"""Which layers can be built: the choices that a GQE layer has, and the counts that fit together."""
+"""Checks which GQE layers can be built: the choices that a layer has, and the counts that fit together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
 
 VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 OUTPUT_PROJECTIONS = ("slot", "expert")
 ROUTINGS = ("learned", "frozen", "none")
 SHARED_HEAD_KV = ("mean", "first")
+
+# the layer's names -> those of Transformers, which configurations and settings have
+CONFIG_NAMES = {
+    "num_query_experts": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "top_k": "active_query_experts",
+}
 
 
 def check_layout(
@@ -21,42 +29,65 @@ def check_layout(
     output_projection: str,
     routing: str,
     shared_head_kv: str,
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises ValueError, naming the field, what it held and what is allowed, for a layer that can't be built."""
-    for name, held, allowed in (
+    """Refuses a layer that can't be built.
+
+    Args:
+        rope: Whether the layer has a rotary embedding.
+        names: The layer's name of a field -> what the caller calls it, where they differ.
+
+    Raises:
+        ValueError: The sentence names the field, what it held and what is allowed.
+    """
+    for name, value, allowed in (
         ("variant", variant, VARIANTS),
         ("output_projection", output_projection, OUTPUT_PROJECTIONS),
         ("routing", routing, ROUTINGS),
         ("shared_head_kv", shared_head_kv, SHARED_HEAD_KV),
     ):
-        if held not in allowed:
-            raise ValueError(f"{name} is {held!r}; it must be one of {', '.join(allowed)}")
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+    check_heads(hidden_size, num_query_experts, num_kv_heads, top_k, head_dim, rope, names)
+    experts_per_group = num_query_experts // num_kv_heads
+    if routing == "none" and top_k != experts_per_group:
+        raise ValueError(
+            f"routing is 'none' and {(names or {}).get('top_k', 'top_k')} {top_k} of {experts_per_group} experts in a "
+            "group; without a router it must be all of them"
+        )
+
+
+def check_heads(
+    hidden_size: int,
+    num_query_experts: int,
+    num_kv_heads: int,
+    top_k: int,
+    head_dim: int,
+    rope: bool,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Refuses counts that don't fit together; arguments and errors as in `check_layout`."""
     counts = {
         "hidden_size": hidden_size,
-        "num_query_experts (num_attention_heads)": num_query_experts,
-        "num_kv_heads (num_key_value_heads)": num_kv_heads,
+        "num_query_experts": num_query_experts,
+        "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
+        "top_k": top_k,
     }
-    for name, count in [*counts.items(), ("top_k (active_query_experts)", top_k)]:
-        if not isinstance(count, Integral) or isinstance(count, bool):
-            raise ValueError(f"{name} is {count!r}; it must be a whole number")
+    called = {name: (names or {}).get(name, name) for name in counts}
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be 1 or more")
+        if not isinstance(count, Integral) or isinstance(count, bool):
+            raise ValueError(f"{called[name]} is {count!r}; it must be a whole number")
+    for name, count in counts.items():
+        if count < 1 and name != "top_k":
+            raise ValueError(f"{called[name]} is {count}; it must be 1 or more")
     if num_query_experts % num_kv_heads:
         raise ValueError(
-            f"num_query_experts (num_attention_heads) is {num_query_experts}; it must be a multiple of "
-            f"num_kv_heads (num_key_value_heads), {num_kv_heads}"
+            f"{called['num_query_experts']} is {num_query_experts}; it must be a multiple of "
+            f"{called['num_kv_heads']}, {num_kv_heads}"
         )
     experts_per_group = num_query_experts // num_kv_heads
     if not 1 <= top_k <= experts_per_group:
-        raise ValueError(
-            f"top_k (active_query_experts) is {top_k}; it must be 1 to {experts_per_group}, the experts in a group"
-        )
-    if routing == "none" and top_k != experts_per_group:
-        raise ValueError(
-            f"routing is 'none' and top_k (active_query_experts) {top_k} of {experts_per_group} experts in a group; "
-            f"without a router it must be all of them"
-        )
+        raise ValueError(f"{called['top_k']} is {top_k}; it must be 1 to {experts_per_group}, the experts in a group")
     if rope and head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary position embedding needs an even number")

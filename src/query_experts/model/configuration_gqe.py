@@ -10,14 +10,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from query_experts.layers.validation import check_layout
+from query_experts.layers.validation import CONFIG_NAMES, check_layout
 from query_experts.model.remote_code import AUTO_MAP, write_shim
-
-LAYER_FIELD_NAMES = {
-    "num_query_experts": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "top_k": "active_query_experts",
-}
 
 
 @strict
@@ -64,7 +58,7 @@ class GQEConfig(LlamaConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, field in LAYER_FIELD_NAMES.items():
+        for name, field in CONFIG_NAMES.items():
             if name in kwargs:  # would be kept as a field without effect
                 raise ValueError(f"{name} is {kwargs[name]!r}; in GQEConfig this field is called {field}")
         for name in ("hidden_size", "num_attention_heads"):
@@ -82,6 +76,7 @@ class GQEConfig(LlamaConfig):
         check_layout(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.active_query_experts,
             self.head_dim, True, self.variant, self.output_projection, self.routing, self.shared_head_kv,
+            CONFIG_NAMES,
         )  # fmt: skip
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             held = getattr(self, name)
