@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from query_experts.common.device import resolve_device
 from query_experts.common.environment import environment
 from query_experts.common.files import write_json
 from query_experts.common.settings import parse_settings
@@ -29,8 +28,8 @@ from query_experts.model import costs
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.compare import open_corpus
 from query_experts.study.distill import load_teacher
-from query_experts.study.settings import TrainSettings
-from query_experts.study.train import Start, train_arm
+from query_experts.study.settings import DistillSettings
+from query_experts.study.train import StartingPoint, train_arm
 from query_experts.study.workspace import own_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +63,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def run(case: str, seed: int, teacher: Any, settings: TrainSettings, corpus: Corpus, folder: Path) -> dict[str, Any]:
+def run(case: str, seed: int, teacher: Any, settings: DistillSettings, corpus: Corpus, folder: Path) -> dict[str, Any]:
     """One conversion and its training; what the conversion came to is kept beside the run."""
     conversion, training = CASES[case]
     settings = dataclasses.replace(settings, **training)
@@ -74,7 +73,7 @@ def run(case: str, seed: int, teacher: Any, settings: TrainSettings, corpus: Cor
     model, report = convert_model(teacher, **{"top_k": 1} | conversion, calibration=text, seed=seed)
     model.config.router_aux_loss_coef = settings.router_aux_loss_coef
     heads = costs.heads(model.config).active
-    start = Start(model, teacher, settings.distillation, settings.sparsify_fraction)
+    start = StartingPoint(model, teacher, settings.distillation, settings.sparsify_fraction)
     result = train_arm(settings, case, seed, corpus, folder, StopRequest(), start)
     assert result is not None
     fits = [fit for fit in report.fits if fit is not None]
@@ -110,7 +109,7 @@ def main() -> None:
     recipe += ["--out", options.out, "--data", *options.data]
     recipe += ["--cache_dir", options.cache_dir] if options.cache_dir else []
     settings = parse_settings(
-        TrainSettings, [*recipe, *rest], prog="conversion.py", about=str(__doc__), folder="recipes", preset="distill"
+        DistillSettings, [*recipe, *rest], prog="conversion.py", about=str(__doc__), folder="recipes", preset="distill"
     )
     console = Console()
     with own_folder(Path(options.out)) as out:
@@ -125,7 +124,7 @@ def main() -> None:
         runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
     info = {k: v for k, v in corpus.info.items() if k not in ("source", "tokenizer", "skipped_files")}
     held = dataclasses.asdict(settings)
-    for name in ("out", "data", "cache_dir", "tokenizer", "init", "teacher", "arm", "seed"):
+    for name in ("out", "data", "cache_dir", "tokenizer", "init", "teacher", "seed"):
         del held[name]
     write_json(
         options.result,
@@ -133,7 +132,7 @@ def main() -> None:
             "settings": held,
             "data": info | {"source": [Path(name).name for name in options.data]},
             "teacher": {"parameters": costs.parameters(teacher), "heads": teacher.config.num_attention_heads},
-            "environment": environment(resolve_device(settings.device), settings.autocast_dtype()),
+            "environment": environment(settings.torch_device, settings.autocast_dtype()),
             "runs": runs,
         },
     )

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from query_experts.cli import main
+from query_experts.cli import COMMANDS, main
 from query_experts.common.settings import presets
 from query_experts.study import compare as study
+from query_experts.study import distill, single
 from query_experts.study.callbacks import TokenProgress
 from query_experts.training import GQETrainer
 from study_helpers import options, write_text
@@ -168,7 +169,7 @@ def test_a_recipe_that_cannot_be_used_is_named(tmp_path, text, refused):
 
 def test_an_unknown_preset_or_command_is_refused_with_what_there_is(tmp_path, refused):
     refused(["train", "--preset", "huge"], "preset is 'huge'", "demo", "gpu", "small")
-    refused(["trian"], "command is 'trian'", "compare, train, convert, generate, evaluate, bench, report")
+    refused(["trian"], "command is 'trian'", "compare, train, convert, distill, generate, evaluate, bench, report")
 
 
 @pytest.mark.parametrize(
@@ -295,11 +296,9 @@ def test_report_refuses_what_is_no_comparison(tmp_path, refused, content):
     refused(["report", tmp_path], f"folder is {tmp_path}", "comparison.json")
 
 
-@pytest.mark.parametrize("command", ["compare", "train", "generate", "report"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_help_text(capsys, command):
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
+    assert main([command, "--help"]) == 0
     assert f"query-experts {command}" in capsys.readouterr().out
 
 
@@ -331,8 +330,8 @@ def settings_of(monkeypatch):
 
     def parse(*argv):
         held = []
-        for name in ("train", "compare"):
-            monkeypatch.setattr(study, name, lambda settings, console: held.append(settings) or True)
+        for module, name in ((single, "train"), (study, "compare"), (distill, "distill")):
+            monkeypatch.setattr(module, name, lambda settings, console: held.append(settings) or True)
         assert main([str(word) for word in argv]) == 0
         return held[0]
 
@@ -354,8 +353,9 @@ def test_the_recipe_is_over_the_preset_and_the_command_line_over_both(tmp_path, 
 @pytest.mark.parametrize("preset", sorted(presets("recipes")))
 def test_every_preset_can_be_used(settings_of, preset):
     settings_of("compare", "--preset", preset).check()
-    given = ["--init", "a/checkpoint", "--teacher", "another"] if preset == "distill" else []
-    settings_of("train", "--preset", preset, *given).check()
+    settings_of("distill", "--preset", preset, "--init", "a/checkpoint", "--teacher", "another").check()
+    if preset != "distill":
+        settings_of("train", "--preset", preset).check()
 
 
 # what the commands do
@@ -545,5 +545,5 @@ def test_the_demo_trains_in_float32_and_the_other_presets_in_what_the_hardware_h
     assert settings_of("compare").dtype == settings_of("train").dtype == "float32"
     for preset in ("small", "gpu"):
         assert settings_of("compare", "--preset", preset).dtype == "auto"
-    assert settings_of("train", "--preset", "distill", "--init", "a").dtype == "auto"
+    assert settings_of("distill", "--init", "a").dtype == "auto"
     assert settings_of("compare", "--dtype", "bfloat16").dtype == "bfloat16"

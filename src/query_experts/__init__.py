@@ -3,6 +3,6 @@
 from query_experts.layers.attention import GQEAttention, Routing
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.modeling_gqe import GQECausalLMOutput, GQEForCausalLM, GQEModel
+from query_experts_command import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = ["GQEAttention", "GQECausalLMOutput", "GQEConfig", "GQEForCausalLM", "GQEModel", "Routing"]

@@ -402,7 +402,7 @@ def test_emulated_bf16_prints_a_warning(tmp_path, monkeypatch, dtype, native):
     ],
 )
 def test_what_a_cuda_graph_cannot_replay_is_refused(monkeypatch, changes, sentence):
-    monkeypatch.setattr(bench_settings, "resolve_device", lambda device: device)
+    monkeypatch.setattr(bench_settings, "check_device", lambda device: None)
     with pytest.raises(SettingError, match=sentence):
         replace(SMALL, device="cuda", cuda_graph=True, **changes).check()
 

@@ -35,7 +35,8 @@ from query_experts.common.errors import SettingError
 from query_experts.convert import convert_model, from_dense
 from query_experts.convert import folder as folder_module
 from query_experts.convert import source as source_module
-from query_experts.convert.folder import ConvertSettings, convert_folder
+from query_experts.convert.folder import convert_folder
+from query_experts.convert.settings import ConvertSettings
 from query_experts.convert.source import CheckpointFolder
 from query_experts.evaluate.harness import load_model
 from query_experts.study import distill
@@ -695,7 +696,7 @@ def test_two_commands_make_a_dense_checkpoint_sparse(tmp_path, dense, text, caps
     assert main(["convert", str(dense), str(tmp_path / "gqe"), *argv]) == 0
     config = json.loads((tmp_path / "gqe" / "config.json").read_text())
     (tmp_path / "gqe" / "config.json").write_text(json.dumps(config | {"router_z_loss_coef": 0.25}))
-    argv = ["train", "--preset", "distill", "--init", tmp_path / "gqe", "--teacher", dense, "--data", text]
+    argv = ["distill", "--init", tmp_path / "gqe", "--teacher", dense, "--data", text]
     argv += ["--out", tmp_path / "run", "--device", "cpu", "--dtype", "float32", "--seq_len", 16, "--steps", 6]
     argv += ["--batch_size", 2, "--gradient_accumulation_steps", 1, "--evaluations", 2, "--sparsify_fraction", 0.5]
     argv += ["--router_aux_loss_coef", 0]
@@ -733,10 +734,10 @@ def test_weights_of_the_routers_losses_are_inits_own_unless_the_user_gives_them_
     copy_with(tmp_path / "gqe", tmp_path / "init", {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.25})
     (tmp_path / "recipe.yaml").write_text("router_aux_loss_coef: 0.01\n")
     (tmp_path / "preset.yaml").write_text("router_aux_loss_coef: 0.01\nrouter_z_loss_coef: 0.0\nseq_len: 16\n")
-    monkeypatch.setattr("query_experts.common.settings.presets", lambda folder: {"demo": tmp_path / "preset.yaml"})
+    monkeypatch.setattr("query_experts.common.settings.presets", lambda folder: {"distill": tmp_path / "preset.yaml"})
     parsed = []
-    monkeypatch.setattr(distill, "train", lambda settings, console: parsed.append(settings) or True)
-    assert main(["train", "--init", "init", *given]) == 0
+    monkeypatch.setattr(distill, "distill", lambda settings, console: parsed.append(settings) or True)
+    assert main(["distill", "--init", "init", *given]) == 0
     config = load_start(parsed[0]).model.config
     assert (config.router_aux_loss_coef, config.router_z_loss_coef) == (aux, z)
     sized = with_model_sizes(parsed[0], config)
@@ -746,13 +747,13 @@ def test_weights_of_the_routers_losses_are_inits_own_unless_the_user_gives_them_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"teacher": "x"}, "teacher is 'x', which needs init"),
-        ({"sparsify_fraction": 0.5}, "sparsify_fraction is 0.5, which needs init"),
+        ({"teacher": "x"}, "init is empty; it must be a GQE checkpoint's folder"),
+        ({"sparsify_fraction": 0.5}, "init is empty; it must be a GQE checkpoint's folder"),
         ({"init": "nowhere"}, "init is nowhere"),
         ({"init": ""}, "init is empty"),
-        ({"init": "GQE", "preset": "distill"}, "teacher is empty; it must be the dense model's checkpoint, or none"),
+        ({"init": "GQE", "teacher": None}, "teacher is empty; it must be the dense model's checkpoint, or none"),
         ({"init": "TWO", "active_query_experts": 1}, "active_query_experts is 1, and init brings its own"),
-        ({"distillation": 0.5}, "distillation is 0.5, which needs teacher"),
+        ({"init": "GQE", "distillation": 0.5}, "distillation is 0.5, which needs teacher"),
         ({"init": "GQE", "arm": "static"}, "arm is 'static', and init brings its own"),
         ({"init": "GQE", "hidden_size": 64}, "hidden_size is 64, and init brings its own"),
         ({"init": "GQE", "tokenizer": "DENSE"}, "tokenizer is"),
@@ -780,7 +781,7 @@ def test_training_on_names_what_it_cannot_use(tmp_path, dense, text, refused, ch
     vocabulary["!"], vocabulary["#"] = vocabulary["#"], vocabulary["!"]
     tokenizer.write_text(json.dumps(content))
     changes = {k: folders.get(v, v) for k, v in changes.items()}
-    refused(options("train", tmp_path / "run", text, **WITHOUT_SIZES | changes), words)
+    refused(options("distill", tmp_path / "run", text, **WITHOUT_SIZES | {"teacher": "none"} | changes), words)
 
 
 def copy_with(checkpoint, folder, config=None, without=None):
@@ -819,8 +820,8 @@ def test_a_damaged_checkpoint_is_refused_alike_by_every_command_that_loads_one(
     copy_with(tmp_path / "whole", tmp_path / "gqe", **how)
     copy_with(dense, tmp_path / "dense", **how)
     refused(["generate", "gqe"], "checkpoint is gqe", *words)
-    refused(options("train", "run", text, **WITHOUT_SIZES, init="gqe"), "init is gqe", *words)
-    refused(options("train", "run", text, **WITHOUT_SIZES, init="whole", teacher="dense"), "teacher is dense", *words)
+    refused(options("distill", "run", text, **WITHOUT_SIZES, init="gqe", teacher="none"), "init is gqe", *words)
+    refused(options("distill", "run", text, **WITHOUT_SIZES, init="whole", teacher="dense"), "teacher is dense", *words)
     refused(["evaluate", "gqe", "--tasks", "piqa"], "checkpoint is gqe", *words)
 
 
@@ -862,7 +863,7 @@ def test_no_code_of_a_checkpoint_is_run(tmp_path, dense, text, refused, monkeypa
     refused(["generate", gqe], "whose tokenizer can't be loaded")
     refused(["evaluate", foreign, "--tasks", "piqa"], "whose tokenizer can't be loaded")
     refused(["evaluate", own, "--tasks", "piqa"], "config.json holds model_type 'mine'")
-    start = options("train", tmp_path / "run", text, **WITHOUT_SIZES, init=tmp_path / "gqe", teacher=foreign)
+    start = options("distill", tmp_path / "run", text, **WITHOUT_SIZES, init=tmp_path / "gqe", teacher=foreign)
     refused(start, "teacher is", "whose tokenizer can't be loaded")
     refused(options("train", tmp_path / "run", text, tokenizer=foreign), "tokenizer is")
     assert main(["convert", str(foreign), str(tmp_path / "out")]) == 0

@@ -32,6 +32,7 @@ from query_experts.cli import main  # noqa: E402
 from query_experts.common.errors import SettingError  # noqa: E402
 from query_experts.evaluate import harness as evaluation  # noqa: E402
 from query_experts.evaluate.local_tasks import LOCAL_DATASETS, hellaswag_note, read_rows, write_definitions  # noqa: E402
+from query_experts.evaluate.settings import EvaluateSettings  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data/eval, with the real questions, is absent")
@@ -519,7 +520,7 @@ def test_results_are_written_whether_or_not_anyone_reads_the_table(checkpoints, 
     monkeypatch.setattr(evaluation, "print_result", closed)
     out = tmp_path / "scores.json"
     argv = ["evaluate", str(checkpoints["gqe"]), "--tasks", "piqa", "--data-dir", str(data), "--out", str(out)]
-    assert main(argv) == 2
+    assert main(argv) == 141
     assert json.loads(out.read_text())["tasks"]["piqa"]["items"] == 3
 
 
@@ -768,7 +769,7 @@ def test_a_context_is_cut_where_the_query_has_a_capital_letter():
     assert context_parts("A man sits. he", "A man sits. He") == ("A man sits.", "he")
     assert context_parts("A man sits. He", "A man sits. He") == ("A man sits. He", "")
     with pytest.raises(SettingError, match="dtype"):
-        evaluation.evaluate("nowhere", ["piqa"], None, dtype="int8")
+        evaluation.evaluate(EvaluateSettings("nowhere", ["piqa"], dtype="int8"), None)
 
 
 def with_numbers(folder, target, change):

@@ -86,10 +86,11 @@ def environment(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_each_file_of_the_package_and_no_other(wheel):
     source = ROOT / "src"
-    package = {p.relative_to(source).as_posix() for p in source.glob("query_experts/**/*") if p.is_file()}
+    package = {p.relative_to(source).as_posix() for p in source.glob("query_experts*/**/*") if p.is_file()}
     held = set(zipfile.ZipFile(wheel).namelist())
     information = f"query_experts-{__version__}.dist-info/"
-    assert {name for name in held if not name.startswith(information)} == {n for n in package if "__pycache__" not in n}
+    package = {name for name in package if "__pycache__" not in name and ".egg-info/" not in name}
+    assert {name for name in held if not name.startswith(information)} == package
     assert information + "licenses/LICENSE" in held
 
 
@@ -103,3 +104,5 @@ def test_the_installed_command_runs_outside_the_checkout(environment, tmp_path):
     helped = run(command, "--help", cwd=tmp_path)
     assert all(name in helped for name in COMMANDS)
     assert __version__ in run(command, "--version", cwd=tmp_path)
+    for name in COMMANDS:
+        assert f"query-experts {name}: {COMMANDS[name]}" in run(command, name, "--help", cwd=tmp_path)

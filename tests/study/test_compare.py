@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -21,12 +22,13 @@ from query_experts.common.errors import SettingError
 from query_experts.model import costs
 from query_experts.study import compare as compare_module
 from query_experts.study import prefill as prefill_module
+from query_experts.study import single as single_module
 from query_experts.study import train as run_module
 from query_experts.study.callbacks import Pieces, TokenProgress
 from query_experts.study.compare import compare
-from query_experts.study.distill import train
 from query_experts.study.report import missing_parts
 from query_experts.study.settings import CompareSettings, TrainSettings
+from query_experts.study.single import train
 from query_experts.study.workspace import FREE_TO_CHANGE, fingerprint
 from study_helpers import SIZE, quiet, said, tiny_compare, tiny_train, write_text
 
@@ -263,7 +265,7 @@ def test_changed_data_is_refused(folder):
 
 def test_every_setting_but_those_of_place_and_number_is_kept_from_changing(folder):
     held = json.loads((folder / "out" / "settings.json").read_text())
-    compared, trained = set(vars(tiny_compare(folder))), set(vars(tiny_train(folder)))
+    compared, trained = ({f.name for f in fields(kind)} for kind in (CompareSettings, TrainSettings))
     assert compared - held.keys() == FREE_TO_CHANGE & compared - {"device"}
     assert trained - fingerprint(tiny_train(folder)).keys() == FREE_TO_CHANGE & trained - {"device"}
     assert held["device"] == "cpu"
@@ -584,10 +586,10 @@ def test_a_signal_in_the_last_step_of_an_arm_ends_the_comparison_after_it(tmp_pa
 def test_the_clock_of_a_run_starts_before_its_data_is_read(tmp_path, monkeypatch):
     order = []
     for name in ("stop_after", "open_corpus"):
-        original = getattr(compare_module, name)
-        monkeypatch.setattr(compare_module, name, lambda *args, n=name, f=original: order.append(n) or f(*args))
+        original = getattr(single_module, name)
+        monkeypatch.setattr(single_module, name, lambda *args, n=name, f=original: order.append(n) or f(*args))
     console = quiet()
-    assert not compare_module.train(tiny_train(tmp_path, stop_after_minutes=0), console)
+    assert not train(tiny_train(tmp_path, stop_after_minutes=0), console)
     assert order == ["stop_after", "open_corpus"]
     assert "Stopped after 0 minutes" in said(console)
 

@@ -27,7 +27,7 @@ from query_experts.bench.results import (
     write_bench,
 )
 from query_experts.bench.settings import BenchSettings
-from query_experts.common.device import has_bfloat16, resolve_device
+from query_experts.common.device import has_bfloat16
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.timing import Call, as_cuda_graph, peak_bytes, time_interleaved
@@ -49,7 +49,7 @@ def bench(settings: BenchSettings, console: Console) -> None:
     from rich.text import Text
 
     settings.check()
-    device = resolve_device(settings.device)
+    device = settings.torch_device
     if settings.dtype == "bfloat16" and not has_bfloat16(device):
         warning = f"dtype is bfloat16, and by torch's report {device} has no instructions for it; the times mean little"
         console.print(Text(warning, style="yellow"))
@@ -79,7 +79,7 @@ def run_benchmark(settings: BenchSettings, progress: Progress = iter) -> BenchRe
     Raises:
         SettingError: An arm gives wrong numbers, or its attention backend can't run. Nothing is timed then.
     """
-    device, out = resolve_device(settings.device), result_file(settings)
+    device, out = settings.torch_device, result_file(settings)
     checks = check_correctness(settings, device)
     result = BenchResult(settings, Environment(**environment(device, settings.dtype)), checks, [])
     keep_previous_result(out)

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
 from query_experts.common.errors import SettingError
 
-BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # by torch's names, of x86 and of ARM
+Device = Literal["auto", "cpu", "cuda", "mps"]
+BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # torch's names, on x86 and on ARM
 
 
-def resolve_device(device: str) -> str:
-    """cpu, cuda or mps. Raises SettingError for a device that isn't there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+def resolve_device(device: Device) -> Device:
+    """Returns the device that a setting means.
+
+    Args:
+        device: `auto`, or a device's name.
+
+    Returns:
+        `cuda` or `cpu` for `auto`, and any other name unchanged: settings of another machine can be read here.
+        `check_device` refuses what this machine can't use.
+    """
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises SettingError for a device that doesn't exist or that this machine lacks."""
     if device == "auto":
-        device = "cuda" if there["cuda"] else "cpu"
-    if device not in there:
-        raise SettingError(f"device is {device!r}; it must be auto, {', '.join(there)}")
-    if not there[device]:
-        usable = ", ".join(name for name, present in there.items() if present)
+        return
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device not in present:
+        raise SettingError(f"device is {device!r}; it must be auto, cpu, cuda or mps")
+    if not present[device]:
+        usable = ", ".join(name for name, here in present.items() if here)
         raise SettingError(f"device is {device!r}, which is not there; on this machine it must be auto, {usable}")
-    return device
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether the device multiplies in bf16 by instructions of its own, as far as torch tells: of mps it doesn't.
+    """Whether the device has instructions for bf16, as far as torch says; it says nothing about mps.
 
-    Without them it takes longer than float32.
+    Without such instructions bf16 takes longer than float32.
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

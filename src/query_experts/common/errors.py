@@ -1,5 +1,5 @@
-"""The one error that a user can cause: a setting that can't be used."""
+"""The error for a setting that can't be used."""
 
 
 class SettingError(ValueError):
-    """A setting that cannot be used: one sentence naming the field, what it held and what is allowed."""
+    """A setting that can't be used: one sentence with the field, what it held and what is allowed."""

@@ -1,125 +1,139 @@
-"""Owns how commands get their settings: a preset, over it a recipe in YAML, over both the command line."""
+"""Reads the settings of a command from a preset, a recipe in YAML and the command line, and validates settings."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from query_experts.common.errors import SettingError
+from query_experts.common.fields import OutOfLimits, Settings
+from query_experts.common.options import SettingsParser, choices
 
-Settings = TypeVar("Settings")
-
-
-class Options(argparse.ArgumentParser):
-    """Refuses an option in one sentence, as everything else is refused."""
-
-    def error(self, message: str) -> NoReturn:
-        refuse_option(self, message)
-
-
-def refuse_option(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    raise SettingError(f"{message}; {parser.prog} --help lists what is allowed")
-
-
-class SettingsOptions(HfArgumentParser):
-    error = refuse_option
+Kind = TypeVar("Kind", bound=Settings)
 
 
 def parse_settings(
-    kind: type[Settings],
+    kind: type[Kind],
     argv: list[str],
     *,
     prog: str,
     about: str,
-    folder: str,
-    preset: str,
+    example: str = "",
+    folder: str | None = None,
+    preset: str = "",
     also_known: Iterable[str] = (),
     out_follows_preset: bool = True,
-) -> Settings:
-    """The settings of a command. folder: where in the package its presets lie; preset: the one by default.
+) -> Kind:
+    """Returns the settings that a command line asks for.
 
-    also_known: settings of other commands, which a recipe may set and which are passed over. out_follows_preset: the
-    results go to `runs/PRESET`, if nothing else is said. Raises SettingError for what can't be understood.
+    Args:
+        kind: The class of settings.
+        argv: The words after the command's name.
+        prog: The command, as the user writes it.
+        about: What it does, in a line.
+        example: One whole command, for the help page.
+        folder: The folder of the package that holds the command's presets; None for a command without presets.
+        preset: The preset that is used by default.
+        also_known: Settings of other commands, which a recipe may set and which are passed over.
+        out_follows_preset: Whether results go to `runs/PRESET` unless something else is said.
+
+    Raises:
+        SettingError: The command line, the preset or the recipe can't be understood. Values are checked by `check`
+            of the settings.
+        SystemExit: After --help.
     """
-    known = presets(folder)
-    parser = SettingsOptions(kind, prog=prog, description=about, allow_abbrev=False)
-    parser.add_argument("--preset", default=preset, help=f"one of {', '.join(sorted(known))}")
-    parser.add_argument("--recipe", help="a YAML file of settings, over the preset's")
-    names, optional = {f.name for f in fields(kind)}, optional_fields(kind)  # type: ignore[arg-type]
-    argv, lifted = without_none(argv, optional)
-    first = parser.parse_args(argv)
-    if first.preset not in known:
-        raise SettingError(f"preset is {first.preset!r}; it must be one of {', '.join(sorted(known))}")
-    recipe: dict[str, Any] = {"out": f"runs/{first.preset}"} if out_follows_preset else {}
-    written: dict[str, Any] = {}
-    for source in [known[first.preset], *([Path(first.recipe)] if first.recipe is not None else [])]:
-        written = read_recipe(source, names | set(also_known))
-        check_recipe(source, written, parser, names, optional)
-        recipe |= written
-    written = written if first.recipe is not None else {}  # by the user
-    recipe = {name: value for name, value in recipe.items() if name in names}
-    options = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word.startswith("--")}
-    parser.set_defaults(**{name: value for name, value in recipe.items() if value is None or value == []})
-    settings = parser.parse_args_into_dataclasses(as_options(recipe) + argv)[0]
-    settings = dataclasses.replace(settings, **dict.fromkeys(lifted))
+    parser = SettingsParser(kind, prog=prog, about=about, example=example)
+    from_recipe: set[str] = set()
+    if folder is not None:
+        from_recipe = _use_recipes(parser, argv, presets(folder), preset, {*also_known}, out_follows_preset)
+    settings, *others, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    for name, default in kind.elsewhere.defaults.items():
+        if (value := getattr(others[0], name)) != default:
+            raise SettingError(f"{name} is {value!r}, {kind.elsewhere.why}")
     if hasattr(settings, "given"):
-        settings.given = frozenset(names & {*written, *options, *lifted})
+        words = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv if word[:2] == "--"}
+        settings.given = frozenset({f.name for f in fields(kind)} & {*from_recipe, *words})  # type: ignore[arg-type]
     return settings
 
 
-def optional_fields(kind: type) -> set[str]:
-    """The settings that may be null in a recipe, and `none` on the command line."""
-    hints = get_type_hints(kind)
-    return {f.name for f in fields(kind) if type(None) in get_args(hints[f.name])}
+def _use_recipes(
+    parser: SettingsParser,
+    argv: list[str],
+    known: dict[str, Any],
+    preset: str,
+    also_known: set[str],
+    out_follows_preset: bool,
+) -> set[str]:
+    """Sets the parser's defaults to those of the preset, and of the recipe, that the command line asks for.
+
+    Returns the names that the recipe sets.
+    """
+    elsewhere = parser.kind.elsewhere
+    recipes = {name: read_recipe(path) for name, path in sorted(known.items())}
+    own = [name for name, recipe in recipes.items() if not elsewhere.has_settings_of(recipe)]
+    parser.add_preset_options(preset, own)
+    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    choice.add_argument("--preset", default=preset)
+    choice.add_argument("--recipe")
+    choice.error = parser.error  # type: ignore[method-assign]
+    chosen, _ = choice.parse_known_args(argv)
+    if chosen.preset not in known:
+        raise SettingError(f"preset is {chosen.preset!r}; it must be one of {', '.join(own)}")
+    if chosen.preset not in own:
+        raise SettingError(f"preset is {chosen.preset!r}, {elsewhere.why}")
+    if out_follows_preset:
+        parser.set_defaults(out=f"runs/{chosen.preset}")
+    use_recipe(parser, known[chosen.preset], recipes[chosen.preset], also_known)
+    if chosen.recipe is None:
+        return set()
+    recipe = read_recipe(Path(chosen.recipe))
+    use_recipe(parser, Path(chosen.recipe), recipe, also_known)
+    return {*recipe}
 
 
-def without_none(argv: list[str], optional: set[str]) -> tuple[list[str], list[str]]:
-    """The words without any `--name none` or `--name=none` of an optional setting, and those that are last set so."""
-    kept: list[str] = []
-    last: dict[str, bool] = {}
-    words = iter(range(len(argv)))
-    for at in words:
-        option, equals, value = argv[at].partition("=")
-        name = option.removeprefix("--").replace("-", "_") if option.startswith("--") else None
-        if name not in optional:
-            kept.append(argv[at])
+def use_recipe(parser: SettingsParser, path: Any, recipe: dict[str, Any], also_known: set[str]) -> None:
+    """Sets defaults of the parser to a recipe's values. Settings that are only `also_known` are passed over.
+
+    Raises SettingError, naming the recipe, for an unknown setting and for a value that a setting can't take.
+    """
+    hints = get_type_hints(parser.kind)
+    names = {f.name for f in fields(parser.kind)} | parser.kind.elsewhere.defaults.keys()  # type: ignore[arg-type]
+    for name, value in recipe.items():
+        if name not in names | also_known:
+            raise SettingError(
+                f"recipe {path} sets {name!r}; it must be one of {', '.join(sorted(names | also_known))}"
+            )
+        if name not in names:
             continue
-        last[name] = value == "none" if equals else argv[at + 1 : at + 2] == ["none"]
-        if not last[name]:
-            kept.append(argv[at])
-        elif not equals:
-            next(words)  # `none` itself
-    return kept, [name for name, lifted in last.items() if lifted]
+        option = parser.option(name)
+        if value is None and NoneType not in get_args(hints.get(name, str | None)):
+            raise SettingError(f"recipe {path} sets {name} to null; it must have a value")
+        if isinstance(value, dict) or (isinstance(value, list) and option.nargs != "+"):
+            raise SettingError(f"recipe {path} sets {name} to {value!r}; it must be one value")
+        parser.set_defaults(**{name: None if value is None else _convert(option, value, path, parser)})
 
 
-def check_recipe(source: Any, held: dict[str, Any], parser: Any, names: set[str], optional: set[str]) -> None:
-    """Raises SettingError, naming the recipe, for a value that its setting can't take."""
-    for name, value in held.items():
-        if name not in names:  # of the other command
-            continue
-        if value is None and name not in optional:
-            raise SettingError(f"recipe {source} sets {name} to null; it must have a value")
-        if value == [] and kind_of(parser, name) is None:
-            raise SettingError(f"recipe {source} sets {name} to []; it must be one value")
-        try:
-            _, left = parser.parse_known_args(as_options({name: value}))
-        except SettingError as error:
-            raise SettingError(f"recipe {source}: {error}") from error
-        if left:
-            raise SettingError(f"recipe {source} sets {name} to {value!r}; it must be one value")
-
-
-def kind_of(parser: Any, name: str) -> Any:
-    """How many values an option takes: `*` or `+` for a list, None for one."""
-    return next(action.nargs for action in parser._actions if action.dest == name)
+def _convert(option: argparse.Action, value: Any, path: Any, parser: SettingsParser) -> Any:
+    """A value of a YAML file with the type of its option: to YAML, `1e-3` is text and 9 isn't a float."""
+    convert: Any = option.type or str
+    try:
+        found = [convert(str(item)) for item in (value if isinstance(value, list) else [value])]
+    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+        fault = f"argument {'/'.join(option.option_strings)}: invalid {convert.__name__} value: {value!r}"
+        raise SettingError(f"recipe {path}: {parser.point_to_help(fault)}") from error
+    return found if option.nargs == "+" else found[0]
 
 
 def presets(folder: str) -> dict[str, Any]:
@@ -128,7 +142,7 @@ def presets(folder: str) -> dict[str, Any]:
     return {p.name.removesuffix(".yaml"): p for p in recipes.iterdir() if p.name.endswith(".yaml")}
 
 
-def read_recipe(path: Any, allowed: set[str]) -> dict[str, Any]:
+def read_recipe(path: Any) -> dict[str, Any]:
     """The settings in a YAML file. Raises SettingError for a file that holds none, or one that doesn't exist."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -138,34 +152,57 @@ def read_recipe(path: Any, allowed: set[str]) -> dict[str, Any]:
         raise SettingError(f"recipe is {path}, which can't be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise SettingError(f"recipe is {path}; it must hold lines of `setting: value`")
-    for name in recipe:
-        if name not in allowed:
-            raise SettingError(f"recipe {path} sets {name!r}; it must be one of {', '.join(sorted(allowed))}")
     return recipe
 
 
-def as_options(recipe: dict[str, Any]) -> list[str]:
-    """A recipe as command-line options, so that both are checked in one place."""
-    options: list[str] = []
-    for name, value in recipe.items():
-        if value is not None and value != []:
-            options += [f"--{name}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return options
+TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "True or False",
+    "list_type": "a list",
+}
 
 
-def field(default: Any, text: str) -> Any:
-    """A dataclass field with the help that the command line prints."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+def validate(settings: Settings) -> None:
+    """Checks the type and the limits of every field, with pydantic.
+
+    Raises:
+        SettingError: A field that can't be used, with what it held and what is allowed.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(type(settings)).validate_python(settings)
+    except ValidationError as error:
+        raise SettingError(_sentence(settings, error.errors()[0])) from error
+
+
+def has_pydantic() -> bool:
+    """Whether `validate` can be called: `bench` and `generate` also run where no extra is installed."""
+    return importlib.util.find_spec("pydantic") is not None
+
+
+def _sentence(settings: Settings, error: Any) -> str:
+    """A validation error of pydantic in one sentence."""
+    name, *place = error["loc"]
+    value, cause = error["input"], error.get("ctx", {}).get("error")
+    if isinstance(cause, OutOfLimits):
+        return cause.limit.sentence(name, value, getattr(settings, name))
+    hint = get_type_hints(type(settings))[name]
+    if error["type"] == "literal_error":
+        allowed = choices(hint)
+        if place:
+            return f"{name} holds {value!r}; allowed are {', '.join(allowed)}"
+    else:
+        allowed = (TYPES.get(error["type"], error["msg"]),)
+        if place:
+            return f"{name} holds {value!r}; each entry must be {allowed[0]}"
+    if NoneType in get_args(hint):
+        allowed += ("none",)
+    return f"{name} is {value!r}; it must be {' or '.join(filter(None, [', '.join(allowed[:-1]), allowed[-1]]))}"
 
 
 def default_of(settings: Any, name: str) -> Any:
     """The default of a setting that isn't a list."""
     return next(f.default for f in fields(settings) if f.name == name)
-
-
-def check_seeds(name: str, seeds: list[int]) -> None:
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise SettingError(f"{name} holds {seed}; a seed must be 0 to {2**32 - 1}")

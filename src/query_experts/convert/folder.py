@@ -30,6 +30,7 @@ from query_experts.convert import make_plan
 from query_experts.convert.calibration import HELD_OUT
 from query_experts.convert.layers import Plan
 from query_experts.convert.pipeline import Report, convert_in_parts
+from query_experts.convert.settings import ConvertSettings
 from query_experts.convert.sidecar_files import check_sidecar_files, copy_sidecar_files, sidecar_bytes
 from query_experts.convert.source import CheckpointFolder, find_checkpoint, load_dense_config
 from query_experts.data.sources import find_sources
@@ -43,29 +44,13 @@ LOCK_NAME = ".{name}.lock"  # of the file that keeps other conversions away
 PIECE_CHARACTERS = 2**16  # text that is tokenised at a time
 
 
-@dataclass(frozen=True)
-class ConvertSettings:
-    """The command's settings; the options say what each is."""
-
-    checkpoint: str
-    out: str
-    top_k: int | None
-    output_projection: str
-    router: str | None
-    calibrate: list[str]
-    calibration_tokens: int | None
-    calibration_length: int | None
-    text_field: str | None
-    seed: int
-    device: str
-
-
 def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
     """Convert a checkpoint and write the GQE checkpoint, config.json last.
 
     Returns the plan of the conversion, and what it measured. Raises SettingError for a checkpoint or a setting that
     can't be used.
     """
+    settings.check()
     settings = with_defaults(settings)
     out = resolve_out(settings.out)
     if settings.output_projection == "slot" and not settings.calibrate:
@@ -73,7 +58,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
             "output_projection is 'slot', which doesn't start equal to the dense model; calibrate must be given, so "
             "that the difference is measured"
         )
-    if settings.calibrate and settings.device == "mps":
+    if settings.calibrate and settings.torch_device == "mps":
         raise SettingError(
             "device is 'mps', which has no float64 for the router's fit; with calibrate it must be another"
         )
@@ -84,7 +69,7 @@ def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
         config = load_dense_config(folder, settings.checkpoint)
         check_sidecar_files(folder)
         with disk_errors_as_os_errors(building):
-            source = CheckpointFolder(folder, config, settings.device, stack)
+            source = CheckpointFolder(folder, config, settings.torch_device, stack)
             plan = make_plan(
                 source.config, settings.top_k, settings.output_projection, "gqe", settings.router, settings.seed,
                 bool(settings.calibrate),
@@ -315,6 +300,7 @@ def conversion_record(settings: ConvertSettings, report: Report) -> ConversionRe
         checkpoint=Path(settings.checkpoint).name,
         out=Path(settings.out).name,
         calibrate=[Path(name).name for name in settings.calibrate],
+        device=settings.torch_device,
     )
     fits = [FitShares(fit.kept, fit.fixed, fit.best) if fit is not None else None for fit in report.fits]
     return ConversionRecord(names_only, fits, report.tokens, report.dense_loss, report.gqe_loss, report.kl)

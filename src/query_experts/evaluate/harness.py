@@ -34,7 +34,6 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from query_experts.common.checkpoints import load_tokenizer, load_whole
-from query_experts.common.device import resolve_device
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders, write_json
@@ -48,90 +47,64 @@ from query_experts.evaluate.results import (
     RequestedSettings,
     TaskScore,
 )
+from query_experts.evaluate.settings import EvaluateSettings
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 FEWSHOT_SEED = 1234  # lm-eval's default, as are the seeds in seed_all
 # torch's errors, on a CPU and on CUDA, for a position that a table of position embeddings doesn't have
 POSITION_ERRORS = ("out of range", "out of bounds", "device-side assert")
 BOOTSTRAP_SAMPLES = 1000  # gives a perplexity's standard error to 2%; lm-eval's 100,000 take minutes on LAMBADA
 
 
-def evaluate(
-    checkpoint: str,
-    tasks: list[str],
-    console: Console,
-    *,
-    data_dir: str | None = None,
-    batch_size: int = 8,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    max_length: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    out: str | None = None,
-) -> EvaluationResult:
+def evaluate(settings: EvaluateSettings, console: Console) -> EvaluationResult:
     """Score a checkpoint of any causal language model of Transformers, and print a table.
 
     Args:
-        checkpoint: a folder, or the name of a model on the hub.
-        tasks: names of lm-eval's tasks, groups or tags.
+        settings: the checkpoint, the tasks and how to score them.
         console: to print the table on.
-        data_dir: a folder of benchmark files to read instead of the hub.
-        batch_size: requests in a batch.
-        limit: questions of each task; None for all.
-        num_fewshot: few-shot examples before each question; None for the task's own number.
-        max_length: tokens that the model is given at a time; None for its max_position_embeddings.
-        device: auto, cpu, cuda or mps.
-        dtype: of the weights; auto for the checkpoint's own.
-        out: a new file for the results, as JSON; None writes none.
 
     Returns:
-        The results, which `out` holds too.
+        The results, which the file `out` holds too.
 
     Raises:
         SettingError: for a setting, checkpoint, task or benchmark file that can't be used.
     """
-    least = {"batch_size": (batch_size, 1), "limit": (limit, 1), "num_fewshot": (num_fewshot, 0)}
-    for name, (value, lowest) in (least | {"max_length": (max_length, 1)}).items():
-        if value is not None and value < lowest:
-            raise SettingError(f"{name} is {value}; it must be {lowest} or more")
-    if dtype not in DTYPES:
-        raise SettingError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if out is not None:
-        require_new_file(Path(out))
-    device = resolve_device(device)
+    settings.check()
+    if settings.out is not None:
+        require_new_file(Path(settings.out))
     silence_libraries()
-    model, tokenizer = load_model(checkpoint, dtype)
+    model, tokenizer = load_model(settings.checkpoint, settings.dtype)
     scorer = Scorer(
-        pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=batch_size,
-        max_length=max_length, softmax_dtype="float32",
+        pretrained=model.to(settings.torch_device), tokenizer=tokenizer, backend="causal",
+        batch_size=settings.batch_size, max_length=settings.max_length, softmax_dtype="float32",
     )  # fmt: skip
     seed_all()
     with TemporaryDirectory() as folder:
-        loaded, notes = load_tasks(tasks, data_dir, Path(folder), num_fewshot)
+        loaded, notes = load_tasks(settings.tasks, settings.data_dir, Path(folder), settings.num_fewshot)
         try:
-            scored = lm_eval.evaluate(scorer, loaded, limit=limit, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False)
+            scored = lm_eval.evaluate(
+                scorer, loaded, limit=settings.limit, bootstrap_iters=BOOTSTRAP_SAMPLES, log_samples=False
+            )
         except OverflowError as error:
             raise SettingError(
-                f"checkpoint is {checkpoint}, whose perplexity is beyond any number; it must have learnt more, or "
-                "tasks must ask for no perplexity"
+                f"checkpoint is {settings.checkpoint}, whose perplexity is beyond any number; it must have learnt "
+                "more, or tasks must ask for no perplexity"
             ) from error
     dtype = str(model.dtype).removeprefix("torch.")
     result = EvaluationResult(
-        checkpoint=checkpoint,
+        checkpoint=settings.checkpoint,
         model=ModelFacts(model.config.model_type, model.num_parameters(), scorer.max_length),
         requests=RequestCounts(scorer.requests, scorer.truncated),
         tasks=task_scores(scored, notes),
-        settings=RequestedSettings(data_dir, batch_size, limit, num_fewshot),
+        settings=RequestedSettings(settings.data_dir, settings.batch_size, settings.limit, settings.num_fewshot),
         environment=EvaluationEnvironment(
-            **environment(device, dtype), lm_eval=version("lm_eval"), datasets=version("datasets")
+            **environment(settings.torch_device, dtype), lm_eval=version("lm_eval"), datasets=version("datasets")
         ),
     )
     try:
         print_result(result, console)
     finally:  # also writes if printing fails, as to a closed pipe
-        if out is not None:
-            write_json(Path(out), dataclasses.asdict(result))
+        if settings.out is not None:
+            write_json(Path(settings.out), dataclasses.asdict(result))
     return result
 
 

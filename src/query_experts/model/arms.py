@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from query_experts.common.errors import SettingError
+from query_experts.common.fields import Count, NonNegative, help_entry
+from query_experts.layers.validation import CONFIG_NAMES, check_heads
 from query_experts.model.configuration_gqe import GQEConfig
 
 ARMS = {
@@ -19,7 +21,7 @@ ARMS = {
     "half": "stock Llama with fewer query heads, MLP widened to gqe's parameters",
     "frozen": "gqe with a random router that never trains",
     "gqe": "grouped query experts, as in the paper",
-    "hard": "ablation: the selected heads alone, no weighted slot, no shared head",
+    "hard": "ablation: only the selected heads, no weighted slot, no shared head",
     "weighted": "ablation: selected heads scaled by their probability",
     "gqe-m4": "gqe with twice the experts, and as many of them active",
     "gqe-expert": "gqe with output rows per expert instead of per slot",
@@ -33,20 +35,53 @@ def in_order(arms: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The dense model that every arm starts from: N `num_attention_heads` over G `num_key_value_heads`."""
+    """The dense model that every arm starts from, with N query heads in G groups.
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    active_query_experts: int
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    router_aux_loss_coef: float
-    router_z_loss_coef: float
+    The fields and their help texts are those of the commands' settings; see `size`.
+    """
+
+    vocab_size: Count = field(metadata=help_entry("vocabulary of the model; a tokenizer must fit into it", "model"))
+    hidden_size: Count = field(metadata=help_entry("hidden size D", "model"))
+    intermediate_size: Count = field(metadata=help_entry("MLP width", "model"))
+    num_hidden_layers: Count = field(metadata=help_entry("layers of the model", "model"))
+    num_attention_heads: Count = field(
+        metadata=help_entry("query heads N of the dense arm, query experts of the others", "model")
+    )
+    num_key_value_heads: Count = field(metadata=help_entry("KV heads G, one for each group", "model"))
+    head_dim: Count = field(metadata=help_entry("head dim, an even number", "model"))
+    active_query_experts: Count = field(metadata=help_entry("active experts per group, k", "model"))
+    max_position_embeddings: Count = field(metadata=help_entry("longest sequence", "model"))
+    tie_word_embeddings: bool = field(
+        metadata=help_entry("one table for input and output embeddings; --no_tie_word_embeddings for two", "model")
+    )
+    router_aux_loss_coef: NonNegative = field(metadata=help_entry("weight of the balance loss", "training"))
+    router_z_loss_coef: NonNegative = field(metadata=help_entry("weight of the router z-loss", "training"))
+
+    def check(self) -> None:
+        """Raises SettingError for heads that don't fit together."""
+        try:
+            check_heads(
+                self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.active_query_experts,
+                self.head_dim, True, CONFIG_NAMES,
+            )  # fmt: skip
+        except ValueError as error:
+            raise SettingError(str(error)) from error
+
+
+def size(name: str, default: Any) -> Any:
+    """A setting for one of the sizes, with the help text that `ModelSize` has for it."""
+    declared = {f.name: f for f in fields(ModelSize)}
+    return field(default=default, metadata=declared[name].metadata)
+
+
+def model_size(settings: Any, **more: Any) -> ModelSize:
+    """The sizes among the settings of a command.
+
+    Args:
+        more: The sizes that the command has no setting for.
+    """
+    given = {f.name: getattr(settings, f.name) for f in fields(ModelSize) if hasattr(settings, f.name)}
+    return ModelSize(**given | more)
 
 
 def arm_config(arm: str, size: ModelSize) -> LlamaConfig:
@@ -69,14 +104,14 @@ def arm_config(arm: str, size: ModelSize) -> LlamaConfig:
         "router_aux_loss_coef": size.router_aux_loss_coef,
         "router_z_loss_coef": size.router_z_loss_coef,
     }
-    woken = size.num_key_value_heads * size.active_query_experts
+    active_heads = size.num_key_value_heads * size.active_query_experts
     match arm:
         case "dense":
             return LlamaConfig(**shape)
         case "half":
-            return _half(shape | {"num_attention_heads": woken}, arm_config("gqe", size))
+            return _half(shape | {"num_attention_heads": active_heads}, arm_config("gqe", size))
         case "static":
-            return GQEConfig(**shape | router | {"num_attention_heads": woken, "routing": "none"})
+            return GQEConfig(**shape | router | {"num_attention_heads": active_heads, "routing": "none"})
         case "frozen":
             return GQEConfig(**shape, **router, routing="frozen")
         case "gqe":
@@ -106,6 +141,8 @@ def _half(shape: dict[str, Any], target: GQEConfig) -> LlamaConfig:
 
 
 def check_arms(arms: list[str], size: ModelSize) -> None:
+    """Raises SettingError for an unknown arm, and for sizes that an arm can't be built from."""
+    size.check()
     for arm in arms:
         try:
             arm_config(arm, size)

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from query_experts.common.device import resolve_device
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
@@ -84,7 +83,7 @@ def write_comparison(settings: CompareSettings, corpus: Corpus, out: Path) -> di
     comparison = {
         "settings": dataclasses.asdict(settings) | both,
         "data": data_facts(settings, corpus),
-        "environment": environment(resolve_device(settings.device), settings.autocast_dtype()),
+        "environment": environment(settings.torch_device, settings.autocast_dtype()),
         "runs": runs,
         "prefill": kept_prefill(settings, trained_models(out), out / "prefill.json"),
     }

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from query_experts.common.device import resolve_device
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import write_json
@@ -74,7 +73,7 @@ def kept_prefill(settings: CompareSettings, folders: dict[str, Path], kept: Path
 
 def conditions(settings: CompareSettings, folders: dict[str, Path]) -> dict[str, Any]:
     """All that timings which are set side by side must have in common."""
-    where = environment(resolve_device(settings.device), settings.autocast_dtype())
+    where = environment(settings.torch_device, settings.autocast_dtype())
     configs = {arm: (folder / "config.json").read_bytes() for arm, folder in folders.items()}
     return {
         "models": {arm: [folders[arm].parent.name, hashlib.sha256(configs[arm]).hexdigest()] for arm in folders},
@@ -104,7 +103,7 @@ def time_prefill(
 ) -> dict[str, list[float]]:
     """Seconds of each repeat for each arm, at one prompt length."""
     generator = torch.Generator().manual_seed(length)
-    prompt = torch.randint(settings.vocab_size, (1, length), generator=generator).to(resolve_device(settings.device))
+    prompt = torch.randint(settings.vocab_size, (1, length), generator=generator).to(settings.torch_device)
     seconds: dict[str, list[float]] = {arm: [] for arm in models}
     for repeat in range(settings.prefill_repeats + 1):
         first = repeat % len(models) if models else 0  # another arm begins each turn
@@ -118,7 +117,7 @@ def time_prefill(
 
 def load(folder: Path, settings: CompareSettings) -> PreTrainedModel:
     model = read(AutoModelForCausalLM, folder, dtype=getattr(torch, settings.autocast_dtype()))
-    return model.to(resolve_device(settings.device)).eval()
+    return model.to(settings.torch_device).eval()
 
 
 def read(kind: Any, folder: Path, **options: Any) -> Any:

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerState, Trainin
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from query_experts.common.device import resolve_device
 from query_experts.common.files import disk_errors_as_os_errors, require_space, save_tokenizer, write_json
 from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
@@ -79,7 +78,7 @@ def train_arm(
 
     validation = held_out(settings, corpus)
     progress = TokenProgress(f"{arm} seed {seed}", settings.tokens_per_step)
-    where = Pieces(resolve_device(settings.device), settings.autocast_dtype())
+    where = Pieces(settings.torch_device, settings.autocast_dtype())
     callbacks = [ZClipCallback(), progress, where, StopAtDivergence(), StopWhenAsked(stop)]
     arguments = training_arguments(settings, seed, folder / "checkpoints")
     checkpoint = last_checkpoint(folder / "checkpoints")
@@ -204,7 +203,7 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         warmup_steps=warmup,
         max_grad_norm=0.0,  # ZClip clips
         bf16=settings.autocast_dtype() == "bfloat16",
-        use_cpu=resolve_device(settings.device) == "cpu",
+        use_cpu=settings.torch_device == "cpu",
         seed=seed,
         data_seed=seed,
         eval_strategy="steps",

@@ -1,33 +1,38 @@
-"""A run's folder: one process at a time, and one set of settings for all that it holds."""
+"""The folder of a run: one process at a time, and one set of settings for everything in it."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from query_experts.common.device import resolve_device
 from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders
-from query_experts.study.settings import RunSettings, TrainSettings
+from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
-# where results are, how many of them, and what the data hash speaks for
+# places, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "tokenizer", "cache_dir"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings) -> dict[str, Any]:
-    """What must not change while results of a folder are kept: all but where they are and how many of them."""
+    """What settings.json holds: all that must not change while the folder holds results.
+
+    The keys of `train` include those of `distill`, since both wrote their folders as one command.
+    """
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE_TO_CHANGE}
-    one = [settings.arm, settings.seed] if isinstance(settings, TrainSettings) else "several"
-    return kept | {
-        "device": resolve_device(settings.device), "dtype": settings.autocast_dtype(), "arm and seed": one,
-    }  # fmt: skip
+    one: Any = "several"
+    if isinstance(settings, TrainSettings):
+        kept |= settings.elsewhere.defaults
+        one = [settings.arm, settings.seed]
+    elif isinstance(settings, DistillSettings):
+        one = [settings.elsewhere.defaults["arm"], settings.seed]
+    return kept | {"device": settings.torch_device, "dtype": settings.autocast_dtype(), "arm and seed": one}
 
 
 def _change(name: str, before: Any, now: Any) -> str:
@@ -37,11 +42,24 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 
 def refuse_change(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Raises SettingError naming each setting with which the results in the folder were made differently."""
+    """Raises SettingError naming each setting with which the results in the folder were made differently.
+
+    Args:
+        before: What settings.json holds. A setting that it lacks, as an earlier version had none, had its default.
+        now: The fingerprint of the settings.
+    """
+    before = {name: value for name, value in _defaults().items() if name in now} | before
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         listing = "; ".join(_change(name, before.get(name), now.get(name)) for name in changed)
         raise SettingError(f"out is {folder}, which holds a run with other settings ({listing}); use another folder")
+
+
+def _defaults() -> dict[str, Any]:
+    """Name -> default of every setting that isn't a list."""
+    kinds = (CompareSettings, DistillSettings, TrainSettings)
+    own = {f.name: f.default for kind in kinds for f in fields(kind) if f.default is not MISSING}
+    return own | TrainSettings.elsewhere.defaults
 
 
 LOCK = ".lock"
@@ -49,9 +67,11 @@ LOCK = ".lock"
 
 @contextmanager
 def own_folder(out: Path) -> Iterator[Path]:
-    """Has `out` for this process alone. Raises SettingError where another is at work, or it is no run's folder.
+    """Reserves `out` for this process.
 
-    What is refused before anything was written leaves no folder, and no lock in one.
+    A refusal before anything was written leaves no folder, and no lock in one.
+
+    Raises SettingError where another process is at work, or where `out` isn't the folder of a run.
     """
     with no_empty_folders(out):
         require_own_folder(out)
@@ -89,5 +109,5 @@ def require_own_folder(out: Path) -> None:
 
 
 def holds_results(out: Path) -> bool:
-    """Whether training has begun in a run's folder, so that its settings must not change any more."""
+    """Whether training has begun in a run's folder, so that its settings must stay."""
     return any((out / name).exists() for name in ("runs", "checkpoints", "result.json"))

@@ -1,0 +1,88 @@
+"""The settings of `query-experts evaluate` and `query-experts generate`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from query_experts.common.device import Device, check_device, resolve_device
+from query_experts.common.errors import SettingError
+from query_experts.common.fields import Bounds, Count, NotEmpty, Seed, Settings, argument, option, required_option
+from query_experts.common.settings import has_pydantic, validate
+
+LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
+
+
+@dataclass
+class EvaluateSettings(Settings):
+    """One evaluation of a checkpoint.
+
+    Attributes:
+        torch_device: The device that `device` means on this machine.
+    """
+
+    checkpoint: str = argument("folder of a causal model as Transformers saves it, with its tokenizer; or a hub name")
+    tasks: list[str] = required_option(
+        "tasks, groups or tags of lm-eval, such as hellaswag,arc_easy,piqa", "tasks", metavar="TASK"
+    )
+    data_dir: str | None = option(
+        None, "folder of benchmark files in their original format, in place of the hub", "tasks", metavar="FOLDER"
+    )
+    batch_size: Count = option(8, "requests in a batch", "machine")
+    limit: Count | None = option(None, "score only N questions of each task, to try things", "tasks")
+    num_fewshot: Annotated[int, Bounds(least=0)] | None = option(
+        None, "examples before a question; default: the task's own number", "tasks"
+    )
+    max_length: Count | None = option(
+        None, "tokens that the model gets at once; default: max_position_embeddings", "tasks"
+    )
+    device: Device = option("auto", "device to score on; auto: cuda where there is one, else cpu", "machine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "dtype of the weights; auto: that of the checkpoint", "machine"
+    )
+    out: str | None = option(None, "new file for the results, JSON", "output", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        self.torch_device = resolve_device(self.device)
+
+    def check(self) -> None:
+        """Raises SettingError, naming the field, what it held and what is allowed."""
+        validate(self)
+        check_device(self.device)
+
+
+@dataclass
+class GenerateSettings(Settings):
+    """One text to generate.
+
+    Attributes:
+        torch_device: The device that `device` means on this machine.
+    """
+
+    checkpoint: str = argument("folder of a GQE checkpoint, with its tokenizer")
+    prompt: Annotated[str, NotEmpty("hold text")] = option("def ", "beginning of the text", "text")
+    max_new_tokens: Count = option(100, "tokens to generate", "text")
+    temperature: float = option(0.8, "temperature of the sampling; 0: always the most probable token", "text")
+    seed: Seed = option(0, "seed of the sampling", "text")
+    device: Device = option("auto", "device to generate on; auto: cuda where there is one, else cpu", "machine")
+
+    def __post_init__(self) -> None:
+        self.torch_device = resolve_device(self.device)
+
+    def check(self) -> None:
+        """Raises SettingError, naming the field, what it held and what is allowed.
+
+        Without pydantic, which the library itself doesn't need, only what follows `validate` is checked.
+        """
+        if has_pydantic():
+            validate(self)
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise SettingError(f"prompt is {self.prompt!r}, which isn't UTF-8; it must be text") from error
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            raise SettingError(
+                f"temperature is {self.temperature}; it must be 0, or a number from {LOWEST_TEMPERATURE} on"
+            )
+        check_device(self.device)

@@ -1,0 +1,50 @@
+"""`query-experts train`: one run of one arm, in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from query_experts.common.errors import SettingError
+from query_experts.study.compare import diverged, open_corpus, stopped
+from query_experts.study.settings import DistillSettings, TrainSettings
+from query_experts.study.train import StartingPoint, stop_after, train_arm
+from query_experts.study.workspace import own_folder
+
+
+def train(settings: TrainSettings, console: Console) -> bool:
+    """Trains one arm with one seed.
+
+    Returns:
+        Whether the run is finished: False if `stop_after_minutes` ended it.
+
+    Raises:
+        SettingError: A setting that can't be used; also where the loss diverged, which is kept as the run's result.
+    """
+    settings.check()
+    return train_one(settings, settings.arm, console)
+
+
+def train_one(
+    settings: TrainSettings | DistillSettings, arm: str, console: Console, start: StartingPoint | None = None
+) -> bool:
+    """One run in the folder `out`, from an arm's initial values or from `start`; otherwise as `train`."""
+    with own_folder(Path(settings.out)) as out:
+        stop = stop_after(settings.stop_after_minutes)
+        corpus = open_corpus(settings, out, console)
+        run = train_arm(settings, arm, settings.seed, corpus, out, stop, start)
+    if run is None:
+        return stopped(settings, stop, console)
+    if run.get("diverged_at_tokens") is not None:
+        raise SettingError(diverged(settings, run))
+    before = f"{run['validation_curve'][0][1]:.4f} at the start, " if start is not None else ""
+    before += f"teacher's {run['teacher_loss']:.4f}, " if "teacher_loss" in run else ""
+    console.print(
+        Text(
+            f"{arm} seed {settings.seed}: validation loss {before}{run['validation_loss']:.4f} after "
+            f"{run['train_tokens']:,} tokens at {run['tokens_per_s']:,.0f} tokens/s. Model: {out / 'model'}"
+        )
+    )
+    return True
