@@ -1,7 +1,6 @@
-"""The console command `query-experts`.
+"""The console command `query-experts`: prints help and the version, and leaves the rest to `query_experts.cli`.
 
-What needs no model is answered here at once: importing anything of `query_experts` takes the seconds that torch takes.
-The rest is the work of `query_experts.cli`.
+Nothing here imports `query_experts`, which imports torch and takes seconds.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def _run(argv: list[str], begin: Callable[[], Any]) -> int:
     command = argv[0] if argv else ""
     if command in ("", "-h", "--help"):
         return _print(_overview(), 0 if argv else 2)
-    if argv == ["--version"]:
+    if command == "--version":
         return _print(f"query-experts {__version__}\n")
     if command not in COMMANDS:
         return refuse(f"command is {command!r}; it must be one of {', '.join(COMMANDS)}")
@@ -94,10 +93,11 @@ def _print(text: str, status: int = 0) -> int:
 
 
 def _run_as_process(argv: list[str]) -> int:
-    """Runs a command whose process ends with it.
+    """Runs a command as the last thing that this process does.
 
-    Ctrl-C ends the process with a sentence and no traceback: at once while modules are imported, whose errors would
-    hide it, and after the command is done; in between as the command says. Where it is ignored it stays ignored.
+    Ctrl-C ends the process with a sentence and without a traceback. It does so at once while modules are imported,
+    since an import may catch or wrap KeyboardInterrupt, and again after the command is done. In between the command
+    decides. If Ctrl-C is ignored, it stays ignored.
     """
     listens = threading.current_thread() is threading.main_thread()
     listens = listens and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -109,12 +109,12 @@ def _run_as_process(argv: list[str]) -> int:
             signal.signal(signal.SIGINT, _stop_at_once)
     except KeyboardInterrupt:  # a second one, while the command ends by the first
         status = refuse("stopped", INTERRUPTED)
-    if status == CLOSED_PIPE:  # so that the interpreter, which flushes at its end, finds a reader
+    if status == CLOSED_PIPE:  # the interpreter flushes stdout again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
 def _stop_at_once(number: int, frame: Any) -> None:
     with suppress(OSError):
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"query-experts: stopped\n")
+        os.write(2, b"query-experts: stopped\n")
     os._exit(INTERRUPTED)

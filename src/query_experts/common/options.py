@@ -1,4 +1,4 @@
-"""The options of a command: made of the fields of its settings, and shown in groups on a help page."""
+"""Makes the options of a command from the fields of its settings, and its help page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SettingsParser(HfArgumentParser):
     """An `HfArgumentParser` that refuses in one sentence and has a help page in groups.
 
     Args:
-        kind: The class of settings; its fields are declared by `option`, `required` and `argument`.
+        kind: The class of settings; its fields are declared by `option`, `required_option` and `argument`.
         prog: The command, as the user writes it.
         about: What it does, in a line.
         example: One whole command.
@@ -78,7 +78,7 @@ class SettingsParser(HfArgumentParser):
         return self._option_string_actions[f"--{name}"]
 
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", flush=True)  # argparse passes over a closed pipe
+        print(self.format_help(), end="", flush=True)  # argparse's own ignores a closed pipe
 
     def format_help(self) -> str:
         """The help page."""
@@ -98,7 +98,7 @@ def spellings(name: str) -> list[str]:
 
 
 def without_literals(hint: Any) -> Any:
-    """The type with `str` for each Literal, as a wrong word must be refused in a sentence of ours."""
+    """The type with `str` for each Literal, since `validate` refuses wrong words, in a sentence."""
     if get_origin(hint) is Literal:
         return str
     if get_origin(hint) is list:
@@ -146,7 +146,7 @@ def format_option(option: argparse.Action) -> list[str]:
 
 
 def format_default(value: Any) -> str:
-    """As one would write it on the command line; nothing for None and what is empty, which the help text explains."""
+    """A default as the command line takes it; nothing for None and empty values, which the help text explains."""
     if isinstance(value, list):
         return " ".join(str(item) for item in value)
     if isinstance(value, bool):
