@@ -15,6 +15,7 @@ from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders
 from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
+LOCK = ".lock"
 # places, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "tokenizer", "cache_dir"}  # fmt: skip
@@ -60,9 +61,6 @@ def _defaults() -> dict[str, Any]:
     kinds = (CompareSettings, DistillSettings, TrainSettings)
     own = {f.name: f.default for kind in kinds for f in fields(kind) if f.default is not MISSING}
     return own | TrainSettings.elsewhere.defaults
-
-
-LOCK = ".lock"
 
 
 @contextmanager
