@@ -1,11 +1,11 @@
-"""Conversions of a dense model, each trained on a little: what router start, output projection and sparsity cost.
+"""Converts a dense model in several ways and trains each conversion: what router, projection and sparsity cost.
 
 python benchmarks/conversion.py --teacher runs/teacher/model --data TEXT ... [--cases CASE ...] [--seeds 0 1 2]
 
-The dense model is that of conversion-teacher.yaml, the runs' settings those of conversion.yaml, and all cases of a seed
-see the same tokens in the same order. A run that is finished isn't repeated, so the cases may be made in pieces. What
-all runs of the folder came to goes into benchmarks/results/conversion.json; conversion_tables.py makes the tables of
-docs/converting.md and the plot of it.
+conversion-teacher.yaml makes the dense model, and conversion.yaml has the settings of the runs. All cases of a seed see
+the same tokens in the same order. A finished run isn't repeated, so the cases can be run in several calls. The results
+of all runs in the folder go to benchmarks/results/conversion.json, from which conversion_tables.py makes tables and a
+plot.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 
-from query_experts.common.environment import environment
+from query_experts.common.environment import Environment, environment
 from query_experts.common.files import write_json
 from query_experts.common.settings import parse_settings
 from query_experts.convert import convert_model
@@ -28,6 +30,7 @@ from query_experts.model import costs
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.compare import open_corpus
 from query_experts.study.distill import load_teacher
+from query_experts.study.results import CorpusFacts, Curve, ParameterCounts, Piece, RoutingLoad
 from query_experts.study.settings import DistillSettings
 from query_experts.study.train import StartingPoint, train_arm
 from query_experts.study.workspace import own_folder
@@ -37,7 +40,7 @@ RESULT = ROOT / "benchmarks" / "results" / "conversion.json"
 CALIBRATION_SEQUENCES = 64
 LONG = {"steps": 400, "evaluations": 16}
 
-# case -> options of the conversion, then of the training where they aren't the recipe's
+# case -> options of the conversion, and those of the training that differ from the recipe
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all-awake": ({"router": "random", "top_k": None}, {}),
     "static": ({"router": "none"}, {}),
@@ -63,8 +66,84 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def run(case: str, seed: int, teacher: Any, settings: DistillSettings, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    """One conversion and its training; what the conversion came to is kept beside the run."""
+@dataclass(frozen=True)
+class Fit:
+    """Shares of the heads' contributions that are kept: by the router, by fixed heads, and at best."""
+
+    kept: float
+    fixed: float
+    best: float
+
+
+@dataclass(frozen=True)
+class ConversionRun:
+    """One conversion and its training.
+
+    Args:
+        kl_at_start: Divergence from the dense model before training.
+        fits: Of the layers whose routers were fitted.
+    """
+
+    case: str
+    seed: int
+    active_heads: int
+    kl_at_start: float
+    fits: list[Fit]
+    validation_curve: Curve
+    validation_loss: float
+    teacher_loss: float
+    train_tokens: int
+    parameters: ParameterCounts
+    routing: RoutingLoad | None
+    diverged_at_tokens: int | None
+    tokens_per_s: float
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    parameters: ParameterCounts
+    heads: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the runs that the tables name; the file holds all of them."""
+
+    num_key_value_heads: int
+    batch_size: int
+    seq_len: int
+    learning_rate: float
+    distillation: float
+    validation_sequences: int
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """All of conversion.json."""
+
+    settings: Settings
+    data: CorpusFacts
+    teacher: Teacher
+    environment: Environment
+    runs: list[ConversionRun]
+
+
+_RUN = TypeAdapter(ConversionRun)
+_CONVERSIONS = TypeAdapter(Conversions)
+
+
+def read_run(file: Path) -> ConversionRun:
+    return _RUN.validate_python(json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_conversions(file: Path) -> Conversions:
+    """Reads a conversion.json. Raises ValueError for any other file."""
+    return _CONVERSIONS.validate_python(json.loads(file.read_text(encoding="utf-8")))
+
+
+def run(case: str, seed: int, teacher: Any, settings: DistillSettings, corpus: Corpus, folder: Path) -> ConversionRun:
+    """Converts the teacher and trains the conversion."""
     conversion, training = CASES[case]
     settings = dataclasses.replace(settings, **training)
     torch.manual_seed(seed)
@@ -76,16 +155,22 @@ def run(case: str, seed: int, teacher: Any, settings: DistillSettings, corpus: C
     start = StartingPoint(model, teacher, settings.distillation, settings.sparsify_fraction)
     result = train_arm(settings, case, seed, corpus, folder, StopRequest(), start)
     assert result is not None
-    fits = [fit for fit in report.fits if fit is not None]
-    return {
-        "case": case,
-        "seed": seed,
-        "active_heads": heads,
-        "kl_at_start": report.kl,
-        "fits": [{"kept": f.kept, "fixed": f.fixed, "best": f.best} for f in fits],
-        **{name: result[name] for name in ("validation_curve", "validation_loss", "teacher_loss", "train_tokens")},
-        **{name: result[name] for name in ("parameters", "routing", "diverged_at_tokens", "tokens_per_s", "pieces")},
-    }
+    return ConversionRun(
+        case=case,
+        seed=seed,
+        active_heads=heads,
+        kl_at_start=report.kl,
+        fits=[Fit(fit.kept, fit.fixed, fit.best) for fit in report.fits if fit is not None],
+        validation_curve=result.validation_curve,
+        validation_loss=result.validation_loss,
+        teacher_loss=result.teacher_loss,
+        train_tokens=result.train_tokens,
+        parameters=result.parameters,
+        routing=result.routing,
+        diverged_at_tokens=result.diverged_at_tokens,
+        tokens_per_s=result.tokens_per_s,
+        pieces=result.pieces,
+    )
 
 
 def main() -> None:
@@ -120,8 +205,9 @@ def main() -> None:
                 file = out / "results" / f"{case}-seed{seed}.json"
                 if not file.exists():
                     console.print(f"{case}, seed {seed}")
-                    write_json(file, run(case, seed, teacher, settings, corpus, out / "runs" / f"{case}-seed{seed}"))
-        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
+                    found = run(case, seed, teacher, settings, corpus, out / "runs" / f"{case}-seed{seed}")
+                    write_json(file, dataclasses.asdict(found))
+        runs = [read_run(path) for path in sorted((out / "results").glob("*.json"))]
     info = {k: v for k, v in corpus.info.items() if k not in ("source", "tokenizer", "skipped_files")}
     held = dataclasses.asdict(settings)
     for name in ("out", "data", "cache_dir", "tokenizer", "init", "teacher", "seed"):
@@ -132,8 +218,8 @@ def main() -> None:
             "settings": held,
             "data": info | {"source": [Path(name).name for name in options.data]},
             "teacher": {"parameters": costs.parameters(teacher), "heads": teacher.config.num_attention_heads},
-            "environment": environment(settings.torch_device, settings.autocast_dtype()),
-            "runs": runs,
+            "environment": dataclasses.asdict(environment(settings.torch_device, settings.autocast_dtype())),
+            "runs": [dataclasses.asdict(run) for run in runs],
         },
     )
 

@@ -1,13 +1,13 @@
-"""Puts the table of benchmarks/results/compare-demo.json into the README, and its plots into docs/plots/."""
+"""Writes the table of benchmarks/results/compare-demo.json into the README, and its plots into docs/plots/."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from query_experts.common import formatting as text
 from query_experts.study.report import write_plots
-from query_experts.study.report.rows import BASELINES, Comparison, Row, by_seed, seeds_of, summary_rows
+from query_experts.study.report.rows import BASELINES, Row, by_seed, prefill_lengths, seeds_of, summary_rows
+from query_experts.study.results import Comparison, parse_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compare-demo.json"
@@ -16,8 +16,8 @@ BEGIN, END = "<!-- table: benchmarks/readme_table.py -->", "<!-- end of table --
 
 
 def table(comparison: Comparison) -> str:
-    """Markdown: losses and differences seed by seed, and the median speed at the longest prompt."""
-    longest = comparison["prefill"]["lengths"][-1]
+    """The table in Markdown: losses and differences by seed, and the median speed at the longest prompt."""
+    longest = prefill_lengths(comparison)[-1]
     head = [
         "arm", "active heads", "active parameters", "FLOPs a token", "KV bytes a token", "validation loss, by seed",
         "against `dense`", "against `static`", f"prefill of {text.length_name(longest)} tokens",
@@ -45,8 +45,8 @@ def difference(row: Row, base: Row | None, asked: list[int]) -> str:
     paired = row.versus[base.arm] if base else None
     if base is None or paired is None:
         return text.MISSING
-    gone = [*row.diverged, *base.diverged]
-    return " / ".join(by_seed(paired.differences, gone, asked, lambda value: text.signed(value, 3)))
+    diverged = [*row.diverged, *base.diverged]
+    return " / ".join(by_seed(paired.differences, diverged, asked, lambda value: text.signed(value, 3)))
 
 
 def with_table(readme: str, comparison: Comparison) -> str:
@@ -55,7 +55,7 @@ def with_table(readme: str, comparison: Comparison) -> str:
 
 
 def main() -> None:
-    comparison = json.loads(RESULT.read_text(encoding="utf-8"))
+    comparison = parse_comparison(RESULT.read_text(encoding="utf-8"))
     README.write_text(with_table(README.read_text(encoding="utf-8"), comparison), encoding="utf-8")
     write_plots(comparison, ROOT / "docs" / "plots")
 

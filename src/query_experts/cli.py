@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
 import signal
 import sys
 import threading
@@ -36,7 +35,7 @@ EXAMPLES = {
     "report": "query-experts report runs/mine",
 }
 TRAINING = ("accelerate", "filelock", "pydantic", "rich", "tqdm")
-REPORTING = ("jinja2", "matplotlib", "rich", "scipy")
+REPORTING = ("jinja2", "matplotlib", "pydantic", "rich", "scipy")
 # command -> its extra, and the packages of it without which the command isn't begun: some are imported at its end
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "compare": ("study", (*TRAINING, *REPORTING)),
@@ -254,25 +253,16 @@ def load_report(command: str, argv: list[str]) -> Work:
 
     settings = parse(command, ReportSettings, argv)
     from query_experts.study.report import print_summary, write_report
+    from query_experts.study.results import read_comparison
 
     def work() -> int:
         settings.check()
         folder = Path(settings.folder)
-        source = folder / "comparison.json"
-        try:
-            comparison = json.loads(source.read_text(encoding="utf-8"))
-            finished = len(comparison["runs"])
-            if finished:
-                page = write_report(comparison, folder / "report.html")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, OSError) and source.exists():
-                raise
-            raise SettingError(
-                f"folder is {folder}; it must hold comparison.json as compare wrote it, and the same compare command "
-                "writes it again"
-            ) from error
-        if not finished:
+        comparison = read_comparison(folder)
+        if not comparison.runs:
             raise SettingError(f"folder is {folder}, in which no run has finished yet; it must hold one")
+        page = folder / "report.html"
+        write_report(comparison, page)
         print_summary(comparison, terminal())
         print(f"Page: {page}")
         return 0

@@ -1,4 +1,4 @@
-"""Behaviour of the Trainer callbacks: ZClip against the paper's equations, the progress bar, and the clean stop."""
+"""The Trainer callbacks: ZClip against the paper's equations, the progress bar, and the stop that saves."""
 
 import io
 import json
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from query_experts.model.arms import arm_config, build
 from query_experts.model.initialization import initialise_by_name
@@ -195,7 +196,7 @@ def test_the_progress_bar_counts_tokens_and_shows_the_language_model_loss(tmp_pa
 
 
 def progress_of(pieces, waits=()):
-    """A progress callback after pieces of so many steps, with a wait before each of the steps named in `waits`."""
+    """A progress callback after pieces of that many steps, with a wait before each of the steps in `waits`."""
     progress, done = TokenProgress("run", 10), 0
     for steps in pieces:
         state = SimpleNamespace(is_world_process_zero=False, max_steps=9, global_step=done)
@@ -323,6 +324,7 @@ def test_a_closed_pipe_stops_neither_the_saving_nor_the_training(tmp_path, handl
         def write(self, text):
             raise BrokenPipeError
 
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", False)  # as the study switches its bars off
     monkeypatch.setattr(sys, "stderr", Closed())
     progress = TokenProgress("name", 10)
     progress.bar = SimpleNamespace(update=lambda _: sys.stderr.write(""), close=lambda: sys.stderr.write(""))

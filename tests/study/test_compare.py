@@ -1,5 +1,6 @@
-"""The main job end to end on a tiny corpus: its results, going on after a stop or a kill, and what it refuses."""
+"""The main job end to end on a tiny corpus: its results, resuming after a stop or a kill, and what it refuses."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -21,13 +22,14 @@ from query_experts.common import environment as environment_module
 from query_experts.common.errors import SettingError
 from query_experts.model import costs
 from query_experts.study import compare as compare_module
+from query_experts.study import measure
 from query_experts.study import prefill as prefill_module
-from query_experts.study import results as results_module
 from query_experts.study import single as single_module
 from query_experts.study import train as run_module
 from query_experts.study.callbacks import Pieces, TokenProgress
 from query_experts.study.compare import compare
-from query_experts.study.report import missing_parts
+from query_experts.study.report.rows import missing_parts
+from query_experts.study.results import read_comparison
 from query_experts.study.settings import CompareSettings, TrainSettings
 from query_experts.study.single import train
 from query_experts.study.workspace import FREE_TO_CHANGE, fingerprint
@@ -474,11 +476,11 @@ def test_a_kept_prefill_counts_on_the_same_machine_with_as_many_repeats_on_any_d
     out, here = finished / "out", prefill_module.environment
 
     def kept(place, **changes):
-        monkeypatch.setattr(prefill_module, "environment", lambda *args: here(*args) | place)
+        monkeypatch.setattr(prefill_module, "environment", lambda *args: dataclasses.replace(here(*args), **place))
         settings = tiny_compare(finished, **changes)
-        return prefill_module.kept_prefill(settings, compare_module.trained_models(out), out / "prefill.json")
+        return prefill_module.read_prefill(settings, compare_module.model_folders(out), out / "prefill.json")
 
-    assert kept({}) == kept({"date": "2001-01-01"}) == comparison_of(finished)["prefill"]
+    assert kept({}) == kept({"date": "2001-01-01"}) == read_comparison(out).prefill
     assert kept({"hardware": "another machine"}) is None
     assert kept({"torch": "1.0"}) is None
     assert kept({}, prefill_repeats=3) is None
@@ -549,9 +551,9 @@ def test_a_stopped_call_keeps_the_prefill_of_the_report(folder, finished):
 def test_a_stopped_call_reports_what_was_timed_and_names_what_was_not(folder, finished):
     before = comparison_of(folder)["prefill"]["seconds"]
     assert not compare(tiny_compare(folder, seeds=[0, 1], prefill_lengths=[8, 16, 24], stop_after_minutes=0), quiet())
-    held = comparison_of(folder)
-    assert held["prefill"]["seconds"] == {arm: [*seconds, []] for arm, seconds in before.items()}
-    assert "Prefill of dense and gqe was not timed at 24 tokens." in missing_parts(held)
+    held = comparison_of(folder)["prefill"]["seconds"]
+    assert held == {arm: [*seconds, []] for arm, seconds in before.items()}
+    assert "Prefill of dense and gqe was not timed at 24 tokens." in missing_parts(read_comparison(folder / "out"))
     assert compare(tiny_compare(folder, arms=["static"], prefill_lengths=[8]), quiet())
     held = comparison_of(folder)["prefill"]
     assert (held["lengths"], held["seconds"].keys()) == ([8], {"dense", "static", "gqe"})
@@ -682,8 +684,8 @@ def test_a_checkpoint_with_a_file_cut_short_is_passed_over(finished, tmp_path, m
 
 def test_validation_is_spread_over_the_held_out_text(tmp_path):
     corpus = SimpleNamespace(validation=range(100))
-    assert list(run_module.held_out(tiny_train(tmp_path, validation_sequences=4), corpus)) == [0, 25, 50, 75]
-    assert list(run_module.held_out(tiny_train(tmp_path, validation_sequences=500), corpus)) == list(range(100))
+    assert list(run_module.validation_split(tiny_train(tmp_path, validation_sequences=4), corpus)) == [0, 25, 50, 75]
+    assert list(run_module.validation_split(tiny_train(tmp_path, validation_sequences=500), corpus)) == list(range(100))
 
 
 def test_the_data_facts_say_what_validation_was_made_with(finished):
@@ -701,11 +703,11 @@ def test_a_character_of_several_tokens_is_shown_once_and_whole():
             return " ".join("abc"[i] for i in ids)
 
     text = "a\u00e9\u4e2d\U0001f600b"
-    shown = results_module.readable_tokens(Bytes(), list(text.encode()))
+    shown = measure.readable_tokens(Bytes(), list(text.encode()))
     assert shown == ["a", "", "\u00e9", "", "", "\u4e2d", "", "", "", "\U0001f600", "b"]
-    assert results_module.readable_tokens(Bytes(), [0xE4, 0xB8]) == ["", ""]  # cut off
-    assert results_module.readable_tokens(Bytes(), [0xFF] * 9)[3::4] == ["\ufffd" * 4] * 2  # no character at all
-    assert results_module.readable_tokens(Words(), [0, 1, 2]) == ["a", " b", " c"]  # spaces between tokens stay
+    assert measure.readable_tokens(Bytes(), [0xE4, 0xB8]) == ["", ""]  # cut off
+    assert measure.readable_tokens(Bytes(), [0xFF] * 9)[3::4] == ["\ufffd" * 4] * 2  # no character at all
+    assert measure.readable_tokens(Words(), [0, 1, 2]) == ["a", " b", " c"]  # spaces between tokens stay
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path):
@@ -805,7 +807,7 @@ def test_a_result_names_the_commit_of_a_checkout_and_none_elsewhere(tmp_path, mo
     assert environment_module.commit() is None
     git("add", "py.typed")
     git("commit", "-m", "this one")
-    head = environment_module.environment("cpu", "float32")["commit"]
+    head = environment_module.environment("cpu", "float32").commit
     assert re.fullmatch(r"[0-9a-f]{7,}", head)
     (tmp_path / "py.typed").write_text("changed")
     assert environment_module.commit() == head + "+"

@@ -1,6 +1,7 @@
-"""Owns the checks of the report: the numbers shown, the verdict's signs, and a page that stands alone."""
+"""The report: its numbers, the signs and the certainty of its findings, and a page that needs no other file."""
 
 import errno
+import html
 import importlib.util
 import io
 import json
@@ -11,20 +12,25 @@ from pathlib import Path
 import pytest
 
 from query_experts.common.errors import SettingError
-from query_experts.study.report import missing_parts, print_summary, summary_rows, verdict, write_plots, write_report
+from query_experts.study.report import print_summary, write_plots, write_report
 from query_experts.study.report.charts import loss_figure, smooth
-from query_experts.study.report.rows import runs_by_arm
-from query_experts.study.report.tables import tables
+from query_experts.study.report.findings import findings, limits
+from query_experts.study.report.rows import missing_parts, runs_by_arm, summary_rows
+from query_experts.study.report.tables import findings_table, tables
+from query_experts.study.results import parse_comparison
 
 LOSSES = {
     "dense": {0: 4.30, 1: 4.28, 2: 4.29},
     "static": {0: 4.32, 1: 4.31, 2: 4.33},
     "gqe": {0: 4.29, 1: 4.26, 2: 4.26},
 }
-GONE = {**LOSSES, "static": dict.fromkeys(range(3)), "gqe": {0: 4.29, 1: None, 2: 4.26}}  # None: it diverged
+DIVERGED = {**LOSSES, "static": dict.fromkeys(range(3)), "gqe": {0: 4.29, 1: None, 2: 4.26}}  # None: it diverged
 HERE = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "query_experts": "0.1.0", "device": "cpu",
         "hardware": "a CPU, 2 cores", "dtype": "bfloat16", "date": "2026-11-23"}  # fmt: skip
 THERE = {**HERE, "hardware": "NVIDIA H100", "device": "cuda"}
+DATA = {"source": ["<docs>"], "data_hash": "sha256:abc", "vocab_size": 300, "train_documents": 9, "train_tokens": 99,
+        "validation_documents": 2, "validation_tokens": 33, "seq_len": 16, "epochs": 0.31}  # fmt: skip
+PREFILL = "Prefill speed relative to dense"
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 TOKENS = ["def", " f", "(", "<b>", "</script>", "\n", "&", " x"]
 
@@ -58,12 +64,13 @@ def run(arm, seed, loss):
 
 
 def comparison(losses=LOSSES, seeds=(0, 1, 2)):
+    """The content of a comparison.json."""
     seconds = {"dense": [[2.0, 2.0, 2.2], [8.0, 8.0, 8.0]], "gqe": [[2.0, 2.5, 1.95], [5.0, 4.5, 5.4]]}
     return {
         "settings": {"preset": "demo", "arms": list(losses), "seeds": list(seeds), "num_attention_heads": 8,
                      "num_key_value_heads": 4, "active_query_experts": 1},
-        "data": {"source": ["<docs>"], "data_hash": "sha256:abc", "epochs": 0.31},
-        "environment": {"torch": "2.11.0", "hardware": "a CPU, 2 cores", "date": "2026-11-23"},
+        "data": dict(DATA),
+        "environment": dict(HERE),
         "runs": [run(arm, s, loss) for arm, by_seed in losses.items() for s, loss in by_seed.items() if s in seeds],
         "prefill": {"lengths": [512, 2048], "repeats": 3, "dtype": "bfloat16", "limit": {"gqe": 1.6},
                     "seconds": {arm: times for arm, times in seconds.items() if arm in losses}},
@@ -76,21 +83,46 @@ def with_gqe(shift):
     return comparison({**LOSSES, "static": LOSSES["dense"], "gqe": shifted})
 
 
+def read(of):
+    return parse_comparison(json.dumps(of))
+
+
 def row(arm, of=None):
-    return next(row for row in summary_rows(comparison() if of is None else of) if row.arm == arm)
+    return next(row for row in summary_rows(read(comparison() if of is None else of)) if row.arm == arm)
 
 
-def said(of):
-    return " ".join(verdict(of))
+def finding(of, arm="gqe", baseline="dense"):
+    return next(found for found in findings(read(of)) if (found.arm, found.baseline) == (arm, baseline))
+
+
+def finding_cells(of, arm="gqe", baseline="dense"):
+    """The cells of a finding after its arm and its baseline: loss, difference, lower on, certainty."""
+    return next(cells[2:] for cells in findings_table(read(of)).body if cells[:2] == [arm, baseline])
+
+
+def limits_of(of):
+    return " ".join(limits(read(of)))
+
+
+def table(of, title):
+    return next(table for table in tables(read(of)) if table.title == title)
 
 
 def cells(of, title="Quality"):
     """A table's cells, by arm."""
-    return {line[0]: line[1:] for table in tables(of) if table.title == title for line in table.body}
+    return {line[0]: line[1:] for line in table(of, title).body}
+
+
+def on_page(of, tmp_path):
+    """The words of the page."""
+    write_report(read(of), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page.partition("<body>")[2])).split())
 
 
 def trained_on(of, tmp_path):
-    page = write_report(of, tmp_path / "report.html").read_text(encoding="utf-8")
+    write_report(read(of), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     return re.findall(r"<li>(.*?)</li>", page.partition("<h3>Trained on</h3>")[2])
 
 
@@ -98,15 +130,15 @@ def printed(of, width):
     from rich.console import Console
 
     target = io.StringIO()
-    print_summary(of, Console(file=target, width=width))
+    print_summary(read(of), Console(file=target, width=width))
     return target.getvalue()
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    # Through JSON, as the real one comes.
-    return write_report(json.loads(json.dumps(comparison())), path).read_text(encoding="utf-8")
+    write_report(read(comparison()), path)
+    return path.read_text(encoding="utf-8")
 
 
 def test_rows_hold_means_medians_and_differences_paired_by_seed():
@@ -132,7 +164,7 @@ def test_prefill_ratios_are_taken_repeat_by_repeat():
 
 def test_arms_come_in_the_order_of_the_study():
     mixed = comparison({"gqe": {0: 4.0}, "static": {0: 4.0}, "dense": {0: 4.0}})
-    assert [row.arm for row in summary_rows(mixed)] == ["dense", "static", "gqe"]
+    assert [row.arm for row in summary_rows(read(mixed))] == ["dense", "static", "gqe"]
 
 
 @pytest.mark.parametrize("width", [120, 80])
@@ -157,7 +189,8 @@ def test_nothing_in_the_printed_quality_wraps_inside_a_number_or_a_bracket(width
     assert max(map(len, text.splitlines())) <= width
     whole = re.compile(r"\[[^]]*\]|[^\s\[\]]+")  # brackets with what they hold, and words
     shown = set(whole.findall(text))
-    assert {piece for row in cells(of).values() for cell in row for piece in whole.findall(cell)} <= shown
+    drawn = [*cells(of).values(), *findings_table(read(of)).body]
+    assert {piece for row in drawn for cell in row for piece in whole.findall(cell)} <= shown
     assert any(cell.count("\n") == 2 for row in cells(of).values() for cell in row) == (count > 2)
 
 
@@ -170,7 +203,7 @@ def test_cells_of_quality_hold_the_mean_its_interval_and_each_seed_on_lines_of_t
 
 
 def test_an_arm_that_diverged_keeps_its_row_and_says_so_seed_by_seed():
-    assert cells(comparison(GONE)) == {
+    assert cells(comparison(DIVERGED)) == {
         "dense": ["mean 4.2900\n4.3000 4.2800 4.2900", DASH, DASH],
         "static": ["diverged", DASH, DASH],
         "gqe": ["mean 4.2750\n4.2900 diverged 4.2600", f"mean {MINUS}0.0200\n{MINUS}0.0100 diverged {MINUS}0.0300",
@@ -189,51 +222,65 @@ def test_the_readme_table_says_seed_by_seed_what_diverged():
     spec = importlib.util.spec_from_file_location("readme_table", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    table = script.table(comparison(GONE))
-    assert f"| 4.290 / diverged / 4.260 | {MINUS}0.010 / diverged / {MINUS}0.030 | {DASH} |" in table
-    assert "| diverged / diverged / diverged |" in table
+    markdown = script.table(read(comparison(DIVERGED)))
+    assert f"| 4.290 / diverged / 4.260 | {MINUS}0.010 / diverged / {MINUS}0.030 | {DASH} |" in markdown
+    assert "| diverged / diverged / diverged |" in markdown
 
 
-def test_the_verdict_names_the_seeds_that_diverged():
-    lines = verdict(comparison(GONE))
-    assert lines[0] == (
-        f"gqe is better than dense on the 2 seeds that both have: {MINUS}0.0100 and {MINUS}0.0300, mean {MINUS}0.0200; "
-        "of 3 seeds, 1 diverged (gqe, seed 1)."
-    )
-    assert lines[1] == (
-        "gqe can't be compared with static: of 3 seeds, 3 diverged (gqe, seed 1; static, seeds 0, 1 and 2)."
-    )
-    assert "gqe diverged with seed 1: after 4.00k tokens the loss was no longer a finite number." in lines
-    assert "2 seeds are too few for a confidence interval." in lines
-    assert "both seeds" not in said(comparison(GONE))
+def test_the_verdict_names_the_seeds_that_diverged(tmp_path):
+    of = comparison(DIVERGED)
+    found = finding(of)
+    assert (found.verdict, found.certainty) == ("lower", "too few seeds")
+    assert (found.lower_on, found.higher_on, found.seeds, found.asked) == (2, 0, 2, 3)
+    assert found.mean == pytest.approx(-0.02)
+    assert found.diverged == {"gqe": [1]}
+    certainty = "too few seeds for an interval\nof 3 seeds, 1 diverged (gqe, seed 1)"
+    assert finding_cells(of) == ["lower", f"{MINUS}0.0200", "2 of 2\n(3 asked)", certainty]
+    found = finding(of, baseline="static")
+    assert (found.verdict, found.certainty, found.mean, found.seeds) == ("not comparable", None, None, 0)
+    assert found.diverged == {"gqe": [1], "static": [0, 1, 2]}
+    certainty = "of 3 seeds, 3 diverged (gqe, seed 1; static, seeds 0, 1 and 2)"
+    assert finding_cells(of, baseline="static") == [DASH, DASH, DASH, certainty]
+    sentence = "gqe diverged with seed 1: its loss was no finite number after 4.00k tokens."
+    assert sentence in table(of, "Quality").note
+    page = on_page(of, tmp_path)
+    assert sentence in page
+    assert f"gqe dense lower {MINUS}0.0200 2 of 2 (3 asked) too few seeds for an interval of 3 seeds, 1 div" in page
+    assert f"gqe static {DASH} {DASH} {DASH} {certainty}" in page
 
 
 def test_a_seed_that_neither_ran_nor_diverged_is_no_seed_that_both_have():
     of = comparison({"dense": LOSSES["dense"], "gqe": {0: 4.29, 1: 4.26}})
-    assert verdict(of)[0].startswith("gqe is better than dense on the 2 seeds that both have: ")
+    found = finding(of)
+    assert (found.verdict, found.lower_on, found.seeds, found.asked) == ("lower", 2, 2, 3)
+    assert found.diverged == {}
+    assert finding_cells(of)[2:] == ["2 of 2\n(3 asked)", "too few seeds for an interval"]
+    assert finding_cells(comparison({"dense": {0: 4.0}, "gqe": {1: 4.0}}))[3] == "no seed has both losses"
 
 
 def test_gqe_that_diverged_with_every_seed_is_a_result():
-    lines = verdict(comparison({**LOSSES, "gqe": dict.fromkeys(range(3))}))
-    assert lines[0] == "gqe can't be compared with dense: of 3 seeds, 3 diverged (gqe, seeds 0, 1 and 2)."
+    of = comparison({**LOSSES, "gqe": dict.fromkeys(range(3))})
+    assert finding(of).verdict == "not comparable"
+    assert finding_cells(of)[3] == "of 3 seeds, 3 diverged (gqe, seeds 0, 1 and 2)"
 
 
 def test_runs_that_diverged_count_neither_as_unequal_training_nor_in_speeds():
-    of = comparison(GONE)
-    assert "unequal numbers of tokens" not in said(of)
-    assert "In training, gqe ran about as fast as dense (tokens/s, seed by seed: +0% and +0%); " in said(of)
+    of = comparison(DIVERGED)
+    assert "unequal numbers of tokens" not in limits_of(of)
+    assert row("gqe", of).training_speed.changes == pytest.approx({0: 0.0, 2: 0.0})
     assert row("gqe", of).tokens_per_s == 1100
+    assert cells(of, "Cost")["gqe"][-1] == "1,100\nas dense\n+0% +0%"
     assert cells(of, "Cost")["static"][-1] == DASH
-    assert missing_parts(of) == []  # a run that diverged is a result, and leaves no model to time
+    assert missing_parts(read(of)) == []  # a run that diverged is a result, and leaves no model to time
     short = comparison()
     short["runs"][0]["train_tokens"] = 4_000
-    assert "Runs saw unequal numbers of tokens (4.00k to 10.0k)" in said(short)
+    assert "Runs saw unequal numbers of tokens (4.00k to 10.0k)" in limits_of(short)
 
 
 def test_a_run_that_diverged_does_not_stretch_the_loss_chart_and_ends_in_a_cross():
-    of = comparison(GONE)
+    of = comparison(DIVERGED)
     of["runs"][-2]["train_curve"][-1][1] = 1e6
-    figure = loss_figure(runs_by_arm(of))
+    figure = loss_figure(runs_by_arm(read(of)))
     upper, lower = figure.axes
     assert upper.get_ylim()[1] < 10
     crosses = [line for line in upper.lines if line.get_marker() == "x"]
@@ -267,128 +314,183 @@ def test_result_files_without_pieces_or_divergence_are_read_as_before(tmp_path):
     for each in of["runs"]:
         del each["pieces"], each["diverged_at_tokens"]
     assert trained_on(of, tmp_path) == []
-    known = [line for line in verdict(comparison()) if "In training" not in line]
-    assert [line for line in verdict(of) if "recorded" not in line] == known
+    known = comparison()
+    assert findings(read(of)) == findings(read(known))
+    assert limits(read(of)) == limits(read(known))
+    for title in ("Quality", "Prefill speed relative to dense", "Load"):
+        assert table(of, title) == table(known, title)
+    assert [line[:-1] for line in table(of, "Cost").body] == [line[:-1] for line in table(known, "Cost").body]
     of["runs"][0] = comparison()["runs"][0]
     assert trained_on(of, tmp_path)[1].startswith("not recorded (dense seeds 1 and 2; static seeds 0, 1 and 2; ")
 
 
-def test_training_speeds_of_different_hardware_are_not_compared():
+def test_training_speeds_of_different_hardware_are_not_compared(tmp_path):
     of = comparison()
-    assert "different hardware" not in said(of)
+    assert "different hardware" not in table(of, "Cost").note
+    assert cells(of, "Cost")["gqe"][-1] == "1,100\nas dense\n+0% +0% +0%"
     of["runs"][-1]["pieces"] = [{"first_step": 0, **THERE}]
-    line = "Runs were trained on different hardware (a CPU, 2 cores; NVIDIA H100), so training speeds don't compare."
-    assert line in verdict(of)
-    assert "In training, gqe ran" not in said(of)
-    assert "different hardware" in next(table.note for table in tables(of) if table.title == "Cost")
+    sentence = "runs were trained on different hardware (a CPU, 2 cores; NVIDIA H100), so speeds don't compare."
+    assert sentence in table(of, "Cost").note
+    assert cells(of, "Cost")["gqe"][-1] == "1,100"
+    assert sentence in on_page(of, tmp_path)
 
 
 def test_differences_that_round_to_zero_are_no_wins():
     near = {seed: loss - 4e-5 for seed, loss in LOSSES["dense"].items()}
-    lines = verdict(comparison({"dense": LOSSES["dense"], "gqe": near}))
-    same = "0.0000, 0.0000 and 0.0000, mean 0.0000"
-    assert lines[0] == f"gqe has the same loss as dense on every one of the 3 seeds: {same}."
-    assert "The lowest mean validation loss is that of dense and gqe (4.2900)." in lines
-    mixed = comparison({"dense": LOSSES["dense"], "gqe": {**near, 2: 4.2}})
-    assert "lower loss on 1 of 3 seeds, higher on 0" in verdict(mixed)[0]
+    of = comparison({"dense": LOSSES["dense"], "gqe": near})
+    found = finding(of)
+    assert (found.verdict, found.certainty, found.lower_on, found.higher_on, found.seeds) == ("same", None, 0, 0, 3)
+    assert finding_cells(of) == ["same", "0.0000\n[0.0000, 0.0000]", "0 of 3", "no difference at four digits"]
+    assert "Lowest mean: dense and gqe (4.2900)." in table(of, "Quality").note
+    mixed = finding(comparison({"dense": LOSSES["dense"], "gqe": {**near, 2: 4.2}}))
+    assert (mixed.verdict, mixed.lower_on, mixed.higher_on) == ("mixed", 1, 0)
     one = comparison({"dense": LOSSES["dense"], "gqe": near}, seeds=(0,))
-    assert verdict(one)[0] == "On the one seed of this comparison, gqe has the same loss as dense."
+    assert finding_cells(one) == ["same", "0.0000", "0 of 1", "no difference at four digits"]
 
 
 @pytest.mark.parametrize(("shift", "word"), [(-0.02, "lower"), (0.02, "higher")])
 def test_two_seeds_of_one_sign_say_what_was_measured_and_no_more(shift, word):
     of = with_gqe(shift)
     of["runs"], of["settings"]["seeds"] = [run for run in of["runs"] if run["seed"] < 2], [0, 1]
-    line = next(line for line in verdict(of) if line.startswith("The control for routing"))
-    assert line.endswith(f"gqe has the {word} loss on both seeds, too few for an interval.")
+    found = finding(of, baseline="static")
+    assert (found.verdict, found.certainty, found.seeds) == (word, "too few seeds", 2)
+    assert (found.low, found.high) == (None, None)
+    assert finding_cells(of, baseline="static")[3] == "too few seeds for an interval"
 
 
 @pytest.mark.parametrize(("shift", "word", "other"), [(-0.02, "is better than", "loses to"),
                                                       (0.02, "loses to", "is better than")])  # fmt: skip
-def test_the_verdict_turns_with_the_sign_of_the_difference(shift, word, other):
-    text = " ".join(verdict(with_gqe(shift)))
+def test_the_verdict_turns_with_the_sign_of_the_difference(shift, word, other, tmp_path):
+    verdict = {"is better than": "lower", "loses to": "higher"}
+    of = with_gqe(shift)
+    page = on_page(of, tmp_path)
     for base in ("dense", "static"):
-        assert f"gqe {word} {base} on every one of the 3 seeds" in text
-        assert f"gqe {other} {base}" not in text
-    assert ("gqe lost to it, so routing did not pay" in text) == (shift > 0)
-    assert ("speak for gqe at this scale" in text) == (shift < 0)
-    assert "excludes zero" in text
+        found = finding(of, baseline=base)
+        assert (found.verdict, found.certainty) == (verdict[word], "excludes zero")
+        assert (found.lower_on, found.higher_on) == ((3, 0) if shift < 0 else (0, 3))
+        assert found.mean == pytest.approx(shift + 0.001)
+        assert (found.low > 0) == (found.high > 0) == (shift > 0)
+        assert f"gqe {base} {verdict[word]} {'+' if shift > 0 else MINUS}" in page
+        assert f"gqe {base} {verdict[other]}" not in page
+        assert finding_cells(of, baseline=base)[3] == "interval excludes zero"
 
 
-def test_seeds_that_disagree_name_no_winner():
-    losses = {**LOSSES, "gqe": {0: 4.29, 1: 4.29, 2: 4.29}}
-    line = verdict(comparison(losses))[0]
-    assert "no consistent winner: lower loss on 1 of 3 seeds, higher on 1" in line
-    assert "includes zero, so chance alone may explain it" in line
+def test_seeds_that_disagree_name_no_winner(tmp_path):
+    of = comparison({**LOSSES, "gqe": {0: 4.29, 1: 4.29, 2: 4.29}})
+    found = finding(of)
+    assert (found.verdict, found.lower_on, found.higher_on, found.seeds) == ("mixed", 1, 1, 3)
+    assert found.certainty == "includes zero"
+    page = on_page(of, tmp_path)
+    assert re.search(r"gqe dense mixed \S+ \[[^]]*\] 1 of 3 interval includes zero: chance may explain it", page)
 
 
 def test_two_seeds_are_called_too_few_for_an_interval():
-    lines = verdict(comparison(seeds=(0, 1)))
-    assert "2 seeds are too few for a confidence interval." in lines
-    assert not any("95%" in line for line in lines)
+    of = comparison(seeds=(0, 1))
+    for base in ("dense", "static"):
+        assert finding(of, baseline=base).certainty == "too few seeds"
+        assert finding_cells(of, baseline=base)[3] == "too few seeds for an interval"
+        assert "[" not in finding_cells(of, baseline=base)[1]
 
 
 def test_one_seed_is_called_luck():
-    lines = verdict(comparison(seeds=(0,)))
-    assert lines[0] == "On the one seed of this comparison, gqe is better than dense by 0.0100."
-    assert "One seed can't tell a difference between arms from luck." in lines
+    of = comparison(seeds=(0,))
+    found = finding(of)
+    assert (found.verdict, found.certainty, found.mean) == ("lower", "one seed", pytest.approx(-0.01))
+    assert finding_cells(of) == ["lower", f"{MINUS}0.0100", "1 of 1", "one seed: luck may explain it"]
 
 
 def test_the_verdict_says_when_seeds_differ_as_much_as_arms():
+    def note(losses):
+        return table(comparison(losses), "Quality").note
+
     close = {"dense": {0: 4.0, 1: 4.5}, "gqe": {0: 4.1, 1: 4.4}}
-    assert any("Go by paired differences" in line for line in verdict(comparison(close)))
+    assert "differ by up to 0.0000, no more than the seeds of one arm do (0.5000, dense)" in note(close)
     equal = {"dense": {0: 4.0, 1: 4.5}, "gqe": {0: 4.5, 1: 5.0}}
-    assert any("Go by paired differences" in line for line in verdict(comparison(equal)))
+    assert ", no more than the seeds of one arm do" in note(equal)
     apart = {"dense": {0: 4.0, 1: 4.01}, "gqe": {0: 4.5, 1: 4.51}}
-    assert any("more than that. Still go by paired differences" in line for line in verdict(comparison(apart)))
+    assert ", more than the seeds of one arm do" in note(apart)
+    for losses in (close, equal, apart):
+        assert "compare paired differences, not means" in note(losses)
 
 
 def test_the_verdict_tells_clear_speed_from_noise():
-    text = " ".join(verdict(comparison()))
-    assert "Prefill of 2k tokens: gqe is faster than dense in every repeat" in text
+    def outcome(of):
+        return row("gqe", of).prefill[2048].outcome, cells(of, PREFILL)["gqe"][-1]
+
+    assert table(comparison(), PREFILL).head[-1] == "at 2k tokens"
+    assert outcome(comparison()) == ("faster", "faster")
     noisy = comparison()
     noisy["prefill"]["seconds"]["gqe"][1] = [9.0, 8.0, 7.0]
-    assert "gqe is not reliably faster or slower than dense" in " ".join(verdict(noisy))
+    assert outcome(noisy) == ("unclear", "unclear")
     slow = comparison()
     slow["prefill"]["seconds"]["gqe"][1] = [9.0, 10.0, 11.0]
-    assert "gqe is slower than dense in every repeat" in " ".join(verdict(slow))
+    assert outcome(slow) == ("slower", "slower")
+    assert "Faster or slower: in every repeat; otherwise unclear." in table(slow, PREFILL).note
 
 
 def test_a_prefill_that_other_work_disturbed_is_called_so():
     busy = comparison()
     busy["prefill"]["seconds"]["gqe"][1] = [5.0, 4.5, 5.9]  # 1.31 times the quickest
-    said = " ".join(verdict(busy))
-    assert f"gqe ran at 1.60{TIMES} the speed of dense" in said
-    assert "a repeat took over 1.3 times as long as another of the same arm" in said
-    assert "in every repeat" not in said
-    drawn = tables(busy)[2]
+    assert row("gqe", busy).prefill[2048].outcome == "disturbed"
+    drawn = table(busy, PREFILL)
+    assert drawn.body[-1][-1] == "disturbed"
+    assert drawn.body[-1][2].startswith(f"1.60{TIMES}\n")
     assert "(disturbed)" in drawn.body[-1][2]
-    assert "Disturbed: a repeat took over 1.3 times" in drawn.note
-    assert "isturbed" not in tables(comparison())[2].note
+    assert "Disturbed: a repeat took over 1.3 times as long as another of the same arm" in drawn.note
+    assert "isturbed" not in str(table(comparison(), PREFILL))
+
+
+def test_prefill_is_compared_with_static_too():
+    of = comparison()
+    of["prefill"]["seconds"]["static"] = [[2.0, 2.0, 2.0], [6.0, 6.0, 6.0]]
+    assert cells(of, PREFILL)["gqe"][-1] == f"faster\n1.20{TIMES} static"
+    assert cells(of, PREFILL)["static"][-1] == "faster"
+    assert cells(of, PREFILL)["dense"][-1] == DASH
 
 
 def test_every_arm_of_the_method_has_its_sentences_and_absent_baselines_one_remark():
     losses = {"half": LOSSES["dense"], "gqe-m4": LOSSES["gqe"], "gqe-expert": LOSSES["static"]}
-    only_dense = comparison({"dense": LOSSES["dense"], **losses})
-    text = " ".join(verdict(only_dense))
-    assert f"gqe-m4 is better than dense on every one of the 3 seeds: {MINUS}0.0100" in text
-    assert "gqe-expert loses to dense on every one of the 3 seeds: +0.0200" in text
-    assert "In training, gqe-m4 ran about as fast as dense" in text
-    assert "half is better" not in text  # a control
-    assert "static, the control without a router, was not asked for, so nothing is said against it." in text
-    assert text.count("static") == 1
-    assert not any("static" in line for line in missing_parts(only_dense))
-    assert "dense, the model with all heads on, was not asked for" in " ".join(verdict(comparison(losses)))
+    of = comparison({"dense": LOSSES["dense"], **losses})
+    found = finding(of, "gqe-m4")
+    assert (found.verdict, found.lower_on, found.seeds) == ("lower", 3, 3)
+    assert cells(of)["gqe-m4"][1].endswith(f"\n{MINUS}0.0100 {MINUS}0.0200 {MINUS}0.0300")
+    found = finding(of, "gqe-expert")
+    assert (found.verdict, found.higher_on, found.mean) == ("higher", 3, pytest.approx(0.03))
+    assert cells(of, "Cost")["gqe-m4"][-1] == "1,100\nas dense\n+0% +0% +0%"
+    assert {found.arm for found in findings(read(of))} == {"gqe-m4", "gqe-expert"}  # half is a control
+    remarks = [line for line in limits(read(of)) if "static" in line]
+    assert remarks == ["No arm is compared with static, which was not asked for."]
+    assert not any("static" in line for line in missing_parts(read(of)))
+    neither = limits_of(comparison(losses))
+    assert "No arm is compared with dense and static, which were not asked for." in neither
 
 
-def test_one_seed_and_one_repeat_are_written_in_the_singular():
+def test_every_studied_arm_is_compared_with_every_control_that_has_a_run():
+    arms = ("dense", "static", "half", "frozen", "gqe", "hard")
+    of = comparison({arm: {seed: 4 + 0.1 * i + seed for seed in range(3)} for i, arm in enumerate(arms)})
+    pairs = [(found.arm, found.baseline, found.verdict) for found in findings(read(of))]
+    assert pairs == [(arm, base, "higher") for arm in arms[4:] for base in arms[:4]]
+    note = findings_table(read(of)).note
+    assert "Only a lower loss than frozen comes from learned routing." in note
+    assert "frozen" not in findings_table(read(comparison())).note
+
+
+def test_the_limits_are_five_lines_at_most():
+    of = comparison({"gqe": LOSSES["gqe"], "hard": LOSSES["gqe"]})
+    of["runs"][0]["train_tokens"] = 4_000
+    of["data"] |= {"epochs": 39, "validation_tokens_used": 1536}
+    assert len(limits(read(of))) == 5
+
+
+def test_one_seed_and_one_repeat_are_written_in_the_singular(tmp_path):
     alone = comparison(seeds=(0,))
     alone["prefill"] |= {"repeats": 1, "seconds": {"dense": [[2.0], [8.0]], "gqe": [[2.0], [5.0]]}}
-    text = " ".join(verdict(alone)) + tables(alone)[2].note
-    assert "gqe ran about as fast as dense (tokens/s: +0%)" in text
-    assert f"gqe is faster than dense, 1.60{TIMES} its speed (one repeat, limit by active heads 1.60)" in text
-    assert "Times as fast as dense: below it the arm's own time." in text
-    assert not re.search("every|seeds that|repeats", text)
+    assert cells(alone, "Cost")["gqe"][-1] == "1,000\nas dense\n+0%"
+    assert cells(alone, PREFILL)["gqe"][1:] == [f"1.60{TIMES}\n5.00 s", f"1.60{TIMES}", "faster"]
+    note = table(alone, PREFILL).note
+    assert "Speed relative to dense, then the arm's own time." in note
+    assert not re.search("every|seeds that|repeats", note)
+    assert "Comparison of 3 arms over 1 seed," in on_page(alone, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -401,17 +503,25 @@ def test_one_seed_and_one_repeat_are_written_in_the_singular():
     ],
 )
 def test_the_verdict_on_training_speed_goes_seed_by_seed_and_calls_three_percent_the_same(changes, pace):
+    outcomes = {"about as fast as dense": "same", "faster than dense on every seed": "faster",
+                "slower than dense on every seed": "slower",
+                "faster than dense on some seeds and slower on others": "mixed"}  # fmt: skip
     of = comparison()
     for each in of["runs"]:
         each["tokens_per_s"] *= 1 + (changes[each["seed"]] if each["arm"] == "gqe" else 0)
-    assert f"In training, gqe ran {pace} (tokens/s" in said(of)
+    speed = row("gqe", of).training_speed
+    assert speed.changes == pytest.approx(dict(enumerate(changes)))
+    assert speed.outcome == outcomes[pace]
+    shown = cells(of, "Cost")["gqe"][-1].split("\n")
+    assert shown[1] == {"same": "as dense"}.get(outcomes[pace], outcomes[pace])
+    assert shown[2] == " ".join(f"{change:+.0%}".replace("-", MINUS) for change in changes)
 
 
 @pytest.mark.parametrize(("size", "told"), [(49_999_999, True), (50_000_000, False)])
 def test_the_verdict_calls_models_below_fifty_million_parameters_tiny(size, told):
     of = comparison()
     of["runs"][0]["parameters"]["total"] = size
-    assert ("The models are tiny" in said(of)) == told
+    assert ("The models are tiny" in limits_of(of)) == told
 
 
 @pytest.mark.parametrize(("size", "told"), [(556, True), (555, False)])
@@ -419,7 +529,7 @@ def test_the_verdict_says_where_training_stopped_well_before_twenty_tokens_a_par
     of = comparison()
     for each in of["runs"]:
         each["parameters"]["total"] = size
-    assert ("Training stopped at 18 tokens a parameter" in said(of)) == told
+    assert ("Training stopped at 18 tokens a parameter" in limits_of(of)) == told
 
 
 @pytest.mark.parametrize(("size", "told"), [(10_051, "more"), (10_049, None), (9_951, None), (9_949, "fewer")])
@@ -427,16 +537,18 @@ def test_the_verdict_names_a_difference_in_size_from_half_a_percent_on(size, tol
     of = comparison()
     for each in of["runs"]:
         each["parameters"]["total"] = size if each["arm"] == "gqe" else 10_000
-    named = [line for line in verdict(of) if "not at equal size" in line]
+    named = re.findall(r"[\w-]+ has [^:]*: losses are not at equal size\.", table(of, "Cost").note)
     assert named == [f"gqe has 0.5% {told} parameters than {base}: losses are not at equal size."
                      for base in ("dense", "static") if told]  # fmt: skip
 
 
-def test_the_verdict_names_what_limits_the_comparison():
-    text = " ".join(verdict(comparison()))
-    assert "The models are tiny (2.40M parameters, 10.0k training tokens)" in text
-    assert "fewer parameters than dense" in text
-    assert "gqe 1, 1 and 1 of 4" in text  # dead experts, seed by seed
+def test_the_verdict_names_what_limits_the_comparison(tmp_path):
+    page = on_page(comparison(), tmp_path)
+    assert "The models are tiny (2.40M parameters, 10.0k training tokens)" in page
+    assert "fewer parameters than dense" in page
+    assert cells(comparison(), "Load")["gqe"] == ["4", "1 1 1", "0.50 0.50 0.50"]  # dead experts, seed by seed
+    assert "gqe 4 1 1 1 0.50 0.50 0.50" in page
+    assert "Dead: selected by less than 1% of held-out tokens." in page
 
 
 def test_the_page_stands_alone(page):
@@ -467,31 +579,33 @@ def test_charts_have_a_title_for_those_who_do_not_see_them(page):
 
 
 def test_prefill_shows_the_median_time_of_each_arm_at_each_length(page):
-    shown = cells(comparison(), "Prefill speed against dense")
+    shown = cells(comparison(), PREFILL)
     assert shown["dense"][:2] == [f"1.00{TIMES}\n2.00 s", f"1.00{TIMES}\n8.00 s"]
     assert shown["gqe"][0] == f"1.00{TIMES}\n0.80 to 1.13\n2.00 s"
     fast = comparison()
     fast["prefill"]["seconds"]["gqe"][1] = [0.031, 0.0299, 0.029]
-    assert cells(fast, "Prefill speed against dense")["gqe"][1].endswith("\n29.9 ms")
+    assert cells(fast, PREFILL)["gqe"][1].endswith("\n29.9 ms")
     assert "<span>5.00 s</span>" in page
 
 
 def test_without_dense_prefill_shows_times_alone():
     of = comparison({"gqe": LOSSES["gqe"]})
-    assert cells(of, "Prefill speed against dense")["gqe"][:2] == ["2.00 s", "5.00 s"]
+    assert cells(of, PREFILL)["gqe"][:2] == ["2.00 s", "5.00 s"]
 
 
 def test_prefill_that_was_stopped_midway_has_dashes_for_the_lengths_to_come():
     of = comparison()
     of["prefill"]["seconds"] = {arm: seconds[:1] for arm, seconds in of["prefill"]["seconds"].items()}
-    assert cells(of, "Prefill speed against dense")["gqe"][1] == DASH
-    assert "Prefill of 512 tokens" in said(of)
+    assert cells(of, PREFILL)["gqe"][1] == DASH
+    assert table(of, PREFILL).head[-1] == "at 512 tokens"
+    assert cells(of, PREFILL)["gqe"][-1] == "unclear"
 
 
 def test_how_much_was_held_out_is_among_the_facts(tmp_path):
     of = comparison()
     of["data"] |= {"validation_sequences_used": 128, "validation_tokens_used": 32_768}
-    page = write_report(of, tmp_path / "report.html").read_text(encoding="utf-8")
+    write_report(read(of), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<dt>validation sequences used</dt><dd>128</dd><dt>validation tokens used</dt><dd>32,768</dd>" in page
 
 
@@ -506,17 +620,18 @@ def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", no_room)
     with pytest.raises(OSError, match="No space"):
-        write_report(comparison(), path)
+        write_report(read(comparison()), path)
     assert path.read_text() == "old"
 
 
 def test_the_sections_come_in_the_promised_order(page):
-    sections = ["verdict", "results", "loss", "prefill", "load", "passage", "run"]
+    sections = ["findings", "results", "loss", "prefill", "load", "passage", "run"]
     assert re.findall(r'<section aria-labelledby="(\w+)"', page) == sections
 
 
 def test_the_same_comparison_gives_the_same_bytes(page, tmp_path):
-    assert write_report(comparison(), tmp_path / "again.html").read_text(encoding="utf-8") == page
+    write_report(read(comparison()), tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
 def test_the_page_and_the_plots_render_without_baselines_curves_prefill_or_routing(tmp_path):
@@ -526,26 +641,28 @@ def test_the_page_and_the_plots_render_without_baselines_curves_prefill_or_routi
     part["prefill"] = None
     for each in part["runs"]:
         each.update(train_curve=[], validation_curve=[], routing=None, passage=None)
-    text = write_report(part, tmp_path / "report.html").read_text(encoding="utf-8")
+    text = on_page(part, tmp_path)
     for line in ("No run of static.", "No run of gqe with seed 1.", "gqe-m4 diverged with seed 0",
-                 "dense, the model with all heads on, was not asked for", "Prefill was not timed.",
+                 "No arm is compared with dense, which was not asked for.", "Prefill was not timed.",
                  "No run kept a loss curve.",
                  "No run with a router reports its load."):  # fmt: skip
         assert line in text
     assert DASH in printed(part, 100)
-    assert write_plots(part, tmp_path) == []
+    assert write_plots(read(part), tmp_path) == []
 
 
 def test_an_empty_comparison_renders_and_says_so(tmp_path):
-    text = write_report({}, tmp_path / "report.html").read_text(encoding="utf-8")
+    text = on_page({"runs": []}, tmp_path)
     assert "No run has finished" in text
-    assert "says nothing about its quality" in verdict({})[0]
+    assert "No arm of the method has finished a run, so this comparison says nothing about its quality." in text
+    assert findings(read({"runs": []})) == []
+    assert "Findings" not in printed({"runs": []}, 80)
 
 
 def test_plots_are_written_as_svg_and_png_and_do_not_change_between_writes(tmp_path):
-    first = write_plots(comparison(), tmp_path / "a")
+    first = write_plots(read(comparison()), tmp_path / "a")
     assert [path.name for path in first] == ["loss.svg", "loss.png", "prefill.svg", "prefill.png"]
-    second = write_plots(comparison(), tmp_path / "b")
+    second = write_plots(read(comparison()), tmp_path / "b")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
@@ -553,37 +670,37 @@ def test_plots_are_written_as_svg_and_png_and_do_not_change_between_writes(tmp_p
 def test_a_missing_library_names_the_extra_to_install(monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SettingError, match=r"pip install query-experts\[study\]"):
-        write_report(comparison(), tmp_path / "report.html")
+        write_report(read(comparison()), tmp_path / "report.html")
 
 
 @pytest.mark.parametrize(("held_out", "told"), [(1_536, True), (19_999, True), (20_000, False)])
 def test_the_verdict_says_where_little_text_is_held_out(held_out, told):
     of = comparison()
     of["data"]["validation_tokens_used"] = held_out
-    assert any(f"taken over {held_out:,} tokens of held-out text" in line for line in verdict(of)) == told
+    assert (f"taken over {held_out:,} held-out tokens" in limits_of(of)) == told
 
 
 @pytest.mark.parametrize(("epochs", "told"), [(38.8, "39"), (388.2, "388"), (4.01, "4.0"), (4, None)])
 def test_the_verdict_says_where_the_text_was_seen_many_times(epochs, told):
     of = comparison()
     of["data"]["epochs"] = epochs
-    found = re.findall(r"The training text was seen (\S+) times over", " ".join(verdict(of)))
+    found = re.findall(r"The training text is repeated (\S+) times", limits_of(of))
     assert found == [told] * (told is not None)
 
 
 def test_where_every_run_diverged_nothing_is_said_of_the_text_that_they_were_measured_on():
     of = comparison({arm: dict.fromkeys(seeds) for arm, seeds in LOSSES.items()})
     of["data"] |= {"epochs": 39, "validation_tokens_used": 1536}
-    assert not re.search("taken over|times over", " ".join(verdict(of)))
+    assert not re.search("taken over|repeated", limits_of(of))
 
 
 def test_machines_that_were_not_recorded_are_said_to_be_so():
     of = comparison()
     for each in of["runs"]:
         del each["pieces"]
-    assert "It isn't recorded where every run was trained" in " ".join(verdict(of))
-    assert "it isn't recorded where every run was trained" in tables(of)[1].note
-    assert "different hardware" not in " ".join(verdict(of))
+    assert "it isn't recorded where every run was trained" in table(of, "Cost").note
+    assert "different hardware" not in table(of, "Cost").note
+    assert cells(of, "Cost")["gqe"][-1] == "1,100"
 
 
 def test_a_smoothed_line_ends_in_a_mean_and_not_in_the_last_point():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from query_experts.bench.json_reader import read_result
 from query_experts.bench.settings import BenchSettings
+from query_experts.common.environment import Environment
 from query_experts.common.files import write_json
 
 BASELINE = "dense"  # the arm that every speed is relative to
@@ -106,21 +107,6 @@ def _check_repeats(point: Point, seconds: dict[str, list[float]]) -> None:
     repeats = {len(times) for times in seconds.values()}
     if len(repeats) != 1 or 0 in repeats:
         raise ValueError(f"{point.describe()} must hold as many seconds of each call, one or more")
-
-
-@dataclass(frozen=True)
-class Environment:
-    """The hardware and package versions of a run."""
-
-    python: str
-    torch: str
-    transformers: str
-    query_experts: str
-    commit: str | None
-    device: str
-    hardware: str
-    dtype: str
-    date: str
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from query_experts.bench.results import (
     BASELINE,
     BenchResult,
     Check,
-    Environment,
     PartsResult,
     Point,
     PointResult,
@@ -81,7 +80,7 @@ def run_benchmark(settings: BenchSettings, progress: Progress = iter) -> BenchRe
     """
     device, out = settings.torch_device, result_file(settings)
     checks = check_correctness(settings, device)
-    result = BenchResult(settings, Environment(**environment(device, settings.dtype)), checks, [])
+    result = BenchResult(settings, environment(device, settings.dtype), checks, [])
     keep_previous_result(out)
     for point in progress(list(points_of(settings))):
         result = dataclasses.replace(result, points=[*result.points, measure(point, settings, device)])

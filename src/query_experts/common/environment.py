@@ -1,13 +1,13 @@
-"""Where and with what something ran: hardware and versions, kept with every result."""
+"""Records the hardware and package versions of a run."""
 
 from __future__ import annotations
 
 import datetime
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,25 +16,45 @@ from query_experts import __version__
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def environment(device: str, dtype: str) -> dict[str, Any]:
-    """device: cpu, cuda or mps. -> Python and package versions, hardware, dtype and today's date (UTC), JSON-able."""
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The hardware, versions and day of a run. `dataclasses.asdict` gives its JSON."""
+
+    python: str
+    torch: str
+    transformers: str
+    query_experts: str
+    commit: str | None = None  # None outside a git checkout; older files lack it
+    device: str
+    hardware: str
+    dtype: str
+    date: str
+
+
+def environment(device: str, dtype: str) -> Environment:
+    """Describes this process.
+
+    Args:
+        device: cpu, cuda or mps.
+        dtype: the dtype of the run, such as bfloat16.
+    """
     threads = torch.get_num_threads()
     processor = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else processor
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers")},
-        "query_experts": __version__,
-        "commit": commit(),
-        "device": device,
-        "hardware": hardware,
-        "dtype": dtype,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+    return Environment(
+        python=platform.python_version(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+        query_experts=__version__,
+        commit=commit(),
+        device=device,
+        hardware=torch.cuda.get_device_name() if device == "cuda" else processor,
+        dtype=dtype,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
 
 
 def commit() -> str | None:
-    """Of the checkout that the package is imported from, with `+` behind it where files differ; None elsewhere."""
+    """The commit of the checkout that holds the package, with `+` if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(PACKAGE)]
     try:
         inside = subprocess.run([*git, "ls-files", "--error-unmatch", "py.typed"], capture_output=True, timeout=10)

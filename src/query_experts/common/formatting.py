@@ -1,4 +1,4 @@
-"""Owns how the report writes numbers and arms: signs, units, the order of the arms and what each of them is."""
+"""Formats numbers and lists of words for tables, pages and the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DIVERGED = "diverged"
 
 
 def signed(value: float | None, digits: int = 4) -> str:
-    """A difference with its sign, as in +0.0031; a value that rounds to zero has none."""
+    """A difference with its sign: +0.0031. A value that rounds to zero has no sign."""
     if value is None or not math.isfinite(value):
         return MISSING
     text = f"{abs(value):.{digits}f}"
@@ -21,12 +21,12 @@ def signed(value: float | None, digits: int = 4) -> str:
 
 
 def fixed(value: float | None, digits: int = 4) -> str:
-    """A number with so many decimals."""
+    """A number with that many decimals."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """A signed interval in brackets, or nothing."""
+    """A signed interval in brackets; empty without bounds."""
     return "" if low is None or high is None else f"[{signed(low)}, {signed(high)}]"
 
 
@@ -52,7 +52,7 @@ def _three_digits(value: float) -> str:
 
 
 def whole(value: float | None) -> str:
-    """A whole number with separators."""
+    """A rounded number with separators: 12,345."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
@@ -62,7 +62,7 @@ def times(value: float | None) -> str:
 
 
 def length_name(length: int) -> str:
-    """A sequence length as people say it: 512, 2k, 128k."""
+    """A sequence length in units of 1,024 where it is a multiple: 512, 2k, 128k."""
     return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
@@ -71,11 +71,11 @@ def plural(count: int, word: str) -> str:
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
-def listed(words: Sequence[str]) -> str:
-    """Words as a sentence lists them: a, b and c."""
+def join_words(words: Sequence[str]) -> str:
+    """A list of words in a sentence: a, b and c."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else list(words))
 
 
-def seeds(numbers: Sequence[int]) -> str:
-    """Seeds as a sentence names them: seed 1, seeds 0 and 2."""
-    return f"seed{'s' if len(numbers) > 1 else ''} {listed([str(number) for number in numbers])}"
+def name_seeds(numbers: Sequence[int]) -> str:
+    """Seeds in a sentence: seed 1, seeds 0 and 2."""
+    return f"seed{'s' if len(numbers) > 1 else ''} {join_words([str(number) for number in numbers])}"

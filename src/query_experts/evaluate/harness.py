@@ -97,7 +97,7 @@ def evaluate(settings: EvaluateSettings, console: Console) -> EvaluationResult:
         tasks=task_scores(scored, notes),
         settings=RequestedSettings(settings.data_dir, settings.batch_size, settings.limit, settings.num_fewshot),
         environment=EvaluationEnvironment(
-            **environment(settings.torch_device, dtype), lm_eval=version("lm_eval"), datasets=version("datasets")
+            **vars(environment(settings.torch_device, dtype)), lm_eval=version("lm_eval"), datasets=version("datasets")
         ),
     )
     try:

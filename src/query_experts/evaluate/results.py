@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from query_experts.common.environment import Environment
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -60,19 +62,10 @@ class RequestedSettings:
     num_fewshot: int | None
 
 
-@dataclass(frozen=True)
-class EvaluationEnvironment:
-    """The hardware and package versions of an evaluation, as `common.environment` records them, and lm-eval's."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationEnvironment(Environment):
+    """The hardware and package versions of an evaluation, with those of lm-eval and datasets."""
 
-    python: str
-    torch: str
-    transformers: str
-    query_experts: str
-    commit: str | None
-    device: str
-    hardware: str
-    dtype: str
-    date: str
     lm_eval: str
     datasets: str
 

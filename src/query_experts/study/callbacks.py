@@ -1,7 +1,8 @@
-"""Trainer callbacks: ZClip, a progress bar in tokens, and a clean stop when the time is up or the loss diverged."""
+"""Trainer callbacks: ZClip, a progress bar in tokens, where a run was trained, and when it stops."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import sys
@@ -21,15 +22,21 @@ from query_experts.common.environment import environment
 
 
 class ZClipCallback(TrainerCallback, ExportableState):
-    """ZClip (arXiv 2504.02507): gradients are scaled down only where their norm is an outlier among recent norms.
+    """ZClip (arXiv 2504.02507): scales gradients down where their norm is an outlier among recent norms.
 
-    The first `warmup_steps` norms, which pass unclipped, give the mean and variance; then both are exponential moving
-    averages. A norm g with z = (g - mean) / std above `z_threshold` is scaled to mean + (z_threshold**2 / z) * std,
-    so the farther out, the harder; the averages then take the scaled norm. A norm that is not finite is let through
-    and forgotten. Set `max_grad_norm=0` in the Trainer's arguments, so that only one of them clips. Works on DDP and
-    FSDP2 gradients; not with fp16, whose gradients are still scaled here.
+    The first `warmup_steps` norms pass unclipped and give the mean and variance, which then are exponential moving
+    averages. A norm g with z = (g - mean) / std above `z_threshold` is scaled to mean + (z_threshold**2 / z) * std.
+    A larger outlier is scaled down further. The averages take the scaled norm. A norm that isn't finite passes
+    unscaled and doesn't enter the averages. Works on DDP and FSDP2 gradients.
 
-    Raises ValueError for fp16, and where the Trainer clips too.
+    Args:
+        alpha: Decay of the moving averages.
+        z_threshold: The z-score above which a norm is an outlier.
+        warmup_steps: Steps without clipping.
+
+    Raises:
+        ValueError: When training begins, for fp16, whose gradients are still scaled, and for a `max_grad_norm` other
+            than 0, with which the Trainer would clip too.
     """
 
     def __init__(self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25):
@@ -53,7 +60,7 @@ class ZClipCallback(TrainerCallback, ExportableState):
         }
 
     def target_norm(self, norm: float) -> float:
-        """The norm to scale a gradient of this norm to, itself where it is no outlier. Moves the averages on."""
+        """The norm to scale a gradient of this norm to: the same unless it is an outlier. Updates the averages."""
         if not math.isfinite(norm):
             return norm
         if self.mean is None:
@@ -95,11 +102,15 @@ class ZClipCallback(TrainerCallback, ExportableState):
 
 
 class TokenProgress(TrainerCallback, ExportableState):
-    """A bar with tokens, tokens/s, time left and the last losses; and the time that training steps took.
+    """A progress bar with tokens, tokens/s, time left and the last losses, and the time that training steps take.
 
-    tokens_per_step: over all micro-batches and ranks. `seconds` counts training steps alone, without validation and
-    checkpoints, over all pieces of a resumed run. `tokens_per_s` leaves out the first steps of each piece, in which
-    the process warms up, unless there were no others. The bar's own rate has validation in it, as its time left must.
+    `seconds` counts training steps without validation and checkpoints, over all pieces of a resumed run.
+    `tokens_per_s` leaves out the first steps of each piece, in which the process warms up, unless there are no others.
+    The rate in the bar includes validation, because its time left must.
+
+    Args:
+        name: Title of the bar.
+        tokens_per_step: Over all micro-batches and ranks.
     """
 
     WARM_UP_STEPS = 2
@@ -175,7 +186,7 @@ class TokenProgress(TrainerCallback, ExportableState):
         self.bar = None
 
     def draw(self, change: Callable[[tqdm], Any]) -> None:
-        """Change the bar; where nobody reads it any more (a closed pipe), training goes on without."""
+        """Changes the bar. Training goes on without it once the pipe that it writes to is closed."""
         if self.bar is not None:
             try:
                 change(self.bar)
@@ -184,10 +195,12 @@ class TokenProgress(TrainerCallback, ExportableState):
 
 
 class StopRequest:
-    """The wish to save and end: from `deadline` on, and once Ctrl-C or SIGTERM has come within `listening`.
+    """A request to save and stop: made at the deadline, or by Ctrl-C or SIGTERM within `listening`.
 
-    deadline: on `time.monotonic`'s clock, so that a long run fits into pieces; None for none. `signal`: the number of
-    the one that came, or None.
+    `signal` is the number of the signal that came, or None.
+
+    Args:
+        deadline: On the clock of `time.monotonic`; None for none.
     """
 
     def __init__(self, deadline: float | None = None):
@@ -200,7 +213,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM only ask, the first time; the second ends the process. One that is ignored stays so."""
+        """The first Ctrl-C or SIGTERM makes the request, the second ends the process. Ignored signals stay ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -216,7 +229,7 @@ class StopRequest:
                 signal.raise_signal(number)
                 return
             self.signal = number
-            with suppress(OSError):  # Ctrl-C ends the other programs of a pipe as well
+            with suppress(OSError):  # Ctrl-C also ends the program that reads the pipe
                 print("\nSaving within a few steps, then stopping; once more stops at once.", file=sys.stderr)
 
         for number, handler in before.items():
@@ -229,7 +242,7 @@ class StopRequest:
 
 
 def on_any_rank(true: bool, device: torch.device) -> bool:
-    """Whether it is true on one rank at least. Every rank must call it."""
+    """Whether a value is true on any rank. Every rank must call this."""
     if not (dist.is_available() and dist.is_initialized()):
         return true
     found = torch.tensor(float(true), device=device)
@@ -238,7 +251,7 @@ def on_any_rank(true: bool, device: torch.device) -> bool:
 
 
 class StopWhenAsked(TrainerCallback):
-    """Saves a checkpoint and stops at the first log after the request was made, on all ranks once one has it."""
+    """Saves a checkpoint and stops at the first log after the request, on all ranks once it is made on one."""
 
     def __init__(self, request: StopRequest):
         self.request = request
@@ -246,7 +259,7 @@ class StopWhenAsked(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        # between two logs, a part of lm_loss's mean would be lost
+        # a stop between two logs would lose a part of the mean that lm_loss is
         logged = state.global_step % state.logging_steps == 0
         if logged and state.global_step < state.max_steps and on_any_rank(self.request.made, args.device):
             control.should_save = True
@@ -255,7 +268,7 @@ class StopWhenAsked(TrainerCallback):
 
 
 class StopAtDivergence(TrainerCallback):
-    """Stops where a logged loss is no longer a finite number: nothing that follows can mend it."""
+    """Stops when a logged loss is no longer a finite number, from which training can't recover."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         if not losses_are_finite(state.log_history[-1:]):
@@ -269,7 +282,7 @@ def losses_are_finite(logs: list[dict[str, Any]]) -> bool:
 
 
 class Pieces(TrainerCallback, ExportableState):
-    """Notes where each piece of a resumed run was trained: `first_step` and the environment, one entry a change."""
+    """Records where a run is trained: its first step and the environment, and again whenever that changes."""
 
     def __init__(self, device: str, dtype: str):
         self.device = device
@@ -280,6 +293,6 @@ class Pieces(TrainerCallback, ExportableState):
         return {"args": {"device": self.device, "dtype": self.dtype}, "attributes": {"pieces": self.pieces}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        here = environment(self.device, self.dtype)
+        here = dataclasses.asdict(environment(self.device, self.dtype))
         if not self.pieces or {**self.pieces[-1], **here} != self.pieces[-1]:
             self.pieces = [*self.pieces, {"first_step": state.global_step, **here}]

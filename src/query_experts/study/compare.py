@@ -1,4 +1,4 @@
-"""The main job: train the arms head to head, time their prefill, and write the table and the page."""
+"""The main job: trains the arms on the same tokens, times their prefill, and writes the tables and the page."""
 
 from __future__ import annotations
 
@@ -18,16 +18,26 @@ from query_experts.common.formatting import plural
 from query_experts.data import Corpus, prepare
 from query_experts.model.arms import ARMS
 from query_experts.study.callbacks import StopRequest
-from query_experts.study.prefill import kept_prefill, measure_prefill
+from query_experts.study.prefill import measure_prefill, read_prefill
 from query_experts.study.report import print_summary, write_report
-from query_experts.study.results import read_result
+from query_experts.study.results import (
+    Comparison,
+    CorpusFacts,
+    DataFacts,
+    RunResult,
+    corpus_facts,
+    read_result,
+    write_comparison,
+)
 from query_experts.study.settings import CompareSettings, RunSettings
-from query_experts.study.train import held_out, stop_after, train_arm, trained_on
+from query_experts.study.train import stop_after, train_arm, training_split, validation_split
 from query_experts.study.workspace import fingerprint, holds_results, own_folder, refuse_change
+
+SHOWN_KINDS = 5  # of skipped files
 
 
 def compare(settings: CompareSettings, console: Console) -> bool:
-    """Train what isn't trained yet, measure, report. False if `stop_after_minutes` cut it off.
+    """Trains what isn't trained yet, times prefill and reports. False if it was stopped by `stop_after_minutes`.
 
     The report holds every finished run of the folder, whatever arms and seeds this call asks for.
     """
@@ -40,30 +50,30 @@ def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
     started = time.monotonic()
     stop = stop_after(settings.stop_after_minutes)
     corpus = open_corpus(settings, out, console)
-    asked = [(arm, seed) for seed in settings.seeds for arm in settings.arms]  # what is finished first is paired
+    asked = [(arm, seed) for seed in settings.seeds for arm in settings.arms]  # seed by seed, for paired differences
     for number, (arm, seed) in enumerate(asked, 1):
         folder = run_folder(out, arm, seed)
         if new := not (folder / "result.json").exists():
             console.print(f"Run {number} of {len(asked)}: {arm}, seed {seed}")
         run = train_arm(settings, arm, seed, corpus, folder, stop)
-        if run is not None and run.get("diverged_at_tokens") is not None:
-            console.print(Text(diverged(settings, run), style="yellow"))
+        if run is not None and run.diverged:
+            console.print(Text(divergence(settings, run), style="yellow"))
         if new or number == len(asked):
-            write_comparison(settings, corpus, out)  # of all runs so far: the page is there to look at meanwhile
+            write_reports(settings, corpus, out)  # so that the page shows the finished runs meanwhile
         if run is None or stop.signal is not None:
-            return stopped(settings, stop, console)
-    timed = measure_prefill(settings, trained_models(out), out / "prefill.json", stop)
-    comparison = write_comparison(settings, corpus, out)
+            return report_stop(settings, stop, console)
+    timed = measure_prefill(settings, model_folders(out), out / "prefill.json", stop)
+    comparison = write_reports(settings, corpus, out)
     if not timed:
-        return stopped(settings, stop, console)
+        return report_stop(settings, stop, console)
     print_summary(comparison, console)
     took = f"({time.monotonic() - started:.0f} s)"
     console.print(Text(f"Page: {out / 'report.html'}   Numbers: {out / 'comparison.json'}   {took}"))
     return True
 
 
-def stopped(settings: RunSettings, stop: StopRequest, console: Console) -> bool:
-    """False, as time ran out; where a signal asked for the stop, the process ends by it now that all is saved."""
+def report_stop(settings: RunSettings, stop: StopRequest, console: Console) -> bool:
+    """Prints that the run stopped, and returns False. Raises SystemExit where a signal asked for the stop."""
     after = f" after {settings.stop_after_minutes:g} minutes" if stop.signal is None else ""
     console.print(f"Stopped{after}; the same command goes on.")
     if stop.signal is not None:
@@ -75,35 +85,35 @@ def run_folder(out: Path, arm: str, seed: int) -> Path:
     return out / "runs" / f"{arm}-seed{seed}"
 
 
-def write_comparison(settings: CompareSettings, corpus: Corpus, out: Path) -> dict[str, Any]:
-    """Everything that the folder holds so far, as comparison.json and as a page."""
+def write_reports(settings: CompareSettings, corpus: Corpus, out: Path) -> Comparison:
+    """Writes the finished runs and prefill times of the folder as comparison.json and as a page."""
     runs = finished_runs(out)
-    held = {"arms": [run["arm"] for run in runs], "seeds": [run["seed"] for run in runs]}
-    both = {name: list(dict.fromkeys([*getattr(settings, name), *held[name]])) for name in held}
-    comparison = {
-        "settings": dataclasses.asdict(settings) | both,
-        "data": data_facts(settings, corpus),
-        "environment": environment(settings.torch_device, settings.autocast_dtype()),
-        "runs": runs,
-        "prefill": kept_prefill(settings, trained_models(out), out / "prefill.json"),
-    }
-    write_json(out / "comparison.json", comparison)
+    arms = dict.fromkeys([*settings.arms, *(run.arm for run in runs)])
+    seeds = dict.fromkeys([*settings.seeds, *(run.seed for run in runs)])
+    comparison = Comparison(
+        settings=dataclasses.replace(settings, arms=[*arms], seeds=[*seeds]),
+        data=data_facts(settings, corpus),
+        environment=environment(settings.torch_device, settings.autocast_dtype()),
+        runs=runs,
+        prefill=read_prefill(settings, model_folders(out), out / "prefill.json"),
+    )
+    write_comparison(out / "comparison.json", comparison)
     write_report(comparison, out / "report.html")
     return comparison
 
 
-def finished_runs(out: Path) -> list[dict[str, Any]]:
+def finished_runs(out: Path) -> list[RunResult]:
     """The results in a folder, seed by seed, arms in the study's order."""
     runs = [read_result(path) for path in out.glob("runs/*/result.json")]
-    return sorted(runs, key=lambda run: (run["seed"], [*ARMS].index(run["arm"])))
+    return sorted(runs, key=lambda run: (run.seed, [*ARMS].index(run.arm)))
 
 
-def trained_models(out: Path) -> dict[str, Path]:
-    """A trained model's folder for each arm: that of its first seed which didn't diverge."""
+def model_folders(out: Path) -> dict[str, Path]:
+    """The folder of a trained model for each arm: of its first seed that did not diverge."""
     folders: dict[str, Path] = {}
     for run in finished_runs(out):
-        if run.get("diverged_at_tokens") is None:
-            folders.setdefault(run["arm"], run_folder(out, run["arm"], run["seed"]) / "model")
+        if not run.diverged:
+            folders.setdefault(run.arm, run_folder(out, run.arm, run.seed) / "model")
     for arm, folder in folders.items():
         if not (folder / "config.json").exists():
             raise SettingError(
@@ -113,23 +123,22 @@ def trained_models(out: Path) -> dict[str, Path]:
     return folders
 
 
-def diverged(settings: RunSettings, run: dict[str, Any]) -> str:
+def divergence(settings: RunSettings, run: RunResult) -> str:
+    """The sentence about a run that diverged."""
     return (
-        f"learning_rate is {settings.learning_rate}, with which arm {run['arm']}, seed {run['seed']}, diverged after "
-        f"{run['diverged_at_tokens']:,} tokens; it must be lower"
+        f"learning_rate is {settings.learning_rate}, with which arm {run.arm}, seed {run.seed}, diverged after "
+        f"{run.diverged_at_tokens:,} tokens; it must be lower"
     )
 
 
 def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
-    """The tokenised data of a run folder, after making sure that the folder holds no other run."""
+    """The tokenised data of a run folder, after checking that the folder holds no run with other settings or data."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    marker = out / "settings.json"
-    remedy = "nothing else tells with which settings this folder was made; use another"
-    kept = read_json(marker, remedy) if marker.exists() and holds_results(out) else None
-    now = fingerprint(settings)
-    if kept is not None:  # before anything is read for data that may be refused
-        refuse_change({name: value for name, value in kept.items() if name != "data_hash"}, now, out)
+    kept = kept_fingerprint(out)
+    current = fingerprint(settings)
+    if kept is not None:  # before any data is read
+        refuse_change({name: value for name, value in kept.items() if name != "data_hash"}, current, out)
     corpus = prepare(
         settings.data or None,
         cache_dir=Path(settings.cache_dir) if settings.cache_dir else out / "cache",
@@ -139,48 +148,64 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
         max_bytes=settings.max_bytes,
         text_field=settings.text_field,
     )
-    if corpus.info["vocab_size"] > settings.vocab_size:
-        held, allowed = corpus.info["vocab_size"], settings.vocab_size
-        raise SettingError(f"tokenizer has {held} tokens; it must have vocab_size, which is {allowed}, or fewer")
+    facts = corpus_facts(corpus.info)
+    check_corpus(settings, corpus, facts)
+    current |= {"data_hash": facts.data_hash}
+    if kept is not None:
+        refuse_change(kept, current, out)
+    else:
+        write_json(out / "settings.json", current)
+    print_corpus(settings, corpus, facts, console)
+    return corpus
+
+
+def kept_fingerprint(out: Path) -> dict[str, Any] | None:
+    """The settings that the results in a folder were made with; None where there are no results."""
+    marker = out / "settings.json"
+    remedy = "nothing else tells with which settings this folder was made; use another"
+    return read_json(marker, remedy) if marker.exists() and holds_results(out) else None
+
+
+def check_corpus(settings: RunSettings, corpus: Corpus, facts: CorpusFacts) -> None:
+    """Raises SettingError where the tokenizer or the text doesn't fit the settings."""
+    if facts.vocab_size > settings.vocab_size:
+        raise SettingError(
+            f"tokenizer has {facts.vocab_size} tokens; it must have vocab_size, which is {settings.vocab_size}, or "
+            "fewer"
+        )
     if len(corpus.train) < settings.sequences_per_step:
         raise SettingError(
             f"batch_size * gradient_accumulation_steps is {settings.sequences_per_step}; it must be at most the "
             f"{len(corpus.train)} sequences that data holds"
         )
-    now["data_hash"] = corpus.info["data_hash"]
-    if kept is not None:
-        refuse_change(kept, now, out)
-    else:
-        write_json(marker, now)
-    info = corpus.info
-    limit = f" (max_bytes: {info['max_bytes'] / 1e6:g} MB)" if info["max_bytes"] else ""
+
+
+def print_corpus(settings: RunSettings, corpus: Corpus, facts: CorpusFacts, console: Console) -> None:
+    limit = f" (max_bytes: {facts.max_bytes / 1e6:g} MB)" if facts.max_bytes else ""
     console.print(
         Text(
-            f"Data: {', '.join(info['source'])}{limit}: {plural(info['train_documents'], 'document')}, "
-            f"{info['train_tokens']:,} tokens to train on, {info['validation_tokens']:,} held out "
-            f"({info['validation']})"
+            f"Data: {', '.join(facts.source)}{limit}: {plural(facts.train_documents, 'document')}, "
+            f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out ({facts.validation})"
         )
     )
     if settings.validation_sequences > len(corpus.validation):
-        console.print(
-            Text(
-                f"validation_sequences is {settings.validation_sequences:,}; data holds out "
-                f"{len(corpus.validation):,}, and all of them are used",
-                style="yellow",
-            )
+        told = (
+            f"validation_sequences is {settings.validation_sequences:,}; data holds out {len(corpus.validation):,}, "
+            "and all of them are used"
         )
-    if info["skipped_files"]:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in [*info["skipped_files"].items()][:5])
-        skipped = plural(sum(info["skipped_files"].values()), "file")
+        console.print(Text(told, style="yellow"))
+    if facts.skipped_files:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in [*facts.skipped_files.items()][:SHOWN_KINDS])
+        skipped = plural(sum(facts.skipped_files.values()), "file")
         console.print(Text(f"{skipped} of other kinds in the folders skipped ({kinds})", style="yellow"))
-    return corpus
 
 
-def data_facts(settings: RunSettings, corpus: Corpus) -> dict[str, Any]:
-    used = len(held_out(settings, corpus))
-    epochs = settings.steps * settings.sequences_per_step / len(trained_on(settings, corpus))
-    return corpus.info | {
-        "epochs": round(epochs, 3),
-        "validation_sequences_used": used,
-        "validation_tokens_used": used * settings.seq_len,
-    }
+def data_facts(settings: RunSettings, corpus: Corpus) -> DataFacts:
+    used = len(validation_split(settings, corpus))
+    epochs = settings.steps * settings.sequences_per_step / len(training_split(settings, corpus))
+    return DataFacts(
+        **vars(corpus_facts(corpus.info)),
+        epochs=round(epochs, 3),
+        validation_sequences_used=used,
+        validation_tokens_used=used * settings.seq_len,
+    )

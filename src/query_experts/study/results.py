@@ -1,148 +1,272 @@
-"""What a finished run comes to, as the report reads it."""
+"""The results of the study as dataclasses, and the one reader and writer of each file that holds them.
+
+Readers ignore unknown keys, which are those of newer versions. Fields that older files lack have defaults.
+"""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import Subset
-from transformers import PreTrainedModel
+from pydantic import TypeAdapter, ValidationError
 
+from query_experts.common.environment import Environment
 from query_experts.common.errors import SettingError
-from query_experts.common.files import read_json
-from query_experts.data.corpus import Corpus
-from query_experts.layers.router import select_top_k
-from query_experts.model import costs
-from query_experts.model.configuration_gqe import GQEConfig
-from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, losses_are_finite
-from query_experts.study.settings import RunSettings
-from query_experts.training import GQETrainer
+from query_experts.common.files import read_json, write_json
+from query_experts.model.arms import ARMS
+from query_experts.study.settings import CompareSettings
 
-PASSAGE_TOKENS = 192
+Curve = list[tuple[int, float]]  # training tokens, loss
 
 
-MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a model.
+
+    Args:
+        total: All of them, tied ones counted once.
+        active: Those that one token uses.
+        embedding: Those of the input and output embeddings.
+    """
+
+    total: int
+    active: int
+    embedding: int
 
 
-ROUTING_SEQUENCES = 16
+@dataclass(frozen=True)
+class RoutingLoad:
+    """How the routers of a model distribute held-out tokens.
+
+    Args:
+        load: Share of tokens that select each expert, [layers][groups][experts].
+        entropy: Mean entropy of the router as a share of its maximum, [layers][groups].
+        dead: Number of dead experts.
+        dead_below: The load below which an expert is dead.
+    """
+
+    load: list[list[list[float]]]
+    entropy: list[list[float]]
+    dead: int
+    dead_below: float
+
+    @property
+    def experts_per_group(self) -> int:
+        return len(self.load[0][0])
+
+    @property
+    def num_experts(self) -> int:
+        return sum(len(group) for layer in self.load for group in layer)
+
+    @property
+    def mean_entropy(self) -> float:
+        values = [value for layer in self.entropy for value in layer]
+        return sum(values) / len(values)
+
+    @property
+    def highest_load(self) -> float:
+        return max(value for layer in self.load for group in layer for value in group)
 
 
-DEAD_BELOW = 0.01  # an expert that fewer tokens than this wake counts as dead
+@dataclass(frozen=True)
+class Passage:
+    """A held-out text token by token, and the most probable expert of each token, [layers][tokens][groups]."""
+
+    tokens: list[str]
+    experts: list[list[list[int]]]
 
 
-def read_result(file: Path) -> dict[str, Any]:
-    """A run's result. Raises SettingError for a file that isn't one."""
+@dataclass(frozen=True, kw_only=True)
+class _FirstStep:
+    first_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece(Environment, _FirstStep):  # in this order of bases, first_step is the first key of its JSON
+    """The part of a resumed run that one machine trained, from `first_step` on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One finished run: result.json, and an entry of comparison.json's runs.
+
+    Args:
+        parameters: Parameter counts of the model.
+        active_attention_heads: Query heads that attend for a token.
+        dense_attention_heads: Query heads of the dense arm.
+        flops_per_token: Of a forward pass at the training length.
+        kv_bytes_per_token: Bytes that a token adds to the KV cache.
+        tokens_per_s: Training speed, without the first steps of each piece.
+        train_seconds: Time in training steps.
+        train_tokens: Tokens trained on.
+        diverged_at_tokens: Tokens after which the loss was no longer finite; None for a run that did not diverge.
+        pieces: Where the run was trained; empty in files from before pieces were recorded.
+        clipped_steps: Steps whose gradient ZClip scaled down.
+        validation_loss: Language-model loss in nats a token at the end; None for a run that diverged.
+        train_curve: Training loss.
+        validation_curve: Validation loss.
+        routing: None without a router.
+        passage: None without a router.
+        teacher_loss: The teacher's validation loss; None, and absent in the file, without a teacher.
+    """
+
+    arm: str
+    seed: int
+    parameters: ParameterCounts
+    active_attention_heads: int
+    dense_attention_heads: int
+    intermediate_size: int | None = None
+    flops_per_token: float
+    kv_bytes_per_token: int
+    tokens_per_s: float
+    train_seconds: float
+    train_tokens: int
+    diverged_at_tokens: int | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    clipped_steps: int | None = None
+    validation_loss: float | None
+    train_curve: Curve
+    validation_curve: Curve
+    routing: RoutingLoad | None = None
+    passage: Passage | None = None
+    teacher_loss: float | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended because its loss was no longer a finite number."""
+        return self.diverged_at_tokens is not None
+
+
+@dataclass(frozen=True)
+class PrefillTimes:
+    """Prefill times of all arms.
+
+    Args:
+        lengths: Prompt lengths in tokens.
+        repeats: Timings of each arm at each length.
+        dtype: The dtype of the models.
+        limit: Speedup over dense that attention alone could reach, by arm; empty without a dense arm.
+        seconds: Seconds of each repeat by arm, [lengths][repeats]; no repeats where a length isn't timed yet.
+    """
+
+    lengths: list[int]
+    repeats: int
+    dtype: str
+    limit: dict[str, float]
+    seconds: dict[str, list[list[float]]]
+
+    def seconds_of(self, arm: str, length: int) -> list[float]:
+        """Seconds of each repeat; empty where the arm isn't timed at this length."""
+        by_length = self.seconds.get(arm, [])
+        position = self.lengths.index(length)
+        return by_length[position] if position < len(by_length) else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFacts:
+    """The tokenised data, as `Corpus.info` describes it."""
+
+    source: list[str]
+    data_hash: str
+    tokenizer: str | None = None
+    validation: str | None = None
+    validation_fraction: float | None = None
+    max_bytes: int | None = None
+    text_field: str | None = None
+    duplicate_documents: int | None = None
+    vocab_size: int
+    train_documents: int
+    train_tokens: int
+    train_bytes: int | None = None
+    validation_documents: int
+    validation_tokens: int
+    validation_bytes: int | None = None
+    seq_len: int
+    skipped_files: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts(CorpusFacts):
+    """The tokenised data, and how much of it a comparison uses."""
+
+    epochs: float | None = None
+    validation_sequences_used: int | None = None
+    validation_tokens_used: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All of comparison.json."""
+
+    settings: CompareSettings | None = None
+    data: DataFacts | None = None
+    environment: Environment | None = None
+    runs: list[RunResult]
+    prefill: PrefillTimes | None = None
+
+
+_RUN = TypeAdapter(RunResult)
+_COMPARISON = TypeAdapter(Comparison)
+_CORPUS = TypeAdapter(CorpusFacts)
+
+
+def corpus_facts(info: dict[str, Any]) -> CorpusFacts:
+    """Reads `Corpus.info`."""
+    return _CORPUS.validate_python(info)
+
+
+def read_result(file: Path) -> RunResult:
+    """Reads a result.json. Raises SettingError for any other file."""
     remedy = "delete it, and that run is trained again"
-    result = read_json(file, remedy)
-    if not {"arm", "seed", "train_tokens", "validation_loss", "parameters"} <= result.keys():
-        raise SettingError(f"{file} is no run's result; {remedy}")
-    return result
+    values = read_json(file, remedy)
+    try:
+        return _RUN.validate_python(values)
+    except ValidationError as error:
+        raise SettingError(f"{file} is no run's result; {remedy}") from error
 
 
-def describe(
-    settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, corpus: Corpus, validation: Subset
-) -> dict[str, Any]:
-    """The result of a finished run, JSON-able; its fields are those of `comparison.json`'s runs."""
-    model, callbacks = trainer.model, {type(c): c for c in trainer.callback_handler.callbacks}
-    progress, zclip, pieces = callbacks[TokenProgress], callbacks[ZClipCallback], callbacks[Pieces]
-    trained_tokens = trainer.state.global_step * settings.tokens_per_step
-    diverged = not losses_are_finite(trainer.state.log_history)
-
-    def curve(key: str) -> list[list[float]]:
-        logged = [(log["step"] * settings.tokens_per_step, log[key]) for log in trainer.state.log_history if key in log]
-        return [[tokens, round(loss, 5)] for tokens, loss in logged if math.isfinite(loss)]
-
-    validation_curve = curve("eval_loss")
-    if not diverged and (not validation_curve or validation_curve[-1][0] != trained_tokens):
-        trainer.evaluate()
-        diverged = not losses_are_finite(trainer.state.log_history)
-        validation_curve = curve("eval_loss")
-    head_counts = costs.heads(model.config)
-    routed = isinstance(model.config, GQEConfig) and model.config.routing != "none"
-    return {
-        "arm": arm,
-        "seed": seed,
-        "parameters": costs.parameters(model),
-        "active_attention_heads": head_counts.active,
-        "dense_attention_heads": settings.num_attention_heads,
-        "intermediate_size": model.config.intermediate_size,
-        "flops_per_token": costs.flops_per_token(model.config, settings.seq_len),
-        "kv_bytes_per_token": costs.kv_bytes_per_token(
-            model.config, getattr(torch, settings.autocast_dtype()).itemsize
-        ),
-        "tokens_per_s": round(progress.tokens_per_s, 1),
-        "train_seconds": round(progress.seconds, 1),
-        "train_tokens": trained_tokens,
-        "diverged_at_tokens": trained_tokens if diverged else None,
-        "pieces": pieces.pieces,
-        "clipped_steps": zclip.clipped_steps,
-        "validation_loss": None if diverged else validation_curve[-1][1],
-        "train_curve": curve("lm_loss"),
-        "validation_curve": validation_curve,
-        "routing": routing_load(model, validation) if routed and not diverged else None,
-        "passage": passage(model, corpus) if routed and not diverged else None,
-    }
+def write_result(file: Path, run: RunResult) -> None:
+    write_json(file, _run_as_json(run))
 
 
-@torch.no_grad()
-def loss_of(model: PreTrainedModel, sequences: Subset, settings: RunSettings) -> float:
-    """A model's language-model loss in nats a token, as the Trainer validates."""
-    total, predicted = 0.0, 0
-    for begin in range(0, len(sequences), settings.batch_size):
-        chosen = range(begin, min(begin + settings.batch_size, len(sequences)))
-        ids = torch.stack([sequences[i]["input_ids"] for i in chosen]).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast_dtype() == "bfloat16"):
-            outputs = model.eval()(ids, labels=ids, use_cache=False)
-        loss = outputs.get("lm_loss", outputs.loss)
-        count = ids[:, 1:].numel()
-        total, predicted = total + float(loss) * count, predicted + count
-    return total / predicted
+def parse_comparison(content: str) -> Comparison:
+    """Reads the content of a comparison.json. Raises ValueError for anything else."""
+    comparison = _COMPARISON.validate_python(json.loads(content))
+    unknown = {run.arm for run in comparison.runs} - ARMS.keys()
+    if unknown:
+        raise ValueError(f"arms hold {', '.join(sorted(unknown))}; they must be of {', '.join(ARMS)}")
+    return comparison
 
 
-@torch.no_grad()
-def router_probabilities(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """input_ids [B, T] -> probabilities [L, B*T, G, M]."""
-    model.eval()
-    outputs = model(input_ids.to(model.device), output_router_logits=True, use_cache=False, logits_to_keep=1)
-    logits = torch.stack(outputs.router_logits).unflatten(-1, (model.config.num_key_value_heads, -1))
-    return logits.softmax(-1)
+def read_comparison(folder: Path) -> Comparison:
+    """Reads a folder's comparison.json.
+
+    Raises:
+        SettingError: The file isn't there, is damaged, or holds something else.
+        OSError: The file is there and can't be read.
+    """
+    file = folder / "comparison.json"
+    try:
+        return parse_comparison(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and file.exists():
+            raise
+        raise SettingError(
+            f"folder is {folder}; it must hold comparison.json as compare wrote it, and the same compare command "
+            "writes it again"
+        ) from error
 
 
-def routing_load(model: PreTrainedModel, validation: Subset) -> dict[str, Any]:
-    """How often each expert wakes on held-out text, the router's entropy as a share of log M, and dead experts."""
-    sequences = [validation[i]["input_ids"] for i in range(min(ROUTING_SEQUENCES, len(validation)))]
-    probs = router_probabilities(model, torch.stack(sequences))
-    num_experts = probs.shape[-1]
-    chosen = select_top_k(probs, model.config.active_query_experts)
-    load = torch.nn.functional.one_hot(chosen, num_experts).sum(-2).float().mean(1)  # [L, G, M]
-    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(-1).mean(1)  # [L, G]
-    share = entropy / torch.log(torch.tensor(float(num_experts))) if num_experts > 1 else torch.ones_like(entropy)
-    return {
-        "load": [[[round(x, 4) for x in group] for group in layer] for layer in load.tolist()],
-        "entropy": [[round(x, 4) for x in layer] for layer in share.tolist()],
-        "dead": int((load < DEAD_BELOW).sum()),
-        "dead_below": DEAD_BELOW,
-    }
+def write_comparison(file: Path, comparison: Comparison) -> None:
+    runs = [_run_as_json(run) for run in comparison.runs]
+    write_json(file, dataclasses.asdict(comparison) | {"runs": runs})
 
 
-def passage(model: PreTrainedModel, corpus: Corpus) -> dict[str, Any]:
-    """A held-out text, token by token, and for each layer and group the most probable expert that it woke."""
-    ids = corpus.validation[0]["input_ids"][:PASSAGE_TOKENS]
-    experts = router_probabilities(model, ids[None]).argmax(-1)  # [L, T, G]
-    return {"tokens": readable_tokens(corpus.tokenizer, ids.tolist()), "experts": experts.tolist()}
-
-
-def readable_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to the text. Of tokens that share a character, the last has it and the others are empty."""
-    texts, shown, waiting = [], "", 0
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        waiting += 1
-        if text.endswith("\ufffd") and waiting < MAX_CHARACTER_TOKENS:
-            texts.append("")
-            continue
-        texts.append(text[len(shown) :])
-        shown, waiting = text, 0
-    return texts
+def _run_as_json(run: RunResult) -> dict[str, Any]:
+    values = dataclasses.asdict(run)
+    if run.teacher_loss is None:
+        del values["teacher_loss"]
+    return values

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from query_experts.common.errors import SettingError
-from query_experts.study.compare import diverged, open_corpus, stopped
+from query_experts.study.compare import divergence, open_corpus, report_stop
 from query_experts.study.settings import DistillSettings, TrainSettings
 from query_experts.study.train import StartingPoint, stop_after, train_arm
 from query_experts.study.workspace import own_folder
@@ -36,15 +36,15 @@ def train_one(
         corpus = open_corpus(settings, out, console)
         run = train_arm(settings, arm, settings.seed, corpus, out, stop, start)
     if run is None:
-        return stopped(settings, stop, console)
-    if run.get("diverged_at_tokens") is not None:
-        raise SettingError(diverged(settings, run))
-    before = f"{run['validation_curve'][0][1]:.4f} at the start, " if start is not None else ""
-    before += f"teacher's {run['teacher_loss']:.4f}, " if "teacher_loss" in run else ""
+        return report_stop(settings, stop, console)
+    if run.diverged:
+        raise SettingError(divergence(settings, run))
+    before = f"{run.validation_curve[0][1]:.4f} at the start, " if start is not None else ""
+    before += f"teacher's {run.teacher_loss:.4f}, " if run.teacher_loss is not None else ""
     console.print(
         Text(
-            f"{arm} seed {settings.seed}: validation loss {before}{run['validation_loss']:.4f} after "
-            f"{run['train_tokens']:,} tokens at {run['tokens_per_s']:,.0f} tokens/s. Model: {out / 'model'}"
+            f"{arm} seed {settings.seed}: validation loss {before}{run.validation_loss:.4f} after "
+            f"{run.train_tokens:,} tokens at {run.tokens_per_s:,.0f} tokens/s. Model: {out / 'model'}"
         )
     )
     return True

@@ -1,7 +1,7 @@
-"""Owns the study's one statistical claim: the paired difference of two arms over seeds, with its 95% interval.
+"""Computes the paired difference of two arms over seeds, with its 95% interval.
 
 Seeds of one arm differ by as much as arms do, so runs are compared seed by seed: both arms of a pair start from
-the same values and see the same tokens. Below three seeds there is no interval, only the differences.
+the same values and see the same tokens. An interval needs three seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ EQUAL_BELOW = 5e-5  # smaller differences round to zero at the four digits that 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """First minus second, seed by seed. `low` and `high` bound the mean at 95%, or are None below three seeds."""
+    """The differences of two arms, seed by seed.
+
+    Args:
+        differences: First less second, by seed.
+        mean: Over the seeds.
+        low: Lower end of the 95% interval of the mean; None below three seeds.
+        high: Upper end.
+    """
 
     differences: dict[int, float]
     mean: float
@@ -27,29 +34,34 @@ class PairedDifference:
 
     @property
     def same_sign(self) -> bool:
-        """Whether every seed points the same way; a seed without a difference points nowhere."""
+        """Whether the difference has the same sign on every seed, none of them zero."""
         return {sign(value) for value in self.differences.values()} in ({-1}, {1})
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether there is an interval and zero lies outside it."""
+        """Whether there is an interval, and zero lies outside it."""
         return self.low is not None and self.high is not None and (sign(self.low) > 0 or sign(self.high) < 0)
 
 
 def sign(difference: float) -> int:
-    """-1, 0 or 1; 0 for a difference that rounds to zero at the digits that are shown."""
+    """-1, 0 or 1; 0 for a difference that rounds to zero at four digits."""
     return 0 if abs(difference) < EQUAL_BELOW else 1 if difference > 0 else -1
 
 
 def disturbed(seconds: Sequence[float]) -> bool:
-    """Whether something else took the machine's time: a repeat took over SLOWED times as long as the quickest."""
+    """Whether other work disturbed the timing: a repeat took over SLOWED times as long as the fastest."""
     return max(seconds) > SLOWED * min(seconds)
 
 
 def paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> PairedDifference | None:
-    """Differences a - b over the seeds that both have, their mean and (from three on) Student's 95% interval.
+    """Differences a - b over the seeds of both, with Student's 95% interval from three seeds on.
 
-    `a` and `b` map seed to value. A seed whose value is None or not finite is left out. None if no seed remains.
+    Args:
+        a: Value by seed; None or not finite for a run that diverged, whose seed is left out.
+        b: The same of the other arm.
+
+    Returns:
+        None if no seed remains.
     """
     left, right = _finite(a), _finite(b)
     differences = {seed: left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())}

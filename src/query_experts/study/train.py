@@ -1,7 +1,8 @@
-"""One training run of the study: an arm and a seed, from tokens to a result that the report can read."""
+"""Trains one run of the study: an arm with a seed, from tokens to its result."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,15 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from query_experts.common.files import disk_errors_as_os_errors, require_space, save_tokenizer, write_json
+from query_experts.common.files import disk_errors_as_os_errors, require_space, save_tokenizer
 from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.model.arms import arm_config, build
@@ -35,14 +35,21 @@ from query_experts.study.callbacks import (
     ZClipCallback,
     losses_are_finite,
 )
-from query_experts.study.results import describe, loss_of, read_result
+from query_experts.study.measure import describe, loss_of
+from query_experts.study.results import RunResult, read_result, write_result
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where a run starts that isn't an arm's: a converted model, and the dense one that it learns from, if any."""
+    """A converted model to train on from, in place of a new model of an arm.
+
+    Args:
+        teacher: The dense model that it learns from; None for the language-model loss only.
+        distillation: Weight of the divergence from the teacher.
+        sparsify_fraction: Share of the steps in which top-k falls to the model's own.
+    """
 
     model: GQEForCausalLM
     teacher: PreTrainedModel | None
@@ -58,100 +65,129 @@ def train_arm(
     folder: Path,
     stop: StopRequest,
     start: StartingPoint | None = None,
-) -> dict[str, Any] | None:
-    """Train one arm, going on from its last checkpoint, and write model and result.json; None if asked to stop before.
+) -> RunResult | None:
+    """Trains one arm from its last checkpoint on, and writes model and result.json.
 
-    start: a model to go on from in place of an arm's own; `arm` is its name then.
+    A finished run is read, not trained again. A run whose loss is no longer finite ends there; that is its result.
 
-    A finished run is read back, not trained again. A run whose loss is no longer finite ends there, and that is its
-    result.
+    Args:
+        start: A model to train on from; `arm` is its name then.
+
+    Returns:
+        The result; None if the run was asked to stop before its end.
     """
     result_file = folder / "result.json"
     if result_file.exists():
         return read_result(result_file)
-    if start is None:
-        model = build(arm_config(arm, settings.model_size()))
-        initialise_by_name(model, seed, model.config.initializer_range)
-    else:
-        model = start.model
+    model = new_model(settings, arm, seed) if start is None else start.model
     require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
-
-    validation = held_out(settings, corpus)
-    progress = TokenProgress(f"{arm} seed {seed}", settings.tokens_per_step)
-    where = Pieces(settings.torch_device, settings.autocast_dtype())
-    callbacks = [ZClipCallback(), progress, where, StopAtDivergence(), StopWhenAsked(stop)]
-    arguments = training_arguments(settings, seed, folder / "checkpoints")
     checkpoint = last_checkpoint(folder / "checkpoints")
-    kind: Callable[..., GQETrainer] = GQETrainer
-    if start is not None:
-        arguments.eval_on_start = checkpoint is None
-        if start.sparsify_fraction:
-            callbacks.append(TopKSchedule(model.config.active_query_experts, start.sparsify_fraction))
-        if start.teacher is not None:
-            kind = partial(DistillationTrainer, teacher=start.teacher, weight=start.distillation)
-    trainer = kind(
-        model=model,
-        args=arguments,
-        train_dataset=trained_on(settings, corpus),
-        eval_dataset=validation,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    with disk_errors_as_os_errors(folder), clean_up(trainer), stop.listening():
-        train_on(trainer, checkpoint)
+    arguments = training_arguments(settings, seed, folder / "checkpoints")
+    arguments.eval_on_start = start is not None and checkpoint is None
+    callbacks = run_callbacks(settings, f"{arm} seed {seed}", stop)
+    trainer = build_trainer(settings, model, arguments, corpus, callbacks, start)
+    with disk_errors_as_os_errors(folder), close_progress_bar(trainer), stop.listening():
+        train_from(trainer, checkpoint)
         if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
+        validation = validation_split(settings, corpus)
         result = describe(settings, arm, seed, trainer, corpus, validation)
         if start is not None and start.teacher is not None:
-            result["teacher_loss"] = loss_of(start.teacher, validation, settings)
-        if result["diverged_at_tokens"] is None:
+            result = dataclasses.replace(result, teacher_loss=loss_of(start.teacher, validation, settings))
+        if not result.diverged:
             model.save_pretrained(folder / "model")
             save_tokenizer(corpus.tokenizer, folder / "model")
-    write_json(result_file, result)
+    write_result(result_file, result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
 
+def new_model(settings: RunSettings, arm: str, seed: int) -> PreTrainedModel:
+    """A model of an arm with its initial values."""
+    model = build(arm_config(arm, settings.model_size()))
+    initialise_by_name(model, seed, model.config.initializer_range)
+    return model
+
+
+def run_callbacks(settings: RunSettings, name: str, stop: StopRequest) -> list[TrainerCallback]:
+    """The callbacks of every run. name: the title of its progress bar."""
+    return [
+        ZClipCallback(),
+        TokenProgress(name, settings.tokens_per_step),
+        Pieces(settings.torch_device, settings.autocast_dtype()),
+        StopAtDivergence(),
+        StopWhenAsked(stop),
+    ]
+
+
+def build_trainer(
+    settings: RunSettings,
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    corpus: Corpus,
+    callbacks: list[TrainerCallback],
+    start: StartingPoint | None,
+) -> GQETrainer:
+    """The Trainer of a run: plain, or with the schedule and the teacher of its starting point."""
+    kind: Callable[..., GQETrainer] = GQETrainer
+    if start is not None and start.sparsify_fraction:
+        callbacks = [*callbacks, TopKSchedule(model.config.active_query_experts, start.sparsify_fraction)]
+    if start is not None and start.teacher is not None:
+        kind = partial(DistillationTrainer, teacher=start.teacher, weight=start.distillation)
+    trainer = kind(
+        model=model,
+        args=arguments,
+        train_dataset=training_split(settings, corpus),
+        eval_dataset=validation_split(settings, corpus),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 @contextmanager
-def clean_up(trainer: GQETrainer) -> Iterator[None]:
-    """Ends the progress bar's line whatever happens, so that an error has its own."""
+def close_progress_bar(trainer: GQETrainer) -> Iterator[None]:
+    """Ends the line of the progress bar, so that an error message has its own line."""
     try:
         yield
     finally:
-        for callback in trainer.callback_handler.callbacks:  # resuming makes new ones
+        for callback in trainer.callback_handler.callbacks:  # resuming replaces them
             if isinstance(callback, TokenProgress):
                 callback.close()
 
 
-def trained_on(settings: RunSettings, corpus: Corpus) -> Subset:
-    """The sequences to train on, without the last few of which an epoch would end in a short step."""
+def training_split(settings: RunSettings, corpus: Corpus) -> Subset:
+    """The training sequences of whole steps; the rest would end each epoch in a shorter step."""
     whole = len(corpus.train) // settings.sequences_per_step * settings.sequences_per_step
     return Subset(corpus.train, range(whole))
 
 
-def held_out(settings: RunSettings, corpus: Corpus) -> Subset:
-    """`validation_sequences` of the held-out sequences, or all where there are fewer, spread evenly over them."""
-    there = len(corpus.validation)
-    count = min(settings.validation_sequences, there)
-    return Subset(corpus.validation, [i * there // count for i in range(count)])
+def validation_split(settings: RunSettings, corpus: Corpus) -> Subset:
+    """`validation_sequences` of the held-out sequences, spread evenly over them, or all where there are fewer."""
+    available = len(corpus.validation)
+    count = min(settings.validation_sequences, available)
+    return Subset(corpus.validation, [i * available // count for i in range(count)])
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint. Those that a kill, a full disk or a bad one cut short are deleted, with a word."""
+    """The newest complete checkpoint. Deletes newer ones that a kill or a full disk cut short, and prints that."""
     numbers = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     found = [path for path, number in numbers.items() if number.isdecimal()]
     for path in sorted(found, key=lambda path: int(numbers[path]), reverse=True):
-        if is_whole(path):
+        if is_complete(path):
             return path
-        print(f"{path} is damaged or lacks files, and is deleted; what is whole before it goes on.", file=sys.stderr)
+        print(
+            f"{path} is damaged or lacks files, and is deleted; the run goes on from the last complete checkpoint.",
+            file=sys.stderr,
+        )
         shutil.rmtree(path)
     return None
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer finished this checkpoint, and each of its files reaches to its end.
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer finished this checkpoint, and none of its files is cut short.
 
-    Raises OSError where that can't be told, as a file that is there can't be read.
+    Raises OSError for a file that is there and can't be read.
     """
     archives = {path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
     archives |= {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME}
@@ -169,8 +205,8 @@ def is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def train_on(trainer: GQETrainer, checkpoint: Path | None) -> None:
-    """Train from a checkpoint on. From one of the last step the Trainer itself would take one step more."""
+def train_from(trainer: GQETrainer, checkpoint: Path | None) -> None:
+    """Trains from a checkpoint on. With a checkpoint of the last step, the Trainer itself would train one step more."""
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if state.global_step >= trainer.args.max_steps:
@@ -182,7 +218,7 @@ def train_on(trainer: GQETrainer, checkpoint: Path | None) -> None:
 
 
 def training_arguments(settings: RunSettings, seed: int, folder: Path) -> TrainingArguments:
-    """Fused AdamW, WSD and bf16 autocast, with the paper's betas, eps and weight decay (section 4)."""
+    """Fused AdamW, the WSD schedule and bf16 autocast; betas, eps and weight decay of the paper (section 4)."""
     every = max(1, settings.steps // settings.evaluations)
     warmup = round(settings.warmup_fraction * settings.steps)
     decay = round(settings.decay_fraction * settings.steps)
@@ -220,9 +256,10 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         report_to="none",
         log_level="error",
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # of several visible ones the first, not nn.DataParallel over all
+    arguments._n_gpu = min(1, arguments.n_gpu)  # the first visible GPU; the Trainer would use nn.DataParallel on all
     return arguments
 
 
 def stop_after(minutes: float | None) -> StopRequest:
+    """A request to stop that many minutes from now; None for no deadline."""
     return StopRequest(None if minutes is None else time.monotonic() + 60 * minutes)

@@ -1,7 +1,6 @@
-"""Owns the charts: loss, paired differences, prefill speed and load per expert, as matplotlib figures.
+"""Draws the charts: loss, paired differences, prefill speed and load of each expert, as matplotlib figures.
 
-Figures are built without pyplot, so no global state and no display. Arms have one colour-blind-safe colour and one
-marker everywhere; seeds differ in line style.
+Each arm has one colour and one marker everywhere; seeds differ in line style.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from query_experts.common import formatting as text
 from query_experts.common.plots import ARM_COLOURS, DEAD, FAINT, INK, LEGEND, MARKERS, NARROW, WIDTH, new_figure, tidy
-from query_experts.study.report.rows import BASELINES, Comparison, Run, Speedup, diverged, prefill_lengths, summary_rows
+from query_experts.study.report.rows import BASELINES, Speedup, prefill_lengths, summary_rows
+from query_experts.study.results import Comparison, Curve, RoutingLoad, RunResult
+from query_experts.study.statistics import PairedDifference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,71 +21,66 @@ if TYPE_CHECKING:
 
 SEED_STYLES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 EXPERT_COLOURS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#c4a7e7")
-CURVES = ("train_curve", "validation_curve")
-POINTS_A_LINE = 300
+MAX_POINTS = 300
 WIDE_LOAD = 16  # bars in a row, above which the load chart takes the whole width
-ROW = 1.62  # of the load chart: the tallest bar has height 1; entropy stands under it, then a gap
+ROW_HEIGHT = 1.62  # of the load chart, where the highest bar has height 1; includes the entropy and a gap
+
+Points = Sequence[tuple[float, float]]  # tokens, loss
 
 
-def loss_figure(by_arm: Mapping[str, Sequence[Run]]) -> Figure | None:
-    """Training loss (smoothed) with validation points against tokens, and below it the second half, validation only."""
-    runs = [(arm, run) for arm, group in by_arm.items() for run in group if _has_curve(run)]
+def loss_figure(by_arm: Mapping[str, Sequence[RunResult]]) -> Figure | None:
+    """Draws training loss (smoothed) and validation loss by tokens, and below it validation over the second half."""
+    runs = [run for group in by_arm.values() for run in group if run.train_curve or run.validation_curve]
     if not runs:
         return None
-    seeds = sorted({run["seed"] for _, run in runs})
-    styles = {seed: SEED_STYLES[i % len(SEED_STYLES)] for i, seed in enumerate(seeds)}
-    last = max(tokens for _, run in runs for name in CURVES for tokens, _ in curve(run, name))
-    validated = [(arm, run) for arm, run in runs if not diverged(run) and len(_late(run, last)) > 1]
+    last = max(tokens for run in runs for tokens, _ in [*run.train_curve, *run.validation_curve])
+    validated = [run for run in runs if not run.diverged and len(_second_half(run, last)) > 1]
     figure = new_figure(6.4 if validated else 4.2)
     panels = figure.subplots(2, 1, height_ratios=(1.15, 1)) if validated else [figure.add_subplot()]
     for axes, title in zip(panels, ("training (lines), validation (points)", "validation, second half"), strict=False):
-        tidy(axes)
-        axes.set_title(title, fontsize=9.5, color=INK, loc="left")
-        axes.set_ylabel("language-model loss")
-        axes.set_xlabel("training tokens")
-        axes.xaxis.set_major_formatter(lambda value, _: text.short(value) if value else "0")
-    for arm, run in runs:
-        look = _look(arm)
-        _plot(panels[0], smooth(curve(run, "train_curve")), linestyle=styles[run["seed"]], linewidth=1.1, **look)
-        points = curve(run, "validation_curve")
-        _plot(panels[0], points, linestyle="none", marker=MARKERS[arm], markersize=3.5, **look)
-    for arm, run in validated:
-        style, marker = styles[run["seed"]], MARKERS[arm]
-        _plot(panels[1], _late(run, last), linestyle=style, linewidth=1.3, marker=marker, markersize=5, **_look(arm))
-    gone = [run for _, run in runs if diverged(run)]
-    _fit(panels[0], [run for _, run in runs if not diverged(run)] or gone, last)
-    _cross_ends(panels[0], gone)
-    _loss_legend(figure, list(dict.fromkeys(arm for arm, _ in runs)), styles, bool(gone))
+        _label_loss_panel(axes, title)
+    seeds = sorted({run.seed for run in runs})
+    styles = {seed: SEED_STYLES[i % len(SEED_STYLES)] for i, seed in enumerate(seeds)}
+    for run in runs:
+        look, style, marker = _look(run.arm), styles[run.seed], MARKERS[run.arm]
+        _plot(panels[0], smooth(run.train_curve), linestyle=style, linewidth=1.1, **look)
+        _plot(panels[0], run.validation_curve, linestyle="none", marker=marker, markersize=3.5, **look)
+    for run in validated:
+        look, style, marker = _look(run.arm), styles[run.seed], MARKERS[run.arm]
+        _plot(panels[1], _second_half(run, last), linestyle=style, linewidth=1.3, marker=marker, markersize=5, **look)
+    diverged = [run for run in runs if run.diverged]
+    _fit(panels[0], [run for run in runs if not run.diverged] or diverged, last)
+    _mark_divergence(panels[0], diverged)
+    _loss_legend(figure, list(dict.fromkeys(run.arm for run in runs)), styles, bool(diverged))
     return figure
+
+
+def _label_loss_panel(axes: Axes, title: str) -> None:
+    tidy(axes)
+    axes.set_title(title, fontsize=9.5, color=INK, loc="left")
+    axes.set_ylabel("language-model loss")
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(lambda value, _: text.short(value) if value else "0")
 
 
 def _look(arm: str) -> dict[str, Any]:
     return {"color": ARM_COLOURS[arm], "zorder": 4 if arm == "gqe" else 3}
 
 
-def _plot(axes: Axes, points: Sequence[tuple[float, float]], **look: Any) -> None:
+def _plot(axes: Axes, points: Points, **look: Any) -> None:
     if points:
         axes.plot(*zip(*points, strict=True), **{"markeredgewidth": 0, **look})
 
 
-def curve(run: Run, name: str) -> list[tuple[float, float]]:
-    """The points (tokens, loss) of one of a run's curves."""
-    return [(float(tokens), float(loss)) for tokens, loss in run[name]]
+def _second_half(run: RunResult, last: float) -> Curve:
+    return [(tokens, loss) for tokens, loss in run.validation_curve if tokens >= last / 2]
 
 
-def _has_curve(run: Run) -> bool:
-    return any(curve(run, name) for name in CURVES)
+def smooth(points: Points) -> Points:
+    """Means over windows of 3% of the points (at least 7, if there are many more), at the middles of the windows.
 
-
-def _late(run: Run, last: float) -> list[tuple[float, float]]:
-    return [(tokens, loss) for tokens, loss in curve(run, "validation_curve") if tokens >= last / 2]
-
-
-def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means of windows of 3% of the points (7 at least, where there are many more), at the windows' middles.
-
-    No window is narrower, so that a line ends half a window early rather than in the noise of a single point. At most
-    POINTS_A_LINE points are left.
+    All windows are equally wide, so a line ends half a window early and not in the noise of a single point. Keeps at
+    most MAX_POINTS points.
     """
     sums = [0.0]
     for _, loss in points:
@@ -94,25 +90,25 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         (points[middle][0], (sums[middle + side + 1] - sums[middle - side]) / (2 * side + 1))
         for middle in range(side, len(points) - side)
     ]
-    step = max(1, math.ceil(len(smoothed) / POINTS_A_LINE))
+    step = max(1, math.ceil(len(smoothed) / MAX_POINTS))
     return smoothed[::-step][::-1]
 
 
-def _fit(axes: Axes, runs: Sequence[Run], last: float) -> None:
-    """Leave out the steep start, which would flatten what is compared: fit the axes from a tenth of the tokens on."""
-    lines = [line for run in runs for line in (smooth(curve(run, "train_curve")), curve(run, "validation_curve"))]
+def _fit(axes: Axes, runs: Sequence[RunResult], last: float) -> None:
+    """Fits the axes to what follows the first tenth of the tokens: the steep start would flatten the rest."""
+    lines = [line for run in runs for line in (smooth(run.train_curve), run.validation_curve)]
     shown = [loss for line in lines for tokens, loss in line if tokens >= 0.1 * last]
     margin = 0.04 * (max(shown) - min(shown)) or 0.05
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xlim(0, 1.02 * last)
 
 
-def _cross_ends(axes: Axes, runs: Sequence[Run]) -> None:
-    """A cross where the line of each of these runs ends, or under the upper edge where that is above it."""
+def _mark_divergence(axes: Axes, runs: Sequence[RunResult]) -> None:
+    """Marks the end of each line with a cross, inside the axes."""
     top = axes.get_ylim()[1]
     for run in runs:
-        ends = [(tokens, min(loss, top)) for tokens, loss in curve(run, "train_curve")[-1:]]
-        _plot(axes, ends, marker="x", markersize=7, markeredgewidth=1.8, clip_on=False, **_look(run["arm"]))
+        ends = [(tokens, min(loss, top)) for tokens, loss in run.train_curve[-1:]]
+        _plot(axes, ends, marker="x", markersize=7, markeredgewidth=1.8, clip_on=False, **_look(run.arm))
 
 
 def _loss_legend(figure: Figure, arms: Sequence[str], styles: Mapping[int, Any], crosses: bool) -> None:
@@ -141,7 +137,7 @@ def _loss_legend(figure: Figure, arms: Sequence[str], styles: Mapping[int, Any],
 
 
 def difference_figure(comparison: Comparison) -> Figure | None:
-    """Each arm's paired loss difference from dense and from static: a dot a seed, a bar for mean or 95% interval."""
+    """Draws each arm's paired loss difference from each baseline: a dot a seed, the mean, and its 95% interval."""
     rows = summary_rows(comparison)
     panels = [base for base in BASELINES if any(row.versus[base] for row in rows)]
     shown = [row for row in rows if any(row.versus[base] for base in panels)][::-1]
@@ -165,11 +161,11 @@ def difference_figure(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _draw_difference(axes: Axes, y: float, arm: str, difference: Any) -> None:
+def _draw_difference(axes: Axes, y: float, arm: str, difference: PairedDifference | None) -> None:
     if difference is None:
         return
     colour = ARM_COLOURS[arm]
-    if difference.low is not None:
+    if difference.low is not None and difference.high is not None:
         axes.plot([difference.low, difference.high], [y, y], color=colour, linewidth=1.8, alpha=0.55)
     axes.plot([difference.mean], [y], marker="|", markersize=13, markeredgewidth=2.2, color=colour)
     seeds = list(difference.differences.values())
@@ -177,7 +173,7 @@ def _draw_difference(axes: Axes, y: float, arm: str, difference: Any) -> None:
 
 
 def prefill_figure(comparison: Comparison) -> Figure | None:
-    """Speed over dense against prompt length: medians with their range, beside the limits set by active heads."""
+    """Draws speed relative to dense by prompt length: medians with their range, and the limits by active heads."""
     rows = [row for row in summary_rows(comparison) if row.arm != "dense" and any(row.prefill.values())]
     if not rows:
         return None
@@ -190,15 +186,7 @@ def prefill_figure(comparison: Comparison) -> Figure | None:
         nudge = 2 ** (0.05 * (position - (len(rows) - 1) / 2))
         _draw_speedups(axes, row.arm, {length * nudge: speed for length, speed in row.prefill.items() if speed})
     axes.axhline(1, color=INK, linewidth=1, zorder=1)
-    limits: dict[float, list[str]] = {}
-    for arm, limit in ((comparison.get("prefill") or {}).get("limit") or {}).items():
-        if arm in {row.arm for row in rows}:
-            limits.setdefault(round(limit, 3), []).append(arm)
-    for limit, arms in limits.items():
-        colour = ARM_COLOURS[arms[0]] if len(arms) == 1 else FAINT
-        axes.axhline(limit, color=colour, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
-        axes.annotate(f"limit {text.times(limit)} ({', '.join(arms)})", (0.11, limit), (0, 3), fontsize=8.5,
-                      xycoords=("axes fraction", "data"), textcoords="offset points", color=colour)  # fmt: skip
+    _draw_limits(axes, comparison, [row.arm for row in rows])
     axes.set_xticks(lengths, [text.length_name(length) for length in lengths])
     axes.minorticks_off()
     axes.margins(x=0.1, y=0.1)
@@ -206,6 +194,19 @@ def prefill_figure(comparison: Comparison) -> Figure | None:
     axes.set_ylabel(f"prefill speed ({text.TIMES} dense)")
     figure.legend(**LEGEND)
     return figure
+
+
+def _draw_limits(axes: Axes, comparison: Comparison, arms: Sequence[str]) -> None:
+    """Draws a dashed line for each limit, labelled with the arms that share it."""
+    by_limit: dict[float, list[str]] = {}
+    for arm, limit in (comparison.prefill.limit if comparison.prefill is not None else {}).items():
+        if arm in arms:
+            by_limit.setdefault(round(limit, 3), []).append(arm)
+    for limit, sharing in by_limit.items():
+        colour = ARM_COLOURS[sharing[0]] if len(sharing) == 1 else FAINT
+        axes.axhline(limit, color=colour, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
+        axes.annotate(f"limit {text.times(limit)} ({', '.join(sharing)})", (0.11, limit), (0, 3), fontsize=8.5,
+                      xycoords=("axes fraction", "data"), textcoords="offset points", color=colour)  # fmt: skip
 
 
 def _draw_speedups(axes: Axes, arm: str, speedups: Mapping[float, Speedup]) -> None:
@@ -217,28 +218,26 @@ def _draw_speedups(axes: Axes, arm: str, speedups: Mapping[float, Speedup]) -> N
                   zorder=4 if arm == "gqe" else 3)  # fmt: skip
 
 
-def load_figure(routing: Mapping[str, Any]) -> Figure:
-    """Bars of the tokens that woke each expert: a row a layer, a cell a group, beside the line of even load."""
-    load = routing["load"]
-    layers, groups, experts = len(load), len(load[0]), len(load[0][0])
-    active = max(1, round(sum(load[0][0])))
-    tallest = max(active / experts, *(value for layer in load for group in layer for value in group))
+def load_figure(routing: RoutingLoad) -> Figure:
+    """Draws the load of each expert as a bar: a row a layer, a cell a group, with a line at even load."""
+    layers, groups, experts = len(routing.load), len(routing.load[0]), routing.experts_per_group
+    top_k = max(1, round(sum(routing.load[0][0])))
+    even_load = top_k / experts
+    highest = max(even_load, routing.highest_load)
     figure = new_figure(0.5 + 0.5 * layers, WIDTH if groups * experts > WIDE_LOAD else NARROW)
     axes = figure.add_subplot()
     tidy(axes, grid=None)
-    pitch, floors = experts + 1, [ROW * (layers - 1 - layer) for layer in range(layers)]
+    pitch, floors = experts + 1, [ROW_HEIGHT * (layers - 1 - layer) for layer in range(layers)]
     for expert in range(experts):
         bars = [
-            (group * pitch + expert, floors[layer], load[layer][group][expert] / tallest)
+            (group * pitch + expert, floors[layer], routing.load[layer][group][expert] / highest)
             for layer in range(layers)
             for group in range(groups)
         ]
         _draw_bars(axes, bars, EXPERT_COLOURS[expert % len(EXPERT_COLOURS)])
     for layer, floor in enumerate(floors):
         for group in range(groups):
-            left, even = group * pitch - 0.5, floor + active / experts / tallest
-            axes.plot([left, left + experts], [floor, floor], color=FAINT, linewidth=0.6)
-            axes.plot([left, left + experts], [even, even], color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+            _draw_cell(axes, group * pitch - 0.5, floor, experts, even_load / highest)
             _annotate_cell(axes, routing, layer, group, (group * pitch, floor))
     middles = [group * pitch + (experts - 1) / 2 for group in range(groups)]
     axes.set_yticks([floor + 0.5 for floor in floors], [f"layer {i}" for i in range(layers)])
@@ -246,13 +245,19 @@ def load_figure(routing: Mapping[str, Any]) -> Figure:
     axes.tick_params(length=0, labelsize=9 if groups <= 6 else 7)
     axes.xaxis.tick_top()
     axes.set_xlim(-0.9, groups * pitch - 0.9)
-    axes.set_ylim(-0.5, ROW * (layers - 1) + 1.05)
+    axes.set_ylim(-0.5, ROW_HEIGHT * (layers - 1) + 1.05)
     axes.spines[:].set_visible(False)
     return figure
 
 
+def _draw_cell(axes: Axes, left: float, floor: float, width: int, even: float) -> None:
+    """Draws the line under the bars of a cell, and the dashed line at even load."""
+    axes.plot([left, left + width], [floor, floor], color=FAINT, linewidth=0.6)
+    axes.plot([left, left + width], [floor + even] * 2, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
+
+
 def _draw_bars(axes: Axes, bars: Sequence[tuple[float, float, float]], colour: str) -> None:
-    """All bars (x, floor, height) of one colour as a single path, which keeps the page small."""
+    """Draws all bars (x, floor, height) of one colour as a single path, which keeps the page small."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -261,14 +266,14 @@ def _draw_bars(axes: Axes, bars: Sequence[tuple[float, float, float]], colour: s
     axes.add_patch(PathPatch(Path.make_compound_path(*paths), facecolor=colour, linewidth=0))
 
 
-def _annotate_cell(axes: Axes, routing: Mapping[str, Any], layer: int, group: int, corner: tuple[float, float]) -> None:
-    """Crosses for dead experts and, where there is room, the router's entropy under the cell."""
-    load, entropy, (x, floor) = routing["load"], routing["entropy"], corner
-    values = load[layer][group]
-    for expert, value in enumerate(values):
-        if value < routing["dead_below"]:
+def _annotate_cell(axes: Axes, routing: RoutingLoad, layer: int, group: int, corner: tuple[float, float]) -> None:
+    """Draws crosses for dead experts and, where there is room, the router's entropy under the cell."""
+    x, floor = corner
+    loads = routing.load[layer][group]
+    for expert, value in enumerate(loads):
+        if value < routing.dead_below:
             axes.plot([x + expert], [floor + 0.16], marker="x", markersize=4.5, markeredgewidth=1.4, color=DEAD)
-    if len(load[layer]) <= 8:
-        middle = x + (len(values) - 1) / 2
-        axes.text(middle, floor - 0.08, text.fixed(entropy[layer][group], 2), ha="center", va="top", fontsize=7,
-                  color=FAINT)  # fmt: skip
+    if len(routing.load[layer]) <= 8:
+        entropy = text.fixed(routing.entropy[layer][group], 2)
+        middle = x + (len(loads) - 1) / 2
+        axes.text(middle, floor - 0.08, entropy, ha="center", va="top", fontsize=7, color=FAINT)

@@ -1,6 +1,6 @@
-"""Owns how a figure is written: as reproducible SVG files, and as SVG that lives inside the page.
+"""Puts figures into the page as SVG.
 
-Inline, a chart has a title and description for screen readers, ids of its own, no address of any other file, and
+A chart in the page has a title and a description for screen readers, ids of its own, no address of another file, and
 colours that follow the page's light or dark scheme.
 """
 
@@ -11,7 +11,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from query_experts.common.plots import ARM_COLOURS, DEAD, FAINT, GRID, INK
+from query_experts.common.plots import ARM_COLOURS, DEAD, FAINT, GRID, INK, reproducible_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,19 +25,15 @@ def colour_variable(arm: str) -> str:
     return _PAGE_COLOURS[ARM_COLOURS[arm]]
 
 
-def svg_text(figure: Figure, salt: str) -> str:
-    """The figure as an SVG document: text stays text, and equal figures give equal bytes."""
-    import matplotlib
-
-    target = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    return target.getvalue()
-
-
 def inline_svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an <svg> element. `name` must be unique in the page and of letters, digits and hyphens."""
-    svg = svg_text(figure, name)
+    """The figure as an <svg> element.
+
+    Args:
+        name: Of letters, digits and hyphens; unique in the page.
+        title: For screen readers.
+        description: For screen readers.
+    """
+    svg = _svg_text(figure, name)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
@@ -53,3 +49,10 @@ def inline_svg(figure: Figure, name: str, title: str, description: str) -> str:
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-desc">{html.escape(description)}</desc>'
     )
     return start + svg[svg.index(">") + 1 :].strip()
+
+
+def _svg_text(figure: Figure, salt: str) -> str:
+    target = io.StringIO()
+    with reproducible_svg(salt):
+        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
+    return target.getvalue()

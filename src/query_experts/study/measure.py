@@ -1,0 +1,140 @@
+"""Measures a trained model: its result, its loss, the load of its experts, and the experts that a passage selects."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+
+from query_experts.data.corpus import Corpus
+from query_experts.layers.router import select_top_k
+from query_experts.model import costs
+from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, losses_are_finite
+from query_experts.study.results import Curve, ParameterCounts, Passage, Piece, RoutingLoad, RunResult
+from query_experts.study.settings import RunSettings
+from query_experts.training import GQETrainer
+
+PASSAGE_TOKENS = 192
+MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
+ROUTING_SEQUENCES = 16
+DEAD_BELOW = 0.01  # an expert that a smaller share of tokens selects is dead
+
+
+def describe(
+    settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, corpus: Corpus, validation: Subset
+) -> RunResult:
+    """Measures the model of a finished run. Evaluates it first where the last step had no validation."""
+    model, config, callbacks = trainer.model, trainer.model.config, trainer.callback_handler.callbacks
+    progress, zclip, pieces = (_callback(callbacks, kind) for kind in (TokenProgress, ZClipCallback, Pieces))
+    trained_tokens = trainer.state.global_step * settings.tokens_per_step
+    validation_curve = _final_validation_curve(trainer, settings.tokens_per_step)
+    diverged = not losses_are_finite(trainer.state.log_history)
+    routed = isinstance(config, GQEConfig) and config.routing != "none" and not diverged
+    bytes_per_value = getattr(torch, settings.autocast_dtype()).itemsize
+    return RunResult(
+        arm=arm,
+        seed=seed,
+        parameters=ParameterCounts(**costs.parameters(model)),
+        active_attention_heads=costs.heads(config).active,
+        dense_attention_heads=settings.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        flops_per_token=costs.flops_per_token(config, settings.seq_len),
+        kv_bytes_per_token=costs.kv_bytes_per_token(config, bytes_per_value),
+        tokens_per_s=round(progress.tokens_per_s, 1),
+        train_seconds=round(progress.seconds, 1),
+        train_tokens=trained_tokens,
+        diverged_at_tokens=trained_tokens if diverged else None,
+        pieces=[Piece(**piece) for piece in pieces.pieces],
+        clipped_steps=zclip.clipped_steps,
+        validation_loss=None if diverged else validation_curve[-1][1],
+        train_curve=_curve(trainer, "lm_loss", settings.tokens_per_step),
+        validation_curve=validation_curve,
+        routing=routing_load(model, validation) if routed else None,
+        passage=passage(model, corpus) if routed else None,
+    )
+
+
+def _callback(callbacks: list[Any], kind: type) -> Any:
+    return next(callback for callback in callbacks if type(callback) is kind)
+
+
+def _curve(trainer: GQETrainer, key: str, tokens_per_step: int) -> Curve:
+    """The finite losses that the Trainer logged under a key."""
+    logged = [(log["step"] * tokens_per_step, log[key]) for log in trainer.state.log_history if key in log]
+    return [(tokens, round(loss, 5)) for tokens, loss in logged if math.isfinite(loss)]
+
+
+def _final_validation_curve(trainer: GQETrainer, tokens_per_step: int) -> Curve:
+    """The validation curve; it ends with the last step unless the run diverged."""
+    curve = _curve(trainer, "eval_loss", tokens_per_step)
+    complete = bool(curve) and curve[-1][0] == trainer.state.global_step * tokens_per_step
+    if complete or not losses_are_finite(trainer.state.log_history):
+        return curve
+    trainer.evaluate()
+    return _curve(trainer, "eval_loss", tokens_per_step)
+
+
+@torch.no_grad()
+def loss_of(model: PreTrainedModel, sequences: Subset, settings: RunSettings) -> float:
+    """A model's language-model loss in nats a token, computed as the Trainer computes its validation loss."""
+    total, predicted = 0.0, 0
+    for begin in range(0, len(sequences), settings.batch_size):
+        chosen = range(begin, min(begin + settings.batch_size, len(sequences)))
+        ids = torch.stack([sequences[i]["input_ids"] for i in chosen]).to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.autocast_dtype() == "bfloat16"):
+            outputs = model.eval()(ids, labels=ids, use_cache=False)
+        loss = outputs.get("lm_loss", outputs.loss)
+        count = ids[:, 1:].numel()
+        total, predicted = total + float(loss) * count, predicted + count
+    return total / predicted
+
+
+@torch.no_grad()
+def router_probabilities(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """input_ids [B, T] -> probabilities of the routers, [L, B*T, G, M]."""
+    model.eval()
+    outputs = model(input_ids.to(model.device), output_router_logits=True, use_cache=False, logits_to_keep=1)
+    logits = torch.stack(outputs.router_logits).unflatten(-1, (model.config.num_key_value_heads, -1))
+    return logits.softmax(-1)
+
+
+def routing_load(model: PreTrainedModel, validation: Subset) -> RoutingLoad:
+    """The load of each expert and the entropy of each router, on held-out sequences."""
+    sequences = [validation[i]["input_ids"] for i in range(min(ROUTING_SEQUENCES, len(validation)))]
+    probs = router_probabilities(model, torch.stack(sequences))
+    num_experts = probs.shape[-1]
+    selected = select_top_k(probs, model.config.active_query_experts)
+    load = torch.nn.functional.one_hot(selected, num_experts).sum(-2).float().mean(1)  # [L, G, M]
+    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(-1).mean(1)  # [L, G]
+    share = entropy / torch.log(torch.tensor(float(num_experts))) if num_experts > 1 else torch.ones_like(entropy)
+    return RoutingLoad(
+        load=[[[round(x, 4) for x in group] for group in layer] for layer in load.tolist()],
+        entropy=[[round(x, 4) for x in layer] for layer in share.tolist()],
+        dead=int((load < DEAD_BELOW).sum()),
+        dead_below=DEAD_BELOW,
+    )
+
+
+def passage(model: PreTrainedModel, corpus: Corpus) -> Passage:
+    """A held-out text, and for each layer and group the most probable expert of each token."""
+    ids = corpus.validation[0]["input_ids"][:PASSAGE_TOKENS]
+    experts = router_probabilities(model, ids[None]).argmax(-1)  # [L, T, G]
+    return Passage(readable_tokens(corpus.tokenizer, ids.tolist()), experts.tolist())
+
+
+def readable_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to the text. A character of several tokens goes to the last; the others are empty."""
+    texts, shown, waiting = [], "", 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        waiting += 1
+        if text.endswith("\ufffd") and waiting < MAX_CHARACTER_TOKENS:
+            texts.append("")
+            continue
+        texts.append(text[len(shown) :])
+        shown, waiting = text, 0
+    return texts
