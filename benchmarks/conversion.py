@@ -209,13 +209,13 @@ def main() -> None:
                     write_json(file, dataclasses.asdict(found))
         runs = [read_run(path) for path in sorted((out / "results").glob("*.json"))]
     info = {k: v for k, v in corpus.info.items() if k not in ("source", "tokenizer", "skipped_files")}
-    held = dataclasses.asdict(settings)
+    kept = dataclasses.asdict(settings)
     for name in ("out", "data", "cache_dir", "tokenizer", "init", "teacher", "seed"):
-        del held[name]
+        del kept[name]
     write_json(
         options.result,
         {
-            "settings": held,
+            "settings": kept,
             "data": info | {"source": [Path(name).name for name in options.data]},
             "teacher": {"parameters": costs.parameters(teacher), "heads": teacher.config.num_attention_heads},
             "environment": dataclasses.asdict(environment(settings.torch_device, settings.autocast_dtype())),

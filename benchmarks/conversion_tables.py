@@ -87,7 +87,7 @@ def losses(result: Conversions, suffix: str = "") -> str:
             [
                 CASES[case],
                 str(runs[0].active_heads),
-                f"{max(0, statistics.mean(run.kl_at_start for run in runs)):.3f}",  # of equals, rounding alone
+                f"{max(0, statistics.mean(run.kl_at_start for run in runs)):.3f}",  # equal models differ by rounding
                 mean_and_range([run.validation_curve[0][1] for run in runs]),
                 mean_and_range(final),
                 f"{text.signed(100 * statistics.mean(over), 2)}%",

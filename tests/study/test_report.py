@@ -471,7 +471,7 @@ def test_every_studied_arm_is_compared_with_every_control_that_has_a_run():
     pairs = [(found.arm, found.baseline, found.verdict) for found in findings(read(of))]
     assert pairs == [(arm, base, "higher") for arm in arms[4:] for base in arms[:4]]
     note = findings_table(read(of)).note
-    assert "Only a lower loss than frozen comes from learned routing." in note
+    assert "Only a lower loss than frozen is evidence of learned routing." in note
     assert "frozen" not in findings_table(read(comparison())).note
 
 

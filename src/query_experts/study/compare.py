@@ -135,7 +135,7 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     """The tokenised data of a run folder, after checking that the folder holds no run with other settings or data."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    kept = kept_fingerprint(out)
+    kept = read_fingerprint(out)
     current = fingerprint(settings)
     if kept is not None:  # before any data is read
         refuse_change({name: value for name, value in kept.items() if name != "data_hash"}, current, out)
@@ -159,7 +159,7 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
     return corpus
 
 
-def kept_fingerprint(out: Path) -> dict[str, Any] | None:
+def read_fingerprint(out: Path) -> dict[str, Any] | None:
     """The settings that the results in a folder were made with; None where there are no results."""
     marker = out / "settings.json"
     remedy = "nothing else tells with which settings this folder was made; use another"
@@ -189,11 +189,11 @@ def print_corpus(settings: RunSettings, corpus: Corpus, facts: CorpusFacts, cons
         )
     )
     if settings.validation_sequences > len(corpus.validation):
-        told = (
+        warning = (
             f"validation_sequences is {settings.validation_sequences:,}; data holds out {len(corpus.validation):,}, "
             "and all of them are used"
         )
-        console.print(Text(told, style="yellow"))
+        console.print(Text(warning, style="yellow"))
     if facts.skipped_files:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in [*facts.skipped_files.items()][:SHOWN_KINDS])
         skipped = plural(sum(facts.skipped_files.values()), "file")

@@ -123,8 +123,8 @@ def _scale(comparison: Comparison) -> Iterator[str]:
     size, seen = max(run.parameters.total for run in runs), max(run.train_tokens for run in runs)
     if size < TINY_PARAMETERS:
         yield (
-            f"The models are tiny ({text.short(size)} parameters, {text.short(seen)} training tokens). The paper's "
-            "have 250M and 30B, and results here need not hold there."
+            f"The models are tiny ({text.short(size)} parameters, {text.short(seen)} training tokens). The paper has "
+            "250M and 30B; these results need not hold there."
         )
     if seen < 0.9 * TOKENS_PER_PARAMETER * size:
         yield (

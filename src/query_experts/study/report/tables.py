@@ -28,9 +28,9 @@ CERTAINTIES: dict[Certainty, str] = {
     "one seed": "one seed: luck may explain it",
 }
 CONTROL_NOTES = {
-    "static": "static has no router. A lower loss than static comes from routing or from more query weights.",
+    "static": "static has no router. A lower loss than static may come from routing or from more query weights.",
     "half": "half has fewer query heads and as many parameters as gqe.",
-    "frozen": "frozen has a router that never trains. Only a lower loss than frozen comes from learned routing.",
+    "frozen": "frozen has a router that never trains. Only a lower loss than frozen is evidence of learned routing.",
 }
 
 
