@@ -76,7 +76,7 @@ def test_rates_are_told_in_their_order(result):
     one = replace(result, runs=[run for run in result.runs if run.seed == 0])
     fast = replace(one, settings=replace(one.settings, learning_rate=0.5))
     head, _, low, high = conversion_tables.rates([fast, one]).splitlines()
-    assert head.startswith("| learning rate | all four experts awake | static")
+    assert head.startswith("| learning rate | all four experts active | static")
     assert low.startswith(f"| {one.settings.learning_rate:g} | ")
     assert high.startswith("| 0.5 | ")
     assert low.count("|") == head.count("|")

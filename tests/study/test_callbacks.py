@@ -7,12 +7,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -333,3 +335,33 @@ def test_a_closed_pipe_stops_neither_the_saving_nor_the_training(tmp_path, handl
     assert progress.bar is None
     assert trained(tmp_path, StopRequest(), lambda: os.kill(os.getpid(), signal.SIGINT)) == 2
     assert (tmp_path / "run" / "checkpoint-2").exists()
+
+
+def test_a_bar_that_failed_to_write_leaves_tqdms_lock_to_other_threads(monkeypatch):
+    class Closing(io.StringIO):
+        closed_now = False
+
+        def write(self, text):
+            if self.closed_now:
+                raise BrokenPipeError
+            return super().write(text)
+
+    stream = Closing()
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = TokenProgress("name", 10)
+    progress.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=4, is_world_process_zero=True), None)
+    stream.closed_now = True
+    progress.draw(lambda bar: bar.refresh())
+    assert progress.bar is None
+    acquired = []
+
+    def draw_another():
+        for lock in tqdm.get_lock().locks:
+            acquired.append(lock.acquire(timeout=5))
+            lock.release()
+
+    thread = threading.Thread(target=draw_another)
+    thread.start()
+    thread.join()
+    assert acquired
+    assert all(acquired)

@@ -191,7 +191,10 @@ class TokenProgress(TrainerCallback, ExportableState):
             try:
                 change(self.bar)
             except OSError:
+                self.bar.disable = True
                 self.bar = None
+                with suppress(RuntimeError, AssertionError):  # not held
+                    tqdm.get_lock().release()  # tqdm keeps it where writing fails, and other threads' bars would wait
 
 
 class StopRequest:
