@@ -30,7 +30,7 @@ from query_experts.model import costs
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.compare import open_corpus
 from query_experts.study.distill import load_teacher
-from query_experts.study.results import CorpusFacts, Curve, ParameterCounts, Piece, RoutingLoad
+from query_experts.study.results import Curve, ParameterCounts, Piece, RoutingLoad
 from query_experts.study.settings import DistillSettings
 from query_experts.study.train import StartingPoint, train_arm
 from query_experts.study.workspace import own_folder
@@ -119,11 +119,18 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Data:
+    """The names of the text's files; the file holds all that `Corpus.facts` has."""
+
+    source: list[str]
+
+
+@dataclass(frozen=True)
 class Conversions:
     """All of conversion.json."""
 
     settings: Settings
-    data: CorpusFacts
+    data: Data
     teacher: Teacher
     environment: Environment
     runs: list[ConversionRun]

@@ -22,10 +22,8 @@ from query_experts.study.prefill import measure_prefill, read_prefill
 from query_experts.study.report import print_summary, write_report
 from query_experts.study.results import (
     Comparison,
-    CorpusFacts,
     DataFacts,
     RunResult,
-    corpus_facts,
     read_result,
     write_comparison,
 )
@@ -148,14 +146,13 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
         max_bytes=settings.max_bytes,
         text_field=settings.text_field,
     )
-    facts = corpus_facts(corpus.info)
-    check_corpus(settings, corpus, facts)
-    current |= {"data_hash": facts.data_hash}
+    check_corpus(settings, corpus)
+    current |= {"data_hash": corpus.facts.data_hash}
     if kept is not None:
         refuse_change(kept, current, out)
     else:
         write_json(out / "settings.json", current)
-    print_corpus(settings, corpus, facts, console)
+    print_corpus(settings, corpus, console)
     return corpus
 
 
@@ -166,12 +163,12 @@ def read_fingerprint(out: Path) -> dict[str, Any] | None:
     return read_json(marker, remedy) if marker.exists() and holds_results(out) else None
 
 
-def check_corpus(settings: RunSettings, corpus: Corpus, facts: CorpusFacts) -> None:
+def check_corpus(settings: RunSettings, corpus: Corpus) -> None:
     """Raises SettingError where the tokenizer or the text doesn't fit the settings."""
-    if facts.vocab_size > settings.vocab_size:
+    if corpus.facts.vocab_size > settings.vocab_size:
         raise SettingError(
-            f"tokenizer has {facts.vocab_size} tokens; it must have vocab_size, which is {settings.vocab_size}, or "
-            "fewer"
+            f"tokenizer has {corpus.facts.vocab_size} tokens; it must have vocab_size, which is "
+            f"{settings.vocab_size}, or fewer"
         )
     if len(corpus.train) < settings.sequences_per_step:
         raise SettingError(
@@ -180,7 +177,8 @@ def check_corpus(settings: RunSettings, corpus: Corpus, facts: CorpusFacts) -> N
         )
 
 
-def print_corpus(settings: RunSettings, corpus: Corpus, facts: CorpusFacts, console: Console) -> None:
+def print_corpus(settings: RunSettings, corpus: Corpus, console: Console) -> None:
+    facts = corpus.facts
     limit = f" (max_bytes: {facts.max_bytes / 1e6:g} MB)" if facts.max_bytes else ""
     console.print(
         Text(
@@ -204,7 +202,7 @@ def data_facts(settings: RunSettings, corpus: Corpus) -> DataFacts:
     used = len(validation_split(settings, corpus))
     epochs = settings.steps * settings.sequences_per_step / len(training_split(settings, corpus))
     return DataFacts(
-        **vars(corpus_facts(corpus.info)),
+        **vars(corpus.facts),
         epochs=round(epochs, 3),
         validation_sequences_used=used,
         validation_tokens_used=used * settings.seq_len,

@@ -6,7 +6,6 @@ Readers ignore unknown keys, which are those of newer versions. Fields that olde
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from query_experts.common.environment import Environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
+from query_experts.data.corpus import CorpusInfo
 from query_experts.model.arms import ARMS
 from query_experts.study.settings import CompareSettings
 
@@ -166,32 +166,10 @@ class PrefillTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusFacts:
-    """The tokenised data, as `Corpus.info` describes it."""
+class DataFacts(CorpusInfo):
+    """The tokenised data, and how much of it a comparison uses. Older files lack what has a default."""
 
-    source: list[str]
-    data_hash: str
-    tokenizer: str | None = None
-    validation: str | None = None
-    validation_fraction: float | None = None
-    max_bytes: int | None = None
-    text_field: str | None = None
-    duplicate_documents: int | None = None
-    vocab_size: int
-    train_documents: int
-    train_tokens: int
-    train_bytes: int | None = None
-    validation_documents: int
-    validation_tokens: int
-    validation_bytes: int | None = None
-    seq_len: int
     skipped_files: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataFacts(CorpusFacts):
-    """The tokenised data, and how much of it a comparison uses."""
-
     epochs: float | None = None
     validation_sequences_used: int | None = None
     validation_tokens_used: int | None = None
@@ -210,12 +188,6 @@ class Comparison:
 
 _RUN = TypeAdapter(RunResult)
 _COMPARISON = TypeAdapter(Comparison)
-_CORPUS = TypeAdapter(CorpusFacts)
-
-
-def corpus_facts(info: dict[str, Any]) -> CorpusFacts:
-    """Reads `Corpus.info`."""
-    return _CORPUS.validate_python(info)
 
 
 def read_result(file: Path) -> RunResult:
@@ -234,7 +206,7 @@ def write_result(file: Path, run: RunResult) -> None:
 
 def parse_comparison(content: str) -> Comparison:
     """Reads the content of a comparison.json. Raises ValueError for anything else."""
-    comparison = _COMPARISON.validate_python(json.loads(content))
+    comparison = _COMPARISON.validate_json(content)
     unknown = {run.arm for run in comparison.runs} - ARMS.keys()
     if unknown:
         raise ValueError(f"arms hold {', '.join(sorted(unknown))}; they must be of {', '.join(ARMS)}")
