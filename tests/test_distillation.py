@@ -11,8 +11,9 @@ from transformers import default_data_collator
 from query_experts.convert import from_dense
 from query_experts.distillation import DistillationTrainer, TopKSchedule, divergence, teacher_inputs
 from query_experts.study.compare import open_corpus
+from query_experts.study.settings import DistillSettings
 from query_experts.study.train import StartingPoint, stop_after, train_arm
-from study_helpers import LENGTHS, Rows, arguments, logged, model_of, quiet, tiny_train
+from study_helpers import LENGTHS, TINY, Rows, arguments, logged, model_of, quiet, write_text
 
 
 def test_the_divergence_is_that_of_the_predicted_tokens_alone():
@@ -152,8 +153,9 @@ def test_a_run_that_is_resumed_validates_as_one_that_was_not(tmp_path):
     """k falls during the run; a checkpoint in between must not be validated at another k."""
     teacher = model_of("dense").eval()
     model_of("dense").save_pretrained(tmp_path / "dense")
+    text = write_text(tmp_path / "text.txt")
     whole, pieces = (
-        tiny_train(tmp_path, out=str(tmp_path / out), init="in memory", steps=6, evaluations=6, num_attention_heads=4)
+        DistillSettings(data=[text], init="in memory", **TINY | {"out": str(tmp_path / out), "evaluations": 6})
         for out in ("whole", "pieces")
     )
     corpus = open_corpus(whole, tmp_path, quiet())
