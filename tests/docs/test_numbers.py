@@ -11,6 +11,7 @@ import yaml
 
 import page_numbers
 import page_tables
+from query_experts.study.results import parse_comparison
 from query_experts.study.settings import CompareSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +90,7 @@ def markers(page):
 def test_the_table_in_the_readme_is_that_of_the_committed_result():
     tables = script("readme_table")
     readme = README.read_text(encoding="utf-8")
-    assert readme == tables.with_table(readme, json.loads(tables.RESULT.read_text(encoding="utf-8")))
+    assert readme == tables.with_table(readme, parse_comparison(tables.RESULT.read_text(encoding="utf-8")))
 
 
 def test_the_table_in_the_readme_is_of_what_make_compare_runs():
