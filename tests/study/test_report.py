@@ -28,8 +28,12 @@ DIVERGED = {**LOSSES, "static": dict.fromkeys(range(3)), "gqe": {0: 4.29, 1: Non
 HERE = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "query_experts": "0.1.0", "device": "cpu",
         "hardware": "a CPU, 2 cores", "dtype": "bfloat16", "date": "2026-11-23"}  # fmt: skip
 THERE = {**HERE, "hardware": "NVIDIA H100", "device": "cuda"}
-DATA = {"source": ["<docs>"], "data_hash": "sha256:abc", "vocab_size": 300, "train_documents": 9, "train_tokens": 99,
-        "validation_documents": 2, "validation_tokens": 33, "seq_len": 16, "epochs": 0.31}  # fmt: skip
+DATA = {
+    "source": ["<docs>"], "data_hash": "sha256:abc", "tokenizer": "trained", "validation": "held-out documents",
+    "validation_fraction": 0.02, "max_bytes": None, "text_field": "text", "duplicate_documents": 0, "vocab_size": 300,
+    "train_documents": 9, "train_tokens": 99, "train_bytes": 999, "validation_documents": 2, "validation_tokens": 33,
+    "validation_bytes": 333, "seq_len": 16, "epochs": 0.31,
+}  # fmt: skip
 PREFILL = "Prefill speed relative to dense"
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 TOKENS = ["def", " f", "(", "<b>", "</script>", "\n", "&", " x"]
