@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from query_experts.layers.balance import balance_loss, routing_statistics
-from query_experts.layers.masks import AttentionBackend, causal_mask
+from query_experts.layers.masks import attention_backend, causal_mask
 from query_experts.layers.router import Router, select_top_k
-from query_experts.layers.validation import check_layout
+from query_experts.layers.validation import check_layout, default_head_dim
 from query_experts.ops.attend import CausalKernel, attend, uses_shared_decode
 from query_experts.ops.combine import weighted_slot
 from query_experts.ops.rotate import rotary_cos_sin, rotate
@@ -119,22 +118,13 @@ class GQEAttention(nn.Module):
     ):
         super().__init__()
         if head_dim is None:
-            countable = all(isinstance(n, Integral) and n > 0 for n in (hidden_size, num_query_experts))
-            if countable and hidden_size % num_query_experts:
-                raise ValueError(
-                    f"hidden_size is {hidden_size}; without head_dim it must be a multiple of num_query_experts, "
-                    f"{num_query_experts}"
-                )
-            head_dim = hidden_size // num_query_experts if countable else 1  # check_layout refuses the count
+            head_dim = default_head_dim(hidden_size, num_query_experts)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be 0 or more and below 1")
         check_layout(
             hidden_size, num_query_experts, num_kv_heads, top_k, head_dim, rope_theta is not None,
             variant, output_projection, routing, shared_head_kv,
         )  # fmt: skip
-        if _config is None and attn_implementation not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
-            allowed = ", ".join(["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()])
-            raise ValueError(f"attn_implementation is {attn_implementation!r}; it must be one of {allowed}")
         num_query_experts, num_kv_heads, top_k, head_dim = map(int, (num_query_experts, num_kv_heads, top_k, head_dim))
         self.num_query_experts = num_query_experts
         self.num_kv_heads = num_kv_heads
@@ -149,7 +139,7 @@ class GQEAttention(nn.Module):
         self.shared_head_kv = shared_head_kv
         self.dropout = dropout
         self.scaling = head_dim**-0.5
-        self.config = _config if _config is not None else AttentionBackend(attn_implementation)
+        self.config = _config if _config is not None else attention_backend(attn_implementation)
 
         extra_slots = 2 if variant == "gqe" else 0
         hard_slots = num_kv_heads * top_k if output_projection == "slot" else num_query_experts

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchdynamo_compiling
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -29,6 +30,14 @@ class AttentionBackend:
 
 
 SDPA = AttentionBackend("sdpa")
+
+
+def attention_backend(name: str) -> AttentionBackend:
+    """The backend of that name. Raises ValueError for one that Transformers doesn't know."""
+    known = ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys())
+    if name not in known:
+        raise ValueError(f"attn_implementation is {name!r}; it must be one of {', '.join(known)}")
+    return AttentionBackend(name)
 
 
 @dataclass(frozen=True)

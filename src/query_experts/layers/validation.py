@@ -18,6 +18,21 @@ CONFIG_NAMES = {
 }
 
 
+def default_head_dim(hidden_size: int, num_query_experts: int, names: Mapping[str, str] | None = None) -> int:
+    """D / N, for a layer without a head_dim. Raises ValueError where it is no whole number; names as in `check_layout`.
+
+    Of counts that aren't whole positive numbers it is 1: `check_layout` refuses them.
+    """
+    if not all(isinstance(count, Integral) and count > 0 for count in (hidden_size, num_query_experts)):
+        return 1
+    if hidden_size % num_query_experts:
+        name = (names or {}).get("num_query_experts", "num_query_experts")
+        raise ValueError(
+            f"hidden_size is {hidden_size}; without head_dim it must be a multiple of {name}, {num_query_experts}"
+        )
+    return hidden_size // num_query_experts
+
+
 def check_layout(
     hidden_size: int,
     num_query_experts: int,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from query_experts.layers.validation import CONFIG_NAMES, check_layout
+from query_experts.layers.validation import CONFIG_NAMES, check_layout, default_head_dim
 from query_experts.model.remote_code import AUTO_MAP, write_shim
 
 
@@ -64,11 +64,8 @@ class GQEConfig(LlamaConfig):
         for name in ("hidden_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size is {self.hidden_size}; without head_dim it must be a multiple of num_attention_heads, "
-                f"{self.num_attention_heads}"
-            )
+        if self.head_dim is None:
+            default_head_dim(self.hidden_size, self.num_attention_heads, CONFIG_NAMES)  # Llama's drops a remainder
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -79,9 +76,9 @@ class GQEConfig(LlamaConfig):
             CONFIG_NAMES,
         )  # fmt: skip
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            held = getattr(self, name)
-            if not isinstance(held, int | float) or not 0 <= held < math.inf:
-                raise ValueError(f"{name} is {held!r}; it must be a number, 0 or more")
+            weight = getattr(self, name)
+            if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ValueError(f"{name} is {weight!r}; it must be a number, 0 or more")
 
     def __getattr__(self, name: str) -> Any:
         """Raises AttributeError. TRL reads num_experts to balance one list of experts per layer, which GQE hasn't.
