@@ -248,3 +248,21 @@ def test_every_command_that_nobody_reads_ends_with_the_status_of_sigpipe(monkeyp
     monkeypatch.setitem(cli.LOADERS, command, lambda command, argv: closed)
     assert main([command]) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_the_text_of_a_library_that_exits_is_printed(monkeypatch, capsys):
+    from query_experts import cli
+
+    monkeypatch.setitem(cli.LOADERS, "report", lambda command, argv: sys.exit("a reason"))
+    assert main(["report", "x"]) == 1
+    assert capsys.readouterr().err == "query-experts: a reason\n"
+
+
+@pytest.mark.parametrize("argv", [["--init", "none"], ["--init=none"], ["--teacher", "none"]], ids=" ".join)
+def test_train_takes_none_for_the_options_of_distill(monkeypatch, argv):
+    from query_experts.study import single
+
+    asked = []
+    monkeypatch.setattr(single, "train", lambda settings, console: asked.append(settings) or True)
+    assert main(["train", *argv]) == 0
+    assert asked

@@ -75,7 +75,9 @@ def run_command(command: str, argv: list[str], begin: Callable[[], Any] = lambda
     except Terminated as ended:
         return refuse("stopped", ended.code)
     except SystemExit as ended:  # after --help, or of a run that a signal has stopped, with its checkpoint saved
-        return ended.code if isinstance(ended.code, int) else 0
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or 0
+        return refuse(str(ended.code), 1)
     except KeyboardInterrupt:
         kept = "; the same command goes on from the last checkpoint" if command in GOES_ON else ""
         return refuse(f"stopped{kept}", INTERRUPTED)
@@ -100,7 +102,8 @@ def run_command(command: str, argv: list[str], begin: Callable[[], Any] = lambda
 
 def describe_os_error(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
-        return f"out has no room left on its disk ({error.filename or 'device full'})"
+        place = f"out has no room left on its disk ({error.filename})" if error.filename else None
+        return place or "the output has no room left on its device"
     if error.filename:
         return f"{error.filename} can't be read or written: {error.strerror}"
     return str(error) or type(error).__name__

@@ -88,6 +88,8 @@ def _print(text: str, status: int = 0) -> int:
     except BrokenPipeError:
         return CLOSED_PIPE
     except OSError as error:
+        if status:  # that has a sentence of its own
+            return status
         return refuse(f"stdout can't be written: {error.strerror}")
     return status
 

@@ -271,3 +271,22 @@ def test_the_benchmark_runs_without_pydantic(tmp_path):
 
 def test_what_tests_call_tiny_is_allowed():
     CompareSettings(**TINY).check()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["generate", "x", "--seed", "-1"], "seed holds -1; a seed must be 0 to"),
+        (["generate", "x", "--max_new_tokens", "0"], "max_new_tokens is 0; it must be 1 or more"),
+        (["generate", "x", "--prompt", ""], "prompt is empty"),
+        (["bench", "--suites", "foo"], "suites holds 'foo'; allowed are"),
+        (["bench", "--repeats", "0"], "repeats is 0; it must be 1 or more"),
+        (["bench", "--sdpa_backend", "foo"], "sdpa_backend is 'foo'; it must be"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("pydantic", [True, False], ids=["with pydantic", "without"])
+def test_values_are_refused_with_and_without_pydantic(monkeypatch, refused, tmp_path, argv, sentence, pydantic):
+    if not pydantic:
+        monkeypatch.setitem(sys.modules, "pydantic", None)
+    refused([*argv, *(["--out", tmp_path / "out"] if argv[0] == "bench" else [])], sentence)

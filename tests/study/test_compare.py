@@ -606,7 +606,7 @@ def test_damaged_files_of_a_run_are_named_with_what_to_do(folder):
     weights.write_bytes(whole)
     result = folder / "out" / "runs" / "gqe-seed0" / "result.json"
     result.write_text("{}")
-    with pytest.raises(SettingError, match=r"gqe-seed0/result.json is no run's result; delete it"):
+    with pytest.raises(SettingError, match=r"gqe-seed0/result.json is no run's result \(.+\); delete it"):
         compare(tiny_compare(folder), quiet())
 
 

@@ -84,14 +84,14 @@ def test_a_changed_setting_and_the_other_command_are_refused_in_a_folder_of_an_e
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--init", "converted"], "init is 'converted', and train begins with an arm"),
-        (["--init=converted", "--preset", "demo"], "init is 'converted', and train begins with an arm"),
-        (["--teacher", "dense"], "teacher is 'dense', and train begins with an arm"),
-        (["--sparsify-fraction", "0.5"], "sparsify_fraction is 0.5, and train begins with an arm"),
-        (["--distillation", "0.5"], "distillation is 0.5, and train begins with an arm"),
-        (["--preset", "distill"], "preset is 'distill', and train begins with an arm"),
-        (["--preset", "distill", "--init", "converted"], "preset is 'distill', and train begins with an arm"),
-        (["--recipe", "mine.yaml"], "init is 'converted', and train begins with an arm"),
+        (["--init", "converted"], "init is 'converted', which train doesn't take"),
+        (["--init=converted", "--preset", "demo"], "init is 'converted', which train doesn't take"),
+        (["--teacher", "dense"], "teacher is 'dense', which train doesn't take"),
+        (["--sparsify-fraction", "0.5"], "sparsify_fraction is 0.5, which train doesn't take"),
+        (["--distillation", "0.5"], "distillation is 0.5, which train doesn't take"),
+        (["--preset", "distill"], "preset is 'distill', which train doesn't take"),
+        (["--preset", "distill", "--init", "converted"], "preset is 'distill', which train doesn't take"),
+        (["--recipe", "mine.yaml"], "init is 'converted', which train doesn't take"),
     ],
 )
 def test_train_names_distill_for_what_was_its_own(tmp_path, monkeypatch, refused, argv, words):

@@ -28,6 +28,7 @@ from query_experts.study.results import (
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("compare-demo*.json"))
+OLDER = ROOT / "tests" / "fixtures" / "comparison_dd60e2b.json"
 HERE = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "query_experts": "0.1.0", "commit": "0bfe3dd",
         "device": "cpu", "hardware": "a CPU", "dtype": "float32", "date": "2026-11-23"}  # fmt: skip
 RUN = RunResult(
@@ -112,7 +113,9 @@ def test_unknown_keys_of_newer_files_are_ignored(tmp_path):
 def test_a_result_with_a_value_of_another_type_is_refused(tmp_path, change):
     file = tmp_path / "result.json"
     file.write_text(json.dumps(json.loads(JSON) | change))
-    with pytest.raises(SettingError, match=r"result\.json is no run's result; delete it, and that run is trained"):
+    with pytest.raises(
+        SettingError, match=r"result\.json is no run's result \(.+\); delete it, and that run is trained"
+    ):
         read_result(file)
 
 
@@ -151,7 +154,7 @@ LOOK_UPS = {  # allowed in a file; a larger number needs a reason
     "callbacks.py": 2,  # what the Trainer passes to a callback
     "measure.py": 5,  # sequences of a data set, the log of the Trainer, and the output of a model
     "prefill.py": 1,  # an arm, by its name
-    "results.py": 1,  # the writer leaves out the loss of a teacher that isn't there
+    "results.py": 3,  # a teacher's loss that isn't there, and a fault of pydantic
     "conversion.py": 1,  # sequences of a data set
     "conversion_tables.py": 2,  # a case by its name, and a setting that few cases have
 }
@@ -177,3 +180,37 @@ def test_results_are_read_by_attribute_and_not_by_string():
     study = [file for file in (ROOT / "src" / "query_experts" / "study").rglob("*.py") if file.name not in OTHERS]
     for file in [*study, *(ROOT / "benchmarks" / f"{name}.py" for name in SCRIPTS)]:
         assert len(look_ups(file)) <= LOOK_UPS.get(file.name, 0), look_ups(file)
+
+
+def test_a_comparison_of_an_older_version_is_reported(tmp_path):
+    (tmp_path / "comparison.json").write_bytes(OLDER.read_bytes())
+    assert main(["report", str(tmp_path)]) == 0
+    assert read_comparison(tmp_path).data.validation_fraction is None
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "fault"),
+    [
+        (("settings", "arms"), ["dense", "zz"], "zz"),
+        (("runs", 0, "train_curve"), [[32, float("nan")]], "runs.0.train_curve.0.1"),
+        (("runs", 0, "train_tokens"), "many", "runs.0.train_tokens"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_comparison_with_an_unusable_value_is_refused_with_the_place_of_it(tmp_path, refused, place, value, fault):
+    comparison = json.loads(COMMITTED[0].read_text(encoding="utf-8"))
+    *path, last = place
+    inner = comparison
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    refused(["report", tmp_path], "folder is", "it must hold comparison.json as compare wrote it", fault)
+
+
+def test_a_run_that_diverged_long_after_the_others_ended_is_drawn(tmp_path):
+    comparison = parse_comparison(COMMITTED[0].read_text(encoding="utf-8"))
+    first, *rest = comparison.runs
+    late = dataclasses.replace(first, diverged_at_tokens=10**9, validation_loss=None, train_curve=[(10**9, 5.0)])
+    report.write_report(dataclasses.replace(comparison, runs=[late, *rest]), tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size > 10_000

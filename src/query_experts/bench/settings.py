@@ -14,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from query_experts.common.device import Device, check_device, resolve_device
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import Count, Counts, Distinct, OutFolder, Settings, option
-from query_experts.common.settings import has_pydantic, validate
-from query_experts.model.arms import ModelSize, arm_config, check_arms, model_size, size
+from query_experts.common.settings import validate
+from query_experts.model.arms import ModelSize, arm_config, check_arms, model_size, size_option
 from query_experts.model.configuration_gqe import GQEConfig
 
 Suite = Literal["prefill", "chunk", "decode", "train", "parts", "model", "model-train"]
@@ -65,14 +65,14 @@ class BenchSettings(Settings):
     cuda_graph: bool = option(False, "time replays of a CUDA graph of every call, as serving engines decode", "kernels")
     repeats: Count = option(7, "timings of each arm at each point, with the arms taking turns", "what to time")
 
-    hidden_size: Count = size("hidden_size", 1024)
-    num_attention_heads: Count = size("num_attention_heads", 16)
-    num_key_value_heads: Count = size("num_key_value_heads", 8)
-    active_query_experts: Count = size("active_query_experts", 1)
-    head_dim: Count = size("head_dim", 64)
-    intermediate_size: Count = size("intermediate_size", 2816)
-    num_hidden_layers: Count = size("num_hidden_layers", 16)
-    vocab_size: Count = size("vocab_size", 32_000)
+    hidden_size: Count = size_option("hidden_size", 1024)
+    num_attention_heads: Count = size_option("num_attention_heads", 16)
+    num_key_value_heads: Count = size_option("num_key_value_heads", 8)
+    active_query_experts: Count = size_option("active_query_experts", 1)
+    head_dim: Count = size_option("head_dim", 64)
+    intermediate_size: Count = size_option("intermediate_size", 2816)
+    num_hidden_layers: Count = size_option("num_hidden_layers", 16)
+    vocab_size: Count = size_option("vocab_size", 32_000)
 
     lengths: Counts = option([2048, 8192, 16384], "prompt lengths of prefill and of the models", "what to time")
     chunk_size: Count = option(2048, "tokens in a chunk", "what to time")
@@ -105,12 +105,8 @@ class BenchSettings(Settings):
         return getattr(torch, self.dtype)
 
     def check(self) -> None:
-        """Raises SettingError, naming the field, what it held and what is allowed.
-
-        Without pydantic, as on a bare GPU machine that runs benchmarks/gpu.py, only rules across fields are checked.
-        """
-        if has_pydantic():
-            validate(self)
+        """Raises SettingError, naming the field, what it held and what is allowed."""
+        validate(self)
         if "dense" not in self.arms:
             raise SettingError(f"arms holds {self.arms}; it must hold dense, the baseline of the others")
         if "chunk" in self.suites and self.chunk_size >= min(self.cached_lengths):
@@ -139,9 +135,7 @@ class BenchSettings(Settings):
                 "fused_decode is True, which needs a GPU (on a CPU, TRITON_INTERPRET=1); it must be False"
             )
         if self.compile and "parts" in self.suites:
-            raise SettingError(
-                "suites holds 'parts', which times a layer's stages by themselves; it must not with compile"
-            )
+            raise SettingError("suites holds 'parts', which times the stages of a layer; with compile it must not")
 
     def _check_cuda_graph(self) -> None:
         if self.torch_device != "cuda":

@@ -37,7 +37,8 @@ class SettingsParser(HfArgumentParser):
         self.sections: dict[str, list[argparse.Action]] = {}
         super().__init__(kind, prog=prog, description=about, allow_abbrev=False)
         for name, default in kind.elsewhere.defaults.items():
-            self.add_argument(*spellings(name), default=default, type=str if default is None else type(default))
+            convert = or_none(str) if default is None else type(default)
+            self.add_argument(*spellings(name), default=default, type=convert)
 
     def error(self, message: str) -> NoReturn:
         raise SettingError(self.point_to_help(message))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from query_experts.common.errors import SettingError
-from query_experts.common.fields import OutOfLimits, Settings
+from query_experts.common.fields import Limit, OutOfLimits, Settings
 from query_experts.common.options import SettingsParser, choices
 
 Kind = TypeVar("Kind", bound=Settings)
@@ -128,11 +127,13 @@ def use_recipe(parser: SettingsParser, path: Any, recipe: dict[str, Any], also_k
 def _convert(option: argparse.Action, value: Any, path: Any, parser: SettingsParser) -> Any:
     """A value of a YAML file with the type of its option: to YAML, `1e-3` is text and 9 isn't a float."""
     convert: Any = option.type or str
-    try:
-        found = [convert(str(item)) for item in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-        fault = f"argument {'/'.join(option.option_strings)}: invalid {convert.__name__} value: {value!r}"
-        raise SettingError(f"recipe {path}: {parser.point_to_help(fault)}") from error
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        try:
+            found.append(convert(str(item)))
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            fault = f"argument {'/'.join(option.option_strings)}: invalid {convert.__name__} value: {item!r}"
+            raise SettingError(f"recipe {path}: {parser.point_to_help(fault)}") from error
     return found if option.nargs == "+" else found[0]
 
 
@@ -167,20 +168,47 @@ TYPES = {
 def validate(settings: Settings) -> None:
     """Checks the type and the limits of every field, with pydantic.
 
+    Where it isn't installed, as on a machine that only generates or runs benchmarks/gpu.py, only limits and words are
+    checked: the command line has converted the types.
+
     Raises:
         SettingError: A field that can't be used, with what it held and what is allowed.
     """
-    from pydantic import TypeAdapter, ValidationError
-
+    try:
+        from pydantic import TypeAdapter, ValidationError
+    except ModuleNotFoundError:
+        hints = get_type_hints(type(settings), include_extras=True)
+        for field in fields(settings):  # type: ignore[arg-type]
+            _check_value(field.name, getattr(settings, field.name), hints[field.name], getattr(settings, field.name))
+        return
     try:
         TypeAdapter(type(settings)).validate_python(settings)
     except ValidationError as error:
         raise SettingError(_sentence(settings, error.errors()[0])) from error
 
 
-def has_pydantic() -> bool:
-    """Whether `validate` can be called: `bench` and `generate` also run where no extra is installed."""
-    return importlib.util.find_spec("pydantic") is not None
+def _check_value(name: str, value: Any, hint: Any, whole: Any) -> None:
+    """Checks a value, which is `whole` or an entry of it, against the limits and words in its type."""
+    if get_origin(hint) is Annotated:
+        inner, *limits = get_args(hint)
+        _check_value(name, value, inner, whole)
+        for limit in limits:
+            if isinstance(limit, Limit) and not limit.allows(value):
+                raise SettingError(limit.sentence(name, value, whole))
+    elif get_origin(hint) in (Union, UnionType):
+        if value is not None:
+            _check_value(name, value, get_args(hint)[0], whole)
+    elif get_origin(hint) is list:
+        for entry in value:
+            _check_value(name, entry, get_args(hint)[0], whole)
+    elif get_origin(hint) is Literal and value not in get_args(hint):
+        raise SettingError(_wrong_word(name, value, get_args(hint), in_list=isinstance(whole, list)))
+
+
+def _wrong_word(name: str, value: Any, allowed: tuple[str, ...], in_list: bool) -> str:
+    if in_list:
+        return f"{name} holds {value!r}; allowed are {', '.join(allowed)}"
+    return f"{name} is {value!r}; it must be {' or '.join(filter(None, [', '.join(allowed[:-1]), allowed[-1]]))}"
 
 
 def _sentence(settings: Settings, error: Any) -> str:
@@ -190,17 +218,13 @@ def _sentence(settings: Settings, error: Any) -> str:
     if isinstance(cause, OutOfLimits):
         return cause.limit.sentence(name, value, getattr(settings, name))
     hint = get_type_hints(type(settings))[name]
+    optional = ("none",) if NoneType in get_args(hint) else ()
     if error["type"] == "literal_error":
-        allowed = choices(hint)
-        if place:
-            return f"{name} holds {value!r}; allowed are {', '.join(allowed)}"
-    else:
-        allowed = (TYPES.get(error["type"], error["msg"]),)
-        if place:
-            return f"{name} holds {value!r}; each entry must be {allowed[0]}"
-    if NoneType in get_args(hint):
-        allowed += ("none",)
-    return f"{name} is {value!r}; it must be {' or '.join(filter(None, [', '.join(allowed[:-1]), allowed[-1]]))}"
+        return _wrong_word(name, value, choices(hint) + optional, in_list=bool(place))
+    allowed = TYPES.get(error["type"], error["msg"])
+    if place:
+        return f"{name} holds {value!r}; each entry must be {allowed}"
+    return _wrong_word(name, value, (allowed, *optional), in_list=False)
 
 
 def default_of(settings: Any, name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from query_experts.common.device import Device, check_device, resolve_device
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import Bounds, Count, NotEmpty, Seed, Settings, argument, option, required_option
-from query_experts.common.settings import has_pydantic, validate
+from query_experts.common.settings import validate
 
 LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
 
@@ -71,12 +71,8 @@ class GenerateSettings(Settings):
         self.torch_device = resolve_device(self.device)
 
     def check(self) -> None:
-        """Raises SettingError, naming the field, what it held and what is allowed.
-
-        Without pydantic, which the library itself doesn't need, only what follows `validate` is checked.
-        """
-        if has_pydantic():
-            validate(self)
+        """Raises SettingError, naming the field, what it held and what is allowed."""
+        validate(self)
         try:
             self.prompt.encode()
         except UnicodeEncodeError as error:

@@ -37,7 +37,7 @@ def in_order(arms: Iterable[str]) -> list[str]:
 class ModelSize:
     """The dense model that every arm starts from, with N query heads in G groups.
 
-    The fields and their help texts are those of the commands' settings; see `size`.
+    The fields and their help texts are those of the commands' settings; see `size_option`.
     """
 
     vocab_size: Count = field(metadata=help_entry("vocabulary of the model; a tokenizer must fit into it", "model"))
@@ -68,7 +68,7 @@ class ModelSize:
             raise SettingError(str(error)) from error
 
 
-def size(name: str, default: Any) -> Any:
+def size_option(name: str, default: Any) -> Any:
     """A setting for one of the sizes, with the help text that `ModelSize` has for it."""
     declared = {f.name: f for f in fields(ModelSize)}
     return field(default=default, metadata=declared[name].metadata)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from query_experts.common.environment import Environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
-from query_experts.data.corpus import CorpusInfo
 from query_experts.model.arms import ARMS
 from query_experts.study.settings import CompareSettings
 
+FINITE = ConfigDict(allow_inf_nan=False)
 Curve = list[tuple[int, float]]  # training tokens, loss
 
 
@@ -47,6 +47,8 @@ class RoutingLoad:
         dead: Number of dead experts.
         dead_below: The load below which an expert is dead.
     """
+
+    __pydantic_config__ = FINITE
 
     load: list[list[list[float]]]
     entropy: list[list[float]]
@@ -113,6 +115,8 @@ class RunResult:
         teacher_loss: The teacher's validation loss; None, and absent in the file, without a teacher.
     """
 
+    __pydantic_config__ = FINITE
+
     arm: str
     seed: int
     parameters: ParameterCounts
@@ -152,6 +156,8 @@ class PrefillTimes:
         seconds: Seconds of each repeat by arm, [lengths][repeats]; no repeats where a length isn't timed yet.
     """
 
+    __pydantic_config__ = FINITE
+
     lengths: list[int]
     repeats: int
     dtype: str
@@ -166,9 +172,25 @@ class PrefillTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFacts(CorpusInfo):
-    """The tokenised data, and how much of it a comparison uses. Older files lack what has a default."""
+class DataFacts:
+    """`Corpus.facts`, and how much of the tokens a comparison uses. Older files lack what has a default."""
 
+    source: list[str]
+    data_hash: str
+    tokenizer: str | None = None
+    validation: str | None = None
+    validation_fraction: float | None = None
+    max_bytes: int | None = None
+    text_field: str | None = None
+    duplicate_documents: int | None = None
+    vocab_size: int
+    train_documents: int
+    train_tokens: int
+    train_bytes: int | None = None
+    validation_documents: int
+    validation_tokens: int
+    validation_bytes: int | None = None
+    seq_len: int
     skipped_files: dict[str, int] = field(default_factory=dict)
     epochs: float | None = None
     validation_sequences_used: int | None = None
@@ -186,6 +208,14 @@ class Comparison:
     prefill: PrefillTimes | None = None
 
 
+def first_fault(error: ValueError) -> str:
+    """The first fault that a reader found: the place in the file, and what is wrong there."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors()[0]
+    return ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))
+
+
 _RUN = TypeAdapter(RunResult)
 _COMPARISON = TypeAdapter(Comparison)
 
@@ -197,7 +227,7 @@ def read_result(file: Path) -> RunResult:
     try:
         return _RUN.validate_python(values)
     except ValidationError as error:
-        raise SettingError(f"{file} is no run's result; {remedy}") from error
+        raise SettingError(f"{file} is no run's result ({first_fault(error)}); {remedy}") from error
 
 
 def write_result(file: Path, run: RunResult) -> None:
@@ -206,8 +236,9 @@ def write_result(file: Path, run: RunResult) -> None:
 
 def parse_comparison(content: str) -> Comparison:
     """Reads the content of a comparison.json. Raises ValueError for anything else."""
-    comparison = _COMPARISON.validate_json(content)
-    unknown = {run.arm for run in comparison.runs} - ARMS.keys()
+    comparison = _COMPARISON.validate_json(content)  # as JSON: strict settings refuse to be made of a dictionary
+    asked = comparison.settings.arms if comparison.settings is not None else []
+    unknown = {*asked, *(run.arm for run in comparison.runs)} - ARMS.keys()
     if unknown:
         raise ValueError(f"arms hold {', '.join(sorted(unknown))}; they must be of {', '.join(ARMS)}")
     return comparison
@@ -226,9 +257,10 @@ def read_comparison(folder: Path) -> Comparison:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and file.exists():
             raise
+        fault = f" ({first_fault(error)})" if isinstance(error, ValueError) else ""
         raise SettingError(
-            f"folder is {folder}; it must hold comparison.json as compare wrote it, and the same compare command "
-            "writes it again"
+            f"folder is {folder}; it must hold comparison.json as compare wrote it{fault}, and the same compare "
+            "command writes it again"
         ) from error
 
 

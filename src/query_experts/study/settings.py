@@ -23,7 +23,7 @@ from query_experts.common.fields import (
     option,
 )
 from query_experts.common.settings import default_of, validate
-from query_experts.model.arms import ARMS, ModelSize, check_arms, model_size, size
+from query_experts.model.arms import ARMS, ModelSize, check_arms, model_size, size_option
 
 TEACHER = NotEmpty("be the dense model's checkpoint, or none to train with only the language-model loss")
 
@@ -58,18 +58,18 @@ class RunSettings(Settings):
         None, "save and stop after X minutes; the same command goes on from there", "machine"
     )
 
-    vocab_size: Count = size("vocab_size", 2048)
+    vocab_size: Count = size_option("vocab_size", 2048)
     seq_len: Count = option(256, "tokens in a training sequence", "training")
-    hidden_size: Count = size("hidden_size", 192)
-    intermediate_size: Count = size("intermediate_size", 512)
-    num_hidden_layers: Count = size("num_hidden_layers", 4)
-    num_attention_heads: Count = size("num_attention_heads", 8)
-    num_key_value_heads: Count = size("num_key_value_heads", 4)
-    active_query_experts: Count = size("active_query_experts", 1)
-    head_dim: Count = size("head_dim", 32)
-    tie_word_embeddings: bool = size("tie_word_embeddings", True)
-    router_aux_loss_coef: NonNegative = size("router_aux_loss_coef", 0.01)
-    router_z_loss_coef: NonNegative = size("router_z_loss_coef", 0.0)
+    hidden_size: Count = size_option("hidden_size", 192)
+    intermediate_size: Count = size_option("intermediate_size", 512)
+    num_hidden_layers: Count = size_option("num_hidden_layers", 4)
+    num_attention_heads: Count = size_option("num_attention_heads", 8)
+    num_key_value_heads: Count = size_option("num_key_value_heads", 4)
+    active_query_experts: Count = size_option("active_query_experts", 1)
+    head_dim: Count = size_option("head_dim", 32)
+    tie_word_embeddings: bool = size_option("tie_word_embeddings", True)
+    router_aux_loss_coef: NonNegative = size_option("router_aux_loss_coef", 0.01)
+    router_z_loss_coef: NonNegative = size_option("router_z_loss_coef", 0.0)
 
     steps: Count = option(240, "optimizer steps", "training")
     batch_size: Count = option(4, "sequences in a micro-batch", "training")
@@ -119,7 +119,7 @@ class TrainSettings(RunSettings):
 
     elsewhere = Elsewhere(
         {"init": None, "teacher": None, "distillation": 0.9, "sparsify_fraction": 0.0},
-        "and train begins with an arm; query-experts distill trains a converted checkpoint, with the same options",
+        "which train doesn't take; query-experts distill trains a converted checkpoint, with the same options",
     )
 
     out: OutFolder = option("runs/train", "folder for checkpoints, model and result", "output", metavar="FOLDER")

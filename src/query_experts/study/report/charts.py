@@ -98,6 +98,8 @@ def _fit(axes: Axes, runs: Sequence[RunResult], last: float) -> None:
     """Fits the axes to what follows the first tenth of the tokens: the steep start would flatten the rest."""
     lines = [line for run in runs for line in (smooth(run.train_curve), run.validation_curve)]
     shown = [loss for line in lines for tokens, loss in line if tokens >= 0.1 * last]
+    if not shown:  # a run that diverged much later sets `last`
+        return
     margin = 0.04 * (max(shown) - min(shown)) or 0.05
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xlim(0, 1.02 * last)
