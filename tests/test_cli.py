@@ -262,7 +262,7 @@ def test_ctrl_c_ends_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(study, "compare", interrupted)
     assert main(["compare"]) == 130
     assert capsys.readouterr().err.strip() == (
-        "query-experts: stopped; the same command goes on from the last checkpoint"
+        "query-experts: stopped; the same command goes on from the last checkpoint, if there is one"
     )
 
 

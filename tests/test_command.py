@@ -194,7 +194,7 @@ sys.exit(main())
     assert process.stdout.readline() == "working\n"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert error == "query-experts: stopped; the same command goes on from the last checkpoint\n"
+    assert error == "query-experts: stopped; the same command goes on from the last checkpoint, if there is one\n"
     assert process.returncode == 130
 
 

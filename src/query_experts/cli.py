@@ -79,7 +79,7 @@ def run_command(command: str, argv: list[str], begin: Callable[[], Any] = lambda
             return ended.code or 0
         return refuse(str(ended.code), 1)
     except KeyboardInterrupt:
-        kept = "; the same command goes on from the last checkpoint" if command in GOES_ON else ""
+        kept = "; the same command goes on from the last checkpoint, if there is one" if command in GOES_ON else ""
         return refuse(f"stopped{kept}", INTERRUPTED)
     except SettingError as error:
         return refuse(str(error))
@@ -102,8 +102,7 @@ def run_command(command: str, argv: list[str], begin: Callable[[], Any] = lambda
 
 def describe_os_error(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
-        place = f"out has no room left on its disk ({error.filename})" if error.filename else None
-        return place or "the output has no room left on its device"
+        return f"out has no room left on its disk ({error.filename or 'device full'})"
     if error.filename:
         return f"{error.filename} can't be read or written: {error.strerror}"
     return str(error) or type(error).__name__

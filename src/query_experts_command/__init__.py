@@ -54,9 +54,9 @@ def refuse(sentence: str, status: int = 2) -> int:
 
 def _run(argv: list[str], begin: Callable[[], Any]) -> int:
     """Answers at once or runs a command, which calls `begin` when its imports are done and its options understood."""
-    command = argv[0] if argv else ""
-    if command in ("", "-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help"):
         return _print(_overview(), 0 if argv else 2)
+    command = argv[0]
     if command == "--version":
         return _print(f"query-experts {__version__}\n")
     if command not in COMMANDS:

@@ -48,6 +48,8 @@ def bench(settings: BenchSettings, console: Console) -> None:
     from rich.text import Text
 
     settings.check()
+    if Path(settings.out).exists() and not Path(settings.out).is_dir():
+        raise SettingError(f"out is {settings.out}, which is a file; it must be a folder")
     device = settings.torch_device
     if settings.dtype == "bfloat16" and not has_bfloat16(device):
         warning = f"dtype is bfloat16, and by torch's report {device} has no instructions for it; the times mean little"

@@ -14,6 +14,9 @@ from query_experts.common.settings import validate
 LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
 
 
+Checkpoint = Annotated[str, NotEmpty("be a checkpoint's folder")]
+
+
 @dataclass
 class EvaluateSettings(Settings):
     """One evaluation of a checkpoint.
@@ -22,7 +25,9 @@ class EvaluateSettings(Settings):
         torch_device: The device that `device` means on this machine.
     """
 
-    checkpoint: str = argument("folder of a causal model as Transformers saves it, with its tokenizer; or a hub name")
+    checkpoint: Checkpoint = argument(
+        "folder of a causal model as Transformers saves it, with its tokenizer; or a hub name"
+    )
     tasks: list[str] = required_option(
         "tasks, groups or tags of lm-eval, such as hellaswag,arc_easy,piqa", "tasks", metavar="TASK"
     )
@@ -41,7 +46,9 @@ class EvaluateSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "dtype of the weights; auto: that of the checkpoint", "machine"
     )
-    out: str | None = option(None, "new file for the results, JSON", "output", metavar="FILE")
+    out: Annotated[str, NotEmpty("be a new file")] | None = option(
+        None, "new file for the results, JSON", "output", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         self.torch_device = resolve_device(self.device)
@@ -60,7 +67,7 @@ class GenerateSettings(Settings):
         torch_device: The device that `device` means on this machine.
     """
 
-    checkpoint: str = argument("folder of a GQE checkpoint, with its tokenizer")
+    checkpoint: Checkpoint = argument("folder of a GQE checkpoint, with its tokenizer")
     prompt: Annotated[str, NotEmpty("hold text")] = option("def ", "beginning of the text", "text")
     max_new_tokens: Count = option(100, "tokens to generate", "text")
     temperature: float = option(0.8, "temperature of the sampling; 0: always the most probable token", "text")

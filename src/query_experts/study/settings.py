@@ -144,7 +144,7 @@ class DistillSettings(RunSettings):
     router_z_loss_coef: NonNegative = option(0.0, "weight of the router z-loss; default: that of init", "training")
     seed: Seed = option(0, "seed of the data order", "training")
     init: Annotated[str, NotEmpty("be a GQE checkpoint's folder")] = option(
-        "", "GQE checkpoint to train, as query-experts convert makes it; its sizes and tokenizer are used",
+        "", "required: GQE checkpoint to train, as query-experts convert makes it; its sizes and tokenizer are used",
         "distillation", metavar="FOLDER",
     )  # fmt: skip
     teacher: Annotated[str, TEACHER] | None = option(

@@ -21,7 +21,7 @@ class PairedDifference:
     """The differences of two arms, seed by seed.
 
     Args:
-        differences: First less second, by seed.
+        differences: First minus second, by seed.
         mean: Over the seeds.
         low: Lower end of the 95% interval of the mean; None below three seeds.
         high: Upper end.

@@ -26,7 +26,7 @@ Certainty = Literal["excludes zero", "includes zero", "too few seeds", "one seed
 
 @dataclass(frozen=True)
 class Finding:
-    """The validation loss of an arm less that of a baseline, over the seeds that have both.
+    """The validation loss of an arm minus that of a baseline, over the seeds that have both.
 
     Args:
         mean: Mean difference; None without such a seed.

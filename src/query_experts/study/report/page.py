@@ -152,7 +152,7 @@ def _charts(comparison: Comparison) -> Charts:
         differences=_inline(
             difference_figure(comparison),
             "differences",
-            "Validation loss of each arm less that of the baseline with the same seed",
+            "Validation loss of each arm minus that of the baseline with the same seed",
             "A dot for each seed, a tick at the mean and, from three seeds on, the 95% interval. Table Quality has "
             "the numbers.",
         ),

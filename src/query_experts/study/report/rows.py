@@ -40,7 +40,7 @@ class Speedup:
 
 @dataclass(frozen=True)
 class TrainingSpeed:
-    """Training speed relative to dense, less one, by seed."""
+    """Training speed relative to dense, minus one, by seed."""
 
     changes: dict[int, float]
 
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def loss_spread(self) -> float | None:
-        """Highest less lowest validation loss over seeds, from two seeds on."""
+        """Highest minus lowest validation loss over seeds, from two seeds on."""
         return max(self.losses.values()) - min(self.losses.values()) if len(self.losses) > 1 else None
 
 
