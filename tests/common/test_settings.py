@@ -214,7 +214,18 @@ def test_a_value_of_a_recipe_that_is_no_value_is_refused(of_recipe, text):
 
 # without the packages of the extras
 
-BLOCKED = ("pydantic", "pydantic_core", "rich", "accelerate", "matplotlib", "jinja2", "scipy", "datasets", "lm_eval")
+BLOCKED = (
+    "pydantic",
+    "pydantic_core",
+    "rich",
+    "accelerate",
+    "matplotlib",
+    "jinja2",
+    "scipy",
+    "datasets",
+    "lm_eval",
+    "sklearn",
+)  # sklearn needs scipy, and Transformers imports it where it is there
 HIDE = """
 import importlib.machinery, sys
 class WithoutSome(importlib.machinery.PathFinder):
