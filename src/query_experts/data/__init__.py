@@ -1,6 +1,7 @@
 """Turns text into tokens on disk and serves them as sequences of one length: the public names of this package."""
 
-from query_experts.data.corpus import Corpus, CorpusInfo, prepare
+from query_experts.data.corpus import Corpus, prepare
+from query_experts.data.facts import CorpusInfo, ValidationPart
 from query_experts.data.shards import TokenSequences
 
-__all__ = ["Corpus", "CorpusInfo", "TokenSequences", "prepare"]
+__all__ = ["Corpus", "CorpusInfo", "TokenSequences", "ValidationPart", "prepare"]

@@ -6,8 +6,10 @@ import json
 import shutil
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,68 +19,25 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders, save_tokenizer
 from query_experts.data.documents import SPLITS, Split, SplitDocuments
+from query_experts.data.facts import CorpusInfo, TokensInfo, ValidationFile, ValidationPart
+from query_experts.data.readers import name_without_endings
 from query_experts.data.shards import ShardWriter, TokenSequences, token_dtype
-from query_experts.data.sources import Sources, find_sources
+from query_experts.data.sources import SourceFile, Sources, find_sources
 from query_experts.data.tokenizing import (
     SMALLEST_VOCABULARY,
     TRAINING_BYTES,
+    Tokens,
     load_fast_tokenizer,
     tokenize_documents,
     train_bpe,
     vocabulary_size,
 )
+from query_experts.data.validation_files import ValidationReader, find_validation_files, validation_fingerprint
 
 _LAYOUT = 2  # version of the cache folder's layout, part of its name: folders of another layout are never found
 _BUILDING = ".building-"  # prefix of a folder that is still being written
 _ABANDONED_SECONDS = 24 * 3600
 _TOKEN_BYTES_PER_TEXT_BYTE = 0.6  # a token is 2 bytes on disk and stands for about 3 bytes of text
-
-
-@dataclass(frozen=True)
-class TokensInfo:
-    """Facts about tokens on disk, as `meta.json` keeps them.
-
-    Attributes:
-        source: the entries of `data` as given, or only "python standard library X.Y.Z".
-        data_hash: SHA-256 over the tokens, in hex; the same on every machine.
-        tokenizer: "trained", or the name of the tokenizer that was given.
-        validation: "held-out documents" or "tails of the documents".
-        validation_fraction, max_bytes, text_field: the settings that the tokens were made with.
-        duplicate_documents: documents dropped because their text occurred before.
-        vocab_size: one more than the tokenizer's highest id.
-        train_documents, validation_documents: documents in each split; both count a document cut in two.
-        train_tokens, validation_tokens: tokens in each split.
-        train_bytes, validation_bytes: text in each split, in UTF-8 bytes.
-    """
-
-    source: list[str]
-    data_hash: str
-    tokenizer: str
-    validation: str
-    validation_fraction: float
-    max_bytes: int | None
-    text_field: str
-    duplicate_documents: int
-    vocab_size: int
-    train_documents: int
-    train_tokens: int
-    train_bytes: int
-    validation_documents: int
-    validation_tokens: int
-    validation_bytes: int
-
-
-@dataclass(frozen=True)
-class CorpusInfo(TokensInfo):
-    """Facts about a corpus: those about its tokens, and those that `prepare` adds when it opens them.
-
-    Attributes:
-        seq_len: tokens in a sequence.
-        skipped_files: ending of a file name -> number of such files in the folders that can't be read.
-    """
-
-    seq_len: int
-    skipped_files: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -100,6 +59,16 @@ class Corpus:
     def info(self) -> dict[str, Any]:
         """The facts as a dictionary that JSON can hold, in the order of `CorpusInfo`."""
         return asdict(self.facts)
+
+    @property
+    def validation_parts(self) -> list[ValidationPart]:
+        """The sequences of each validation file, in the order of `validation`; empty without validation files."""
+        files = self.facts.validation_files
+        counts = [file.tokens // self.facts.seq_len for file in files]
+        return [
+            ValidationPart(file.name, end - count, count, file.tokens, file.bytes)
+            for file, count, end in zip(files, counts, accumulate(counts), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -170,6 +139,7 @@ def prepare(
     max_bytes: int | None = None,
     shard_bytes: int = 60_000_000,
     text_field: str = "text",
+    validation: Sequence[str] = (),
     progress: bool = True,
 ) -> Corpus:
     """Tokenise text once into `cache_dir` and return it as sequences of `seq_len` tokens.
@@ -180,7 +150,12 @@ def prepare(
     Split: a document is held out if a hash of its text falls in the lowest `validation_fraction`, independent of the
     order. Exact duplicates are kept once. With two documents or more, each split has at least one. The last
     `validation_fraction` of each document, from a line break on, is held out instead in two cases: all sources are
-    files of one document each and fewer than 50 of them are read, or there is only one document.
+    files of one document each and fewer than 50 of them are read, or there is only one document. With `validation`,
+    nothing of `data` is held out.
+
+    Validation files: each is a part of the validation split, named as the file without its endings. Parts are ordered
+    by name, and no sequence spans two. A file gives its first 400,000 tokens at most, in whole documents; only a first
+    document that is longer is cut. Exact duplicates are kept once on each side, and refused across the sides.
 
     Cache: the folder's name depends on the settings (not on `seq_len`) and on each file's relative path, size and
     modification time. Any change there builds another folder. A hub data set counts as unchanged while its name is.
@@ -203,18 +178,20 @@ def prepare(
         tokenizer: a name or folder for AutoTokenizer; None trains a byte-level BPE on the first 10 MB of the training
             split. Each document ends with the tokenizer's eos token.
         validation_fraction: share of the text that is held out, above 0 and below 1.
-        max_bytes: UTF-8 bytes of text to read; the document that reaches the limit is cut there, at a line break.
+        max_bytes: UTF-8 bytes of `data` to read; the document that reaches the limit is cut there, at a line break.
             None reads all.
         shard_bytes: largest size of a file of tokens, 4 or more.
         text_field: field of a .jsonl line, or column of a .parquet file, that holds the text.
+        validation: files, and folders of files, that are held out whole, in the formats of `data`.
         progress: whether to show progress bars on stderr.
 
     Returns:
         The corpus: both splits, the tokenizer and the facts about them.
 
     Raises:
-        SettingError: for a setting or source that can't be used, for a split shorter than one sequence, and for a
-            `cache_dir` that can't be written to or whose disk is full.
+        SettingError: for a setting or source that can't be used, for a split or a validation file shorter than one
+            sequence, for a document of `data` in a validation file, and for a `cache_dir` that can't be written to or
+            whose disk is full.
     """
     settings = _Settings(vocab_size, tokenizer, validation_fraction, max_bytes, shard_bytes, text_field)
     _check("seq_len", seq_len, _is_whole(seq_len, 2), "a whole number of tokens, at least 2")
@@ -222,16 +199,25 @@ def prepare(
     if data and len(data) == 1:
         folder = Path(data[0]).expanduser()
         if (tokens := _read_meta(folder)) is not None:
+            if validation:
+                raise SettingError(
+                    f"validation holds {validation!r}, but data is a folder of tokens, which has its own validation "
+                    "split; validation must be left out"
+                )
             return _open(folder, tokens, seq_len, {})
     sources = find_sources(data)
-    folder = Path(cache_dir) / f"corpus-{_fingerprint(settings, sources)}"
-    tokens = _read_meta(folder) or _build_into(folder, settings, sources, progress)
-    return _open(folder, tokens, seq_len, sources.skipped)
+    held_out = find_validation_files(validation) if validation else None
+    folder = Path(cache_dir) / f"corpus-{_fingerprint(settings, sources, held_out)}"
+    tokens = _read_meta(folder) or _build_into(folder, settings, sources, held_out, progress)
+    skipped = Counter(sources.skipped) + Counter(held_out.skipped if held_out else {})
+    return _open(folder, tokens, seq_len, dict(skipped.most_common()))
 
 
-def _fingerprint(settings: _Settings, sources: Sources) -> str:
-    described = json.dumps([_LAYOUT, settings.fingerprint(), sources.fingerprint()])
-    return hashlib.sha256(described.encode()).hexdigest()[:20]
+def _fingerprint(settings: _Settings, sources: Sources, held_out: Sources | None) -> str:
+    described: list[object] = [_LAYOUT, settings.fingerprint(), sources.fingerprint()]
+    if held_out:
+        described += validation_fingerprint(held_out)
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
 
 
 def _read_meta(folder: Path) -> _TokenFolder | None:
@@ -240,36 +226,45 @@ def _read_meta(folder: Path) -> _TokenFolder | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
             return None
-        return _TokenFolder(TokensInfo(**meta["info"]), meta["dtype"], meta["shards"], meta["sizes"])
+        files = [ValidationFile(**file) for file in meta["info"].get("validation_files", [])]
+        info = TokensInfo(**meta["info"] | {"validation_files": files})
+        return _TokenFolder(info, meta["dtype"], meta["shards"], meta["sizes"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _open(folder: Path, tokens: _TokenFolder, seq_len: int, skipped: dict[str, int]) -> Corpus:
-    info = CorpusInfo(**asdict(tokens.info), seq_len=seq_len, skipped_files=skipped)
-    _check_length("train", info.train_tokens, info.train_documents, seq_len)
-    _check_length("validation", info.validation_tokens, info.validation_documents, seq_len)
+    info = CorpusInfo(**vars(tokens.info), seq_len=seq_len, skipped_files=skipped)
+    files = info.validation_files
+    _check_length("train split of data", info.train_tokens, info.train_documents, seq_len)
+    for file in files:
+        _check_length(f"validation file {file.name!r}", file.tokens, file.documents, seq_len)
+    _check_length("validation split of data", info.validation_tokens, info.validation_documents, seq_len)
+    parts: dict[Split, list[int] | None] = {"train": None, "validation": [file.tokens for file in files] or None}
     train, validation = (
-        TokenSequences([folder / name for name in tokens.shards[split]], tokens.dtype, seq_len) for split in SPLITS
+        TokenSequences([folder / name for name in tokens.shards[split]], tokens.dtype, seq_len, parts[split])
+        for split in SPLITS
     )
     load = PreTrainedTokenizerFast if info.tokenizer == "trained" else AutoTokenizer
     return Corpus(train, validation, load.from_pretrained(folder / "tokenizer"), info)
 
 
-def _check_length(split: Split, tokens: int, documents: int, seq_len: int) -> None:
-    """Raises SettingError for a split that is shorter than one sequence."""
+def _check_length(name: str, tokens: int, documents: int, seq_len: int) -> None:
+    """Raises SettingError for a split or a validation file that is shorter than one sequence."""
     if tokens < seq_len:
         raise SettingError(
-            f"seq_len is {seq_len}, but the {split} split of data has only {tokens} tokens "
+            f"seq_len is {seq_len}, but the {name} has only {tokens} tokens "
             f"({documents} document{'s' * (documents != 1)}); it must be at most that, or give more text"
         )
 
 
-def _build_into(folder: Path, settings: _Settings, sources: Sources, progress: bool) -> _TokenFolder:
+def _build_into(
+    folder: Path, settings: _Settings, sources: Sources, held_out: Sources | None, progress: bool
+) -> _TokenFolder:
     """Build next to `folder` and rename at the end; of two builds at once the first to finish is kept."""
     cache_dir = folder.parent
     building = cache_dir / f"{_BUILDING}{folder.name}-{uuid.uuid4().hex[:8]}"
-    build = _Build(building, settings, sources, progress)
+    build = _Build(building, settings, sources, held_out, progress)
     with no_empty_folders(cache_dir):
         try:
             building.mkdir(parents=True)
@@ -316,8 +311,10 @@ def _remove_abandoned(cache_dir: Path) -> None:
 class _Build:
     """Writes one folder of tokens: tokenizer/, the shards of both splits, then meta.json."""
 
-    def __init__(self, folder: Path, settings: _Settings, sources: Sources, progress: bool) -> None:
-        self.folder, self.settings, self.sources = folder, settings, sources
+    def __init__(
+        self, folder: Path, settings: _Settings, sources: Sources, held_out: Sources | None, progress: bool
+    ) -> None:
+        self.folder, self.settings, self.sources, self.held_out = folder, settings, sources, held_out
         self.progress = progress
         self.writers: dict[Split, ShardWriter] = {}
         self.text_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
@@ -330,8 +327,8 @@ class _Build:
         settings = self.settings
         given = None if settings.tokenizer is None else load_fast_tokenizer(settings.tokenizer)
         texts = self.sources.texts(settings.text_field, self.folder)
-        tails = self.sources.few_documents(settings.max_bytes)
-        documents = SplitDocuments(texts, settings.validation_fraction, settings.max_bytes, tails)
+        tails = self.held_out is None and self.sources.few_documents(settings.max_bytes)
+        documents = SplitDocuments(texts, self._fraction(), settings.max_bytes, tails)
         stream = iter(documents)
         sample = [] if given else self._sample(stream)
         tokenizer = given or self._train(sample)
@@ -340,7 +337,12 @@ class _Build:
         self._write(tokenizer, _chain(sample, stream))
         if not documents.documents:
             raise SettingError(f"data holds {self.sources.names!r}, in which there is no text; it must hold some")
-        return self._write_meta(documents, vocabulary_size(tokenizer))
+        files = [] if self.held_out is None else self._write_files(self.held_out, tokenizer, documents)
+        return self._write_meta(self._info(documents, files, vocabulary_size(tokenizer)))
+
+    def _fraction(self) -> float | None:
+        """The share of `data` that is held out; None with validation files."""
+        return self.settings.validation_fraction if self.held_out is None else None
 
     def space_needed(self) -> str:
         """How much disk space the build needs, roughly, as a clause of a sentence."""
@@ -376,33 +378,60 @@ class _Build:
         dtype = token_dtype(vocabulary_size(tokenizer))
         self.writers = {split: ShardWriter(self.folder, split, dtype, self.settings.shard_bytes) for split in SPLITS}
         with self._bar("tokenising text", self.expected_bytes) as bar:
-            for split, ids, text_bytes, ends_document in tokenize_documents(documents, tokenizer):
-                self.writers[split].append(ids)
-                self.documents[split] += ends_document
-                self.text_bytes[split] += text_bytes
+            for tokens in tokenize_documents(documents, tokenizer):
+                self._append(tokens)
                 bar.set_postfix(documents=sum(self.documents.values()), refresh=False)
-                bar.update(text_bytes)
+                bar.update(tokens.text_bytes)
 
-    def _write_meta(self, documents: SplitDocuments, vocab_size: int) -> _TokenFolder:
+    def _append(self, tokens: Tokens) -> None:
+        self.writers[tokens.split].append(tokens.ids)
+        self.documents[tokens.split] += tokens.ends_document
+        self.text_bytes[tokens.split] += tokens.text_bytes
+
+    def _write_files(
+        self, held_out: Sources, tokenizer: PreTrainedTokenizerFast, trained_on: SplitDocuments
+    ) -> list[ValidationFile]:
+        """Append the validation files to the validation split, one after another."""
+        reader = ValidationReader(tokenizer, trained_on.digests, self.settings.text_field, self.folder)
+        with tqdm(held_out.files, desc="tokenising validation files", disable=not self.progress) as bar:
+            files = [self._write_file(file, reader) for file in bar]
+        trained_on.duplicates += reader.duplicates
+        return files
+
+    def _write_file(self, file: SourceFile, reader: ValidationReader) -> ValidationFile:
+        documents = tokens = text_bytes = 0
+        for document in reader.documents(file):
+            documents += 1
+            for piece in document:
+                self._append(piece)
+                tokens += len(piece.ids)
+                text_bytes += piece.text_bytes
+        return ValidationFile(name_without_endings(file.path), documents, tokens, text_bytes)
+
+    def _write_meta(self, info: TokensInfo) -> _TokenFolder:
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         tokens = _TokenFolder(
-            info=self._info(documents, vocab_size),
-            dtype=token_dtype(vocab_size),
+            info=info,
+            dtype=token_dtype(info.vocab_size),
             shards={split: self.writers[split].shards for split in SPLITS},
             sizes={path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files},
         )
-        meta = json.dumps(asdict(tokens), indent=1)
-        (self.folder / "meta.json").write_text(meta + "\n", encoding="utf-8")
+        meta = asdict(tokens)
+        if not info.validation_files:  # so that earlier versions read it
+            del meta["info"]["validation_files"]
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         return tokens
 
-    def _info(self, documents: SplitDocuments, vocab_size: int) -> TokensInfo:
+    def _info(self, documents: SplitDocuments, files: list[ValidationFile], vocab_size: int) -> TokensInfo:
         hashes = "".join([token_dtype(vocab_size), *(self.writers[split].hash.hexdigest() for split in SPLITS)])
+        hashes += json.dumps([[file.name, file.tokens] for file in files]) if files else ""
+        held_out = "tails of the documents" if documents.tails else "held-out documents"
         return TokensInfo(
             source=self.sources.names,
             data_hash=hashlib.sha256(hashes.encode()).hexdigest(),
             tokenizer=self.settings.tokenizer or "trained",
-            validation="tails of the documents" if documents.tails else "held-out documents",
-            validation_fraction=self.settings.validation_fraction,
+            validation="validation files" if files else held_out,
+            validation_fraction=self._fraction(),
             max_bytes=self.settings.max_bytes,
             text_field=self.settings.text_field,
             duplicate_documents=documents.duplicates,
@@ -413,6 +442,7 @@ class _Build:
             validation_documents=self.documents["validation"],
             validation_tokens=self.writers["validation"].tokens,
             validation_bytes=self.text_bytes["validation"],
+            validation_files=files,
         )
 
 

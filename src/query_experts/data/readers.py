@@ -33,6 +33,14 @@ def format_of(path: Path) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
+def name_without_endings(path: Path) -> str:
+    """The file's name without the endings of its format and compression."""
+    name = path.name
+    for endings in (COMPRESSIONS, FORMATS):
+        name = next((name[: -len(ending)] for ending in endings if name.lower().endswith(ending)), name)
+    return name
+
+
 def holds_plain_text(path: Path) -> bool:
     """Whether the file's size is about the size of its text: neither compressed nor parquet."""
     return path.suffix.lower() not in (*COMPRESSIONS, ".parquet")

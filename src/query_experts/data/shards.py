@@ -53,8 +53,9 @@ class ShardWriter:
 class TokenSequences(Dataset[dict[str, torch.Tensor]]):
     """Consecutive, non-overlapping sequences of `seq_len` tokens over memory-mapped shards.
 
-    A sequence may span shards. Tokens left over after the last whole sequence are never returned. Each process opens
-    the shards on first use, so a pickled copy is small and DataLoader workers open their own.
+    A sequence may span shards, but not parts. Tokens left over after the last whole sequence of a part are never
+    returned. Each process opens the shards on first use, so a pickled copy is small and DataLoader workers open their
+    own.
 
     `dataset[i]` is `{"input_ids": int64 [seq_len], "labels": the same tensor}`; it raises IndexError out of range.
 
@@ -62,32 +63,40 @@ class TokenSequences(Dataset[dict[str, torch.Tensor]]):
         shards: files of token ids, in order, as `ShardWriter` writes them.
         dtype: numpy dtype of an id on disk, as `token_dtype` gives it.
         seq_len: tokens in a sequence.
+        parts: number of tokens in each part, in order; None for one part.
 
     Attributes:
         tokens: number of all tokens, including those left over.
     """
 
-    def __init__(self, shards: Sequence[Path], dtype: str, seq_len: int) -> None:
+    def __init__(self, shards: Sequence[Path], dtype: str, seq_len: int, parts: Sequence[int] | None = None) -> None:
         self.shards = [Path(shard) for shard in shards]
         self.dtype = dtype
         self.seq_len = seq_len
         width = np.dtype(dtype).itemsize
         self._ends = list(accumulate(shard.stat().st_size // width for shard in self.shards))
         self.tokens = self._ends[-1] if self._ends else 0
+        sizes = [self.tokens] if parts is None else parts
+        self._part_starts = [0, *accumulate(sizes)]
+        self._part_sequences = [0, *accumulate(size // seq_len for size in sizes)]
         self._maps: dict[int, np.memmap] = {}
 
     def __len__(self) -> int:
-        return self.tokens // self.seq_len
+        return self._part_sequences[-1]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"sequence {index} of {length}")
-        ids = torch.from_numpy(self._read(index % length * self.seq_len))
+        ids = torch.from_numpy(self._read(self._start(index % length)))
         return {"input_ids": ids, "labels": ids}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
+
+    def _start(self, index: int) -> int:
+        part = bisect_right(self._part_sequences, index) - 1
+        return self._part_starts[part] + (index - self._part_sequences[part]) * self.seq_len
 
     def _read(self, start: int) -> np.ndarray:
         ids = np.empty(self.seq_len, dtype=np.int64)

@@ -97,15 +97,21 @@ def find_sources(data: Sequence[str] | None) -> Sources:
         elif (match := _HUB_NAME.fullmatch(name)) and readers.format_of(path) is None:
             hub.append((match["name"], match["config"]))
         else:
-            raise SettingError(f"data holds {name!r}, which doesn't exist; {_ALLOWED}")
+            raise missing(name)
     in_order = [file for _, file in sorted(files, key=lambda pair: pair[0])]
     return Sources(names, in_order, hub, skipped=dict(skipped.most_common()))
 
 
+OR_HUB = ", or a hub data set written owner/name or owner/name:config"
 _ALLOWED = (
-    f"an entry is a file or folder of {' '.join(readers.FORMATS)} (each also with {' '.join(readers.COMPRESSIONS)}), "
-    "or a hub data set written owner/name or owner/name:config"
+    f"an entry is a file or folder of {' '.join(readers.FORMATS)} (each also with {' '.join(readers.COMPRESSIONS)})"
+    + OR_HUB
 )
+
+
+def missing(entry: str) -> SettingError:
+    """The error for an entry that is no file or folder."""
+    return SettingError(f"data holds {entry!r}, which doesn't exist; {_ALLOWED}")
 
 
 def _shuffle_key(name: str) -> bytes:
