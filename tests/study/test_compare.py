@@ -39,6 +39,7 @@ RUN_KEYS = {
     "arm", "seed", "parameters", "active_attention_heads", "dense_attention_heads", "intermediate_size",
     "flops_per_token", "kv_bytes_per_token", "tokens_per_s", "train_seconds", "train_tokens", "clipped_steps",
     "validation_loss", "train_curve", "validation_curve", "routing", "passage", "diverged_at_tokens", "pieces",
+    "bits_per_byte",
 }  # fmt: skip
 TIMES = {"tokens_per_s", "train_seconds", "pieces"}
 
@@ -261,7 +262,8 @@ def test_changed_data_is_refused(folder):
     with (folder / "text.txt").open("a") as text:
         text.write("one more line\n")
     with pytest.raises(
-        SettingError, match=r"data holds other text, whose tokens' hash was [0-9a-f]{12}, now [0-9a-f]{12}"
+        SettingError,
+        match=r"data or validation holds other text, whose tokens' hash was [0-9a-f]{12}, now [0-9a-f]{12}",
     ):
         compare(tiny_compare(folder), quiet())
 
@@ -683,7 +685,7 @@ def test_a_checkpoint_with_a_file_cut_short_is_passed_over(finished, tmp_path, m
 
 
 def test_validation_is_spread_over_the_held_out_text(tmp_path):
-    corpus = SimpleNamespace(validation=range(100))
+    corpus = SimpleNamespace(validation=range(100), validation_parts=[])
     assert list(run_module.validation_split(tiny_train(tmp_path, validation_sequences=4), corpus)) == [0, 25, 50, 75]
     assert list(run_module.validation_split(tiny_train(tmp_path, validation_sequences=500), corpus)) == list(range(100))
 

@@ -81,7 +81,7 @@ def test_a_committed_comparison_is_read_and_written_as_it_was(file, tmp_path):
     """But for the keys that the file lacks, which are written with their defaults."""
     write_comparison(tmp_path / "comparison.json", parse_comparison(file.read_text(encoding="utf-8")))
     before, after = json.loads(file.read_text()), json.loads((tmp_path / "comparison.json").read_text())
-    added = {"commit": None, "skipped_files": {}}
+    added = {"commit": None, "skipped_files": {}, "validation": [], "validation_files": []}
 
     def check(old, new):
         if isinstance(old, dict):

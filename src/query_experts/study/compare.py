@@ -15,20 +15,22 @@ from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
 from query_experts.common.formatting import plural
-from query_experts.data import Corpus, prepare
+from query_experts.data import Corpus, CorpusInfo, prepare
 from query_experts.model.arms import ARMS
 from query_experts.study.callbacks import StopRequest
+from query_experts.study.measure import validation_split
 from query_experts.study.prefill import measure_prefill, read_prefill
 from query_experts.study.report import print_summary, write_report
 from query_experts.study.results import (
     Comparison,
     DataFacts,
+    FileFacts,
     RunResult,
     read_result,
     write_comparison,
 )
 from query_experts.study.settings import CompareSettings, RunSettings
-from query_experts.study.train import stop_after, train_arm, training_split, validation_split
+from query_experts.study.train import stop_after, train_arm, training_split
 from query_experts.study.workspace import fingerprint, holds_results, own_folder, refuse_change
 
 SHOWN_KINDS = 5  # of skipped files
@@ -145,6 +147,7 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
         tokenizer=settings.tokenizer,
         max_bytes=settings.max_bytes,
         text_field=settings.text_field,
+        validation=settings.validation,
     )
     check_corpus(settings, corpus)
     current |= {"data_hash": corpus.facts.data_hash}
@@ -183,10 +186,10 @@ def print_corpus(settings: RunSettings, corpus: Corpus, console: Console) -> Non
     console.print(
         Text(
             f"Data: {', '.join(facts.source)}{limit}: {plural(facts.train_documents, 'document')}, "
-            f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out ({facts.validation})"
+            f"{facts.train_tokens:,} tokens to train on, {facts.validation_tokens:,} held out ({held_out(facts)})"
         )
     )
-    if settings.validation_sequences > len(corpus.validation):
+    if settings.validation_sequences is not None and settings.validation_sequences > len(corpus.validation):
         warning = (
             f"validation_sequences is {settings.validation_sequences:,}; data holds out {len(corpus.validation):,}, "
             "and all of them are used"
@@ -198,11 +201,18 @@ def print_corpus(settings: RunSettings, corpus: Corpus, console: Console) -> Non
         console.print(Text(f"{skipped} of other kinds in the folders skipped ({kinds})", style="yellow"))
 
 
+def held_out(facts: CorpusInfo) -> str:
+    """What is held out, in words: with validation files, the name and the tokens of each."""
+    files = ", ".join(f"{file.name} {file.tokens:,}" for file in facts.validation_files)
+    return f"{facts.validation}: {files}" if files else facts.validation
+
+
 def data_facts(settings: RunSettings, corpus: Corpus) -> DataFacts:
     used = len(validation_split(settings, corpus))
     epochs = settings.steps * settings.sequences_per_step / len(training_split(settings, corpus))
     return DataFacts(
-        **vars(corpus.facts),
+        **vars(corpus.facts)
+        | {"validation_files": [FileFacts(**vars(file)) for file in corpus.facts.validation_files]},
         epochs=round(epochs, 3),
         validation_sequences_used=used,
         validation_tokens_used=used * settings.seq_len,

@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from query_experts.data.corpus import Corpus
+from query_experts.data import Corpus, ValidationPart
 from query_experts.layers.router import select_top_k
 from query_experts.model import costs
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, losses_are_finite
-from query_experts.study.results import Curve, ParameterCounts, Passage, Piece, RoutingLoad, RunResult
+from query_experts.study.results import Curve, ParameterCounts, PartLoss, Passage, Piece, RoutingLoad, RunResult
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
 
@@ -24,15 +24,32 @@ ROUTING_SEQUENCES = 16
 DEAD_BELOW = 0.01  # an expert that a smaller share of tokens selects is dead
 
 
-def describe(
-    settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, corpus: Corpus, validation: Subset
-) -> RunResult:
+def validation_split(settings: RunSettings, corpus: Corpus) -> Subset:
+    """`validation_sequences` of the held-out sequences, spread evenly over them, or all where there are fewer.
+
+    The first sequence of each validation file is added where none of its sequences is among them.
+    """
+    available = len(corpus.validation)
+    count = min(settings.validation_sequences or available, available)
+    chosen = {i * available // count for i in range(count)}
+    missed = [part.first_sequence for part in corpus.validation_parts if chosen.isdisjoint(_positions(part))]
+    return Subset(corpus.validation, sorted(chosen.union(missed)))
+
+
+def _positions(part: ValidationPart) -> range:
+    """Where the part's sequences are within the held-out ones."""
+    return range(part.first_sequence, part.first_sequence + part.sequences)
+
+
+def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, corpus: Corpus) -> RunResult:
     """Measures the model of a finished run. Evaluates it first where the last step had no validation."""
     model, config, callbacks = trainer.model, trainer.model.config, trainer.callback_handler.callbacks
     progress, zclip, pieces = (_callback(callbacks, kind) for kind in (TokenProgress, ZClipCallback, Pieces))
     trained_tokens = trainer.state.global_step * settings.tokens_per_step
     validation_curve = _final_validation_curve(trainer, settings.tokens_per_step)
+    validation, facts = validation_split(settings, corpus), corpus.facts
     diverged = not losses_are_finite(trainer.state.log_history)
+    validation_loss = None if diverged else validation_curve[-1][1]
     routed = isinstance(config, GQEConfig) and config.routing != "none" and not diverged
     bytes_per_value = getattr(torch, settings.autocast_dtype()).itemsize
     return RunResult(
@@ -50,11 +67,15 @@ def describe(
         diverged_at_tokens=trained_tokens if diverged else None,
         pieces=[Piece(**piece) for piece in pieces.pieces],
         clipped_steps=zclip.clipped_steps,
-        validation_loss=None if diverged else validation_curve[-1][1],
+        validation_loss=validation_loss,
         train_curve=_curve(trainer, "lm_loss", settings.tokens_per_step),
         validation_curve=validation_curve,
         routing=routing_load(model, validation) if routed else None,
         passage=passage(model, corpus) if routed else None,
+        bits_per_byte=None
+        if validation_loss is None
+        else bits_per_byte(validation_loss, facts.validation_tokens, facts.validation_bytes),
+        validation_parts=None if diverged else losses_by_part(model, corpus, settings) or None,
     )
 
 
@@ -91,6 +112,37 @@ def loss_of(model: PreTrainedModel, sequences: Subset, settings: RunSettings) ->
         count = ids[:, 1:].numel()
         total, predicted = total + float(loss) * count, predicted + count
     return total / predicted
+
+
+def losses_by_part(model: PreTrainedModel, corpus: Corpus, settings: RunSettings) -> list[PartLoss]:
+    """A model's language-model loss on each validation file, in the order of `corpus.validation_parts`.
+
+    Taken over those sequences of the validation split that are the file's, in batches and with autocast as `loss_of`
+    does. So the mean of the losses, weighted by predicted tokens, is the validation loss. Empty without validation
+    files. The model is left in evaluation mode.
+    """
+    chosen = validation_split(settings, corpus).indices
+    losses = []
+    for part in corpus.validation_parts:
+        own = [position for position in chosen if position in _positions(part)]
+        loss = loss_of(model, Subset(corpus.validation, own), settings)
+        bits = bits_per_byte(loss, part.tokens, part.text_bytes)
+        losses.append(PartLoss(part.name, loss, bits, len(own) * (settings.seq_len - 1)))
+    return losses
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+    """The loss of a text in bits per byte: loss * tokens / text_bytes / ln 2.
+
+    It compares models with different tokenizers. The loss is a mean over predicted tokens, and so over a sample of the
+    text; tokens and bytes are those of the whole text.
+
+    Args:
+        loss: Mean nats for each predicted token.
+        tokens: Tokens of the text, with an end-of-text token for each document.
+        text_bytes: Bytes of the text in UTF-8, without end-of-text tokens.
+    """
+    return loss * tokens / text_bytes / math.log(2)
 
 
 @torch.no_grad()

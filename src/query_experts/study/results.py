@@ -81,6 +81,25 @@ class Passage:
     experts: list[list[list[int]]]
 
 
+@dataclass(frozen=True)
+class PartLoss:
+    """The language-model loss on one validation file.
+
+    Args:
+        name: The file's name without endings.
+        loss: Mean nats for each predicted token.
+        bits_per_byte: loss * tokens of the file's text / its UTF-8 bytes / ln 2.
+        predicted_tokens: Tokens that the mean is taken over.
+    """
+
+    __pydantic_config__ = FINITE
+
+    name: str
+    loss: float
+    bits_per_byte: float
+    predicted_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class _FirstStep:
     first_step: int
@@ -113,6 +132,10 @@ class RunResult:
         routing: None without a router.
         passage: None without a router.
         teacher_loss: The teacher's validation loss; None, and absent in the file, without a teacher.
+        bits_per_byte: validation_loss * tokens of the held-out text / its UTF-8 bytes / ln 2. None, and absent in the
+            file, for a run that diverged and in older files.
+        validation_parts: The loss on each validation file. None, and absent in the file, without such files, for a
+            run that diverged and in older files.
     """
 
     __pydantic_config__ = FINITE
@@ -137,6 +160,8 @@ class RunResult:
     routing: RoutingLoad | None = None
     passage: Passage | None = None
     teacher_loss: float | None = None
+    bits_per_byte: float | None = None
+    validation_parts: list[PartLoss] | None = None
 
     @property
     def diverged(self) -> bool:
@@ -171,6 +196,16 @@ class PrefillTimes:
         return by_length[position] if position < len(by_length) else []
 
 
+@dataclass(frozen=True)
+class FileFacts:
+    """What a validation file contributes: the name without endings, documents, tokens, and text in UTF-8 bytes."""
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
     """`Corpus.facts`, and how much of the tokens a comparison uses. Older files lack what has a default."""
@@ -190,6 +225,7 @@ class DataFacts:
     validation_documents: int
     validation_tokens: int
     validation_bytes: int | None = None
+    validation_files: list[FileFacts] = field(default_factory=list)
     seq_len: int
     skipped_files: dict[str, int] = field(default_factory=dict)
     epochs: float | None = None
@@ -271,6 +307,7 @@ def write_comparison(file: Path, comparison: Comparison) -> None:
 
 def _run_as_json(run: RunResult) -> dict[str, Any]:
     values = dataclasses.asdict(run)
-    if run.teacher_loss is None:
-        del values["teacher_loss"]
+    for name in ("teacher_loss", "bits_per_byte", "validation_parts"):
+        if values[name] is None:
+            del values[name]
     return values

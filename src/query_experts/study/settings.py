@@ -41,15 +41,20 @@ class RunSettings(Settings):
         [], "text files or folders, a hub dataset, or a folder of tokens from cache_dir; default: the source code of "
             "Python's standard library", "data", metavar="PATH",
     )  # fmt: skip
+    validation: list[str] = option(
+        [], "text files or folders that are held out whole, up to 400,000 tokens of each file; data is then trained on "
+            "in full; default: 2% of data is held out", "data", metavar="PATH",
+    )  # fmt: skip
     cache_dir: str | None = option(None, "folder for tokenised data; default: cache/ in out", "data", metavar="FOLDER")
     text_field: str = option("text", "field of a jsonl line or parquet column that holds the text", "data")
     tokenizer: str | None = option(
         None, "tokenizer by name or folder; default: a byte-level BPE trained on the data", "data", metavar="NAME"
     )
-    max_bytes: Count | None = option(12_000_000, "read at most N bytes of text; none: all of it", "data")
-    validation_sequences: Count = option(
-        128, "sequences for the validation loss, spread over the held-out text", "data"
-    )
+    max_bytes: Count | None = option(12_000_000, "read at most N bytes of data; none: all of it", "data")
+    validation_sequences: Count | None = option(
+        128, "sequences for the validation loss, spread evenly over the held-out text, with one of each validation "
+             "file at least; none: all of them", "data",
+    )  # fmt: skip
     device: Device = option("auto", "device to train on; auto: cuda where there is one, else cpu", "machine")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "autocast dtype; float32: no autocast; auto: bfloat16 where the hardware has it", "machine"

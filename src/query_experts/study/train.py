@@ -35,7 +35,7 @@ from query_experts.study.callbacks import (
     ZClipCallback,
     losses_are_finite,
 )
-from query_experts.study.measure import describe, loss_of
+from query_experts.study.measure import describe, loss_of, validation_split
 from query_experts.study.results import RunResult, read_result, write_result
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
@@ -91,7 +91,7 @@ def train_arm(
         if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
             return None
         validation = validation_split(settings, corpus)
-        result = describe(settings, arm, seed, trainer, corpus, validation)
+        result = describe(settings, arm, seed, trainer, corpus)
         if start is not None and start.teacher is not None:
             result = dataclasses.replace(result, teacher_loss=loss_of(start.teacher, validation, settings))
         if not result.diverged:
@@ -160,13 +160,6 @@ def training_split(settings: RunSettings, corpus: Corpus) -> Subset:
     """The training sequences of whole steps; the rest would end each epoch in a shorter step."""
     whole = len(corpus.train) // settings.sequences_per_step * settings.sequences_per_step
     return Subset(corpus.train, range(whole))
-
-
-def validation_split(settings: RunSettings, corpus: Corpus) -> Subset:
-    """`validation_sequences` of the held-out sequences, spread evenly over them, or all where there are fewer."""
-    available = len(corpus.validation)
-    count = min(settings.validation_sequences, available)
-    return Subset(corpus.validation, [i * available // count for i in range(count)])
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -18,7 +18,7 @@ from query_experts.study.settings import CompareSettings, DistillSettings, RunSe
 LOCK = ".lock"
 # places, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm", "seed",
-                  "prefill_lengths", "prefill_repeats", "data", "tokenizer", "cache_dir"}  # fmt: skip
+                  "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def fingerprint(settings: RunSettings) -> dict[str, Any]:
 
 def _change(name: str, before: Any, now: Any) -> str:
     if name == "data_hash":
-        return f"data holds other text, whose tokens' hash was {str(before)[:12]}, now {str(now)[:12]}"
+        return f"data or validation holds other text, whose tokens' hash was {str(before)[:12]}, now {str(now)[:12]}"
     return f"{name} was {before!r}, now {now!r}"
 
 
