@@ -21,7 +21,8 @@ from query_experts.study.report.findings import limits
 from query_experts.study.report.machines import trained_on
 from query_experts.study.report.rows import completed_runs, missing_parts, runs_by_arm, seeds_of, summary_rows
 from query_experts.study.report.svg import colour_variable, inline_svg
-from query_experts.study.report.tables import Table, findings_table, tables
+from query_experts.study.report.table import Table
+from query_experts.study.report.tables import findings_table, tables
 from query_experts.study.results import Comparison, RoutingLoad, RunResult
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 from query_experts.common import formatting as text
 from query_experts.study.report.findings import CONTROLS, Certainty, Finding, findings
@@ -18,6 +17,7 @@ from query_experts.study.report.rows import (
     seeds_of,
     summary_rows,
 )
+from query_experts.study.report.table import Table
 from query_experts.study.results import Comparison, RunResult
 from query_experts.study.statistics import SLOWED, sign
 
@@ -32,21 +32,6 @@ CONTROL_NOTES = {
     "half": "half has fewer query heads and as many parameters as gqe.",
     "frozen": "frozen has a router that never trains. Only a lower loss than frozen is evidence of learned routing.",
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text. A cell may hold several lines; the first cell of a row names the arm.
-
-    Args:
-        left: Positions of the columns that are aligned left.
-    """
-
-    title: str
-    note: str
-    head: list[str]
-    body: list[list[str]]
-    left: tuple[int, ...] = (0,)
 
 
 def findings_table(comparison: Comparison) -> Table:
