@@ -1,0 +1,235 @@
+"""Draws the charts of a ladder as matplotlib figures. Each arm has one colour and one marker everywhere."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from query_experts.common import formatting as text
+from query_experts.common.plots import ARM_COLOURS, FAINT, INK, LEGEND, MARKERS, new_figure, tidy
+from query_experts.model.arms import in_order
+from query_experts.study.ladder.fit import Fit
+from query_experts.study.ladder.gaps import BASELINES, Cell, compared
+from query_experts.study.ladder.law import Law, size_of
+from query_experts.study.ladder.line import GapPoint, gap_points
+from query_experts.study.ladder.results import LadderResult
+from query_experts.study.report.charts import SEED_STYLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LINE_POINTS = 30
+NUDGE = 1.035  # ratio of the positions of neighbouring arms, so that intervals don't cover one another
+Axis = Literal["flops", "tokens"]
+AXIS_NAMES: dict[Axis, str] = {"flops": "training FLOPs of the baseline", "tokens": "training tokens"}
+
+
+def law_figure(fit: Fit) -> Figure | None:
+    """Draws mean losses against training FLOPs with the law; below it, how far each lies from dense's law."""
+    shown = [(cell, own, own.mean) for cell in fit.cells for own in cell.arms.values() if own.mean is not None]
+    if not shown:
+        return None
+    law = fit.law if isinstance(fit.law, Law) else None
+    reference = law.arms[0] if law is not None else None
+    figure = new_figure(6.4 if law else 3.8)
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=(1.2, 1)) if law else [figure.add_subplot()]
+    for axes in panels:
+        tidy(axes)
+        axes.set_xscale("log")
+    for cell, own, mean in shown:
+        look = _look(own.arm, cell)
+        panels[0].plot([own.flops], [mean], linestyle="none", **look)
+        if law is not None and reference is not None:
+            expected = law.best.loss(reference, size_of(own, law.count), own.train_tokens)
+            panels[1].plot([own.flops], [mean - expected], linestyle="none", **look)
+    panels[0].set_ylabel("validation loss")
+    panels[-1].set_xlabel("training FLOPs")
+    if law is not None:
+        _draw_law(panels[0], fit, law)
+        panels[1].axhline(0, color=INK, linewidth=1)
+        panels[1].set_ylabel(f"minus {reference}'s law")
+        panels[1].yaxis.set_major_formatter(_signed)
+    _legend(figure, fit.arms)
+    return figure
+
+
+def _look(arm: str, cell: Cell) -> dict[str, Any]:
+    """Filled where all tokens were used."""
+    colour = ARM_COLOURS[arm]
+    return {"color": colour, "marker": MARKERS[arm], "markersize": 5, "markeredgecolor": colour, "zorder": 3,
+            "markerfacecolor": colour if cell.budget == 1 else "none"}  # fmt: skip
+
+
+def _signed(value: float, _: Any) -> str:
+    return text.signed(value, 3) if value else "0"
+
+
+def _draw_law(axes: Axes, fit: Fit, law: Law) -> None:
+    """Draws the first arm's law at each rung, over the tokens of its budgets."""
+    arm = law.arms[0]
+    for rung in fit.rungs:
+        own = [cell.arms[arm] for cell in fit.cells if cell.rung == rung and arm in cell.arms]
+        if not own:
+            continue
+        first, last = own[0], own[-1]
+        tokens = np.geomspace(0.8 * first.train_tokens, 1.25 * last.train_tokens, LINE_POINTS)
+        losses = [law.best.loss(arm, size_of(last, law.count), each) for each in tokens]
+        axes.plot(tokens * last.flops / last.train_tokens, losses, color=ARM_COLOURS[arm], linewidth=1.1, alpha=0.7)
+
+
+def _legend(figure: Figure, arms: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    entries = [
+        Line2D([], [], color=ARM_COLOURS[arm], marker=MARKERS[arm], markersize=5, linewidth=1.4, label=arm)
+        for arm in arms
+    ]
+    figure.legend(handles=entries, **LEGEND | {"ncols": min(5, len(entries))})
+
+
+def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
+    """Draws each arm's difference from each baseline with its interval, against compute or tokens.
+
+    Against compute, the fitted lines are drawn with their intervals.
+    """
+    bases = [base for base in BASELINES if any(_points(fit, arm, base) for arm in fit.arms)]
+    if not bases:
+        return None
+    figure = new_figure(0.8 + 2.2 * len(bases))
+    panels = figure.subplots(len(bases), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, base in zip(panels, bases, strict=True):
+        tidy(axes)
+        axes.set_xscale("log")
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.set_title(f"difference from {base}", fontsize=9.5, color=INK, loc="left")
+        axes.yaxis.set_major_formatter(_signed)
+        arms = [arm for arm, other in compared(fit.arms) if other == base]
+        for position, arm in enumerate(arms):
+            nudge = NUDGE ** (position - (len(arms) - 1) / 2)
+            _draw_gaps(axes, arm, _points(fit, arm, base), axis, nudge)
+            if axis == "flops":
+                _draw_line(axes, fit, arm, base)
+    panels[-1].set_xlabel(AXIS_NAMES[axis])
+    _legend(figure, [arm for arm in fit.arms if any(_points(fit, arm, base) for base in bases)])
+    return figure
+
+
+def _points(fit: Fit, arm: str, base: str) -> list[GapPoint]:
+    return gap_points(fit.cells, arm, base) if (arm, base) in compared(fit.arms) else []
+
+
+def _draw_gaps(axes: Axes, arm: str, points: Sequence[GapPoint], axis: Axis, nudge: float) -> None:
+    for point in points:
+        difference, colour = point.gap.difference, ARM_COLOURS[arm]
+        if difference is None:
+            continue
+        x = nudge * (point.flops if axis == "flops" else point.tokens)
+        if difference.low is not None and difference.high is not None:
+            axes.plot([x, x], [difference.low, difference.high], color=colour, linewidth=1.2, alpha=0.55)
+        axes.plot([x], [difference.mean], marker=MARKERS[arm], markersize=5, color=colour, linestyle="none",
+                  markerfacecolor=colour if point.budget == 1 else "none")  # fmt: skip
+
+
+def _draw_line(axes: Axes, fit: Fit, arm: str, base: str) -> None:
+    line = fit.line(arm, base)
+    if line is None:
+        return
+    found = [point.flops for point in line.points]
+    flops = np.geomspace(min(found), max(found), LINE_POINTS)
+    at = [line.at(each) for each in flops]
+    axes.plot(flops, [each.value for each in at], color=ARM_COLOURS[arm], linewidth=1.3)
+    if arm == "gqe":
+        low, high = ([end for each in at if (end := getattr(each, name)) is not None] for name in ("low", "high"))
+        axes.fill_between(flops, low, high, color=ARM_COLOURS[arm], alpha=0.14, linewidth=0)
+
+
+def cost_figure(fit: Fit) -> Figure | None:
+    """Draws mean loss against active heads and against training time, at each rung's largest budget."""
+    last = {cell.rung: cell for cell in fit.cells if any(own.losses for own in cell.arms.values())}
+    if not last:
+        return None
+    figure = new_figure(0.9 + 1.75 * len(last))
+    panels = figure.subplots(len(last), 2, squeeze=False, sharey="row")
+    for row, cell in zip(panels, last.values(), strict=True):
+        for axes in row:
+            tidy(axes)
+            axes.margins(0.15)
+            axes.locator_params(nbins=4)
+        row[0].set_title(f"{cell.rung}, {cell.budget:.0%} of its tokens", fontsize=9.5, color=INK, loc="left")
+        for own in cell.arms.values():
+            if own.mean is not None and own.train_seconds is not None:
+                row[0].plot([own.active_heads], [own.mean], linestyle="none", **_look(own.arm, cell))
+                row[1].plot([own.train_seconds / 60], [own.mean], linestyle="none", **_look(own.arm, cell))
+    panels[-1][0].set_xlabel("active heads in a layer")
+    panels[-1][1].set_xlabel("minutes of training")
+    figure.supylabel("validation loss", fontsize=9.5, color=INK)
+    _legend(figure, fit.arms)
+    return figure
+
+
+def routing_figure(results: Sequence[LadderResult], rungs: Sequence[str]) -> Figure | None:
+    """Draws router entropy and highest load over training: means over seeds, at each rung's largest budget."""
+    routed = _longest_routed(results)
+    if not routed:
+        return None
+    figure = new_figure(5.6)
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, name in zip(panels, ("router entropy", "highest load"), strict=True):
+        tidy(axes)
+        axes.set_ylabel(name)
+    shown = [rung for rung in rungs if any(rung == key[0] for key in routed)]
+    for (rung, arm), runs in routed.items():
+        look = {"color": ARM_COLOURS[arm], "linewidth": 1.3, "linestyle": _style(shown, rung)}
+        for axes, values in zip(panels, _mean_curves(runs), strict=True):
+            axes.plot(np.linspace(0, 1, LINE_POINTS), values, **look)
+    panels[1].set_xlabel("share of the run's tokens")
+    _routing_legend(figure, in_order(arm for _, arm in routed), shown)
+    return figure
+
+
+def _style(rungs: Sequence[str], rung: str) -> Any:
+    return SEED_STYLES[rungs.index(rung) % len(SEED_STYLES)]
+
+
+def _longest_routed(results: Sequence[LadderResult]) -> dict[tuple[str, str], list[LadderResult]]:
+    """The runs of each rung and arm that recorded their routing, at the largest budget that has one."""
+    found: dict[tuple[str, str], list[LadderResult]] = {}
+    for result in sorted(results, key=lambda result: -result.budget):
+        if result.routing_curve and not result.diverged:
+            own = found.setdefault((result.rung, result.arm), [])
+            if not own or own[0].budget == result.budget:
+                own.append(result)
+    return found
+
+
+def _mean_curves(runs: Sequence[LadderResult]) -> list[list[float]]:
+    """Entropy and highest load over the share of a run's tokens, means over runs; NaN before the first record."""
+    share = np.linspace(0, 1, LINE_POINTS)
+    curves = []
+    for name in ("entropy", "highest_load"):
+        each = [
+            np.interp(
+                share,
+                [point.tokens / run.train_tokens for point in run.routing_curve],
+                [getattr(point, name) for point in run.routing_curve],
+                left=np.nan,
+            )
+            for run in runs
+        ]
+        curves.append([statistics.fmean(values) for values in zip(*each, strict=True)])
+    return curves
+
+
+def _routing_legend(figure: Figure, arms: Sequence[str], rungs: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    entries = [Line2D([], [], color=ARM_COLOURS[arm], linewidth=1.6, label=arm) for arm in arms]
+    if len(rungs) > 1:
+        entries += [
+            Line2D([], [], color=FAINT, linestyle=_style(rungs, rung), linewidth=1.3, label=rung) for rung in rungs
+        ]
+    figure.legend(handles=entries, **LEGEND | {"ncols": min(5, len(entries))})

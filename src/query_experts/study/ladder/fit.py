@@ -1,0 +1,182 @@
+"""Puts together what the results of a ladder say: gaps, a law, lines, a prediction that was checked, extrapolations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from query_experts.model.arms import in_order
+from query_experts.study.ladder import law as laws
+from query_experts.study.ladder.bootstrap import Estimate
+from query_experts.study.ladder.gaps import CONTROLS, Cell, cells_of, compared
+from query_experts.study.ladder.law import Count, Law, NoLaw, fit_law
+from query_experts.study.ladder.line import GapLine, fit_line
+from query_experts.study.ladder.results import LadderResult
+from query_experts.study.statistics import PairedDifference, paired_difference
+
+LARGE_SIZES = (250_000_000, 1_000_000_000, 7_000_000_000)
+TOKENS_PER_PARAMETER = 20
+FLOPS_PER_PARAMETER = 6  # a token, forward and backward, without attention
+MIN_RUNGS = 3  # of a line that is shown; a prediction that is checked may come from two
+
+By = Literal["law", "line"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The largest rung as the smaller ones predict it, and as it was measured.
+
+    Args:
+        base: The baseline of a gap; None for the loss of the arm itself.
+    """
+
+    arm: str
+    base: str | None
+    by: By
+    rung: str
+    predicted: Estimate
+    measured: Estimate
+
+    @property
+    def held(self) -> bool:
+        """Whether the two differ by no more than both intervals together allow."""
+        allowed = math.hypot(self.predicted.half_width, self.measured.half_width)
+        return abs(self.predicted.value - self.measured.value) <= allowed
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """The gap of an arm from a baseline at a size far beyond the ladder, with 20 tokens a parameter."""
+
+    arm: str
+    base: str
+    parameters: int
+    by: By
+    gap: Estimate
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the results of a ladder say.
+
+    Args:
+        runs: Number of results, of all budgets.
+        diverged: Number of those whose run diverged.
+        cells: Losses and gaps of every rung and budget, the smallest first.
+        law: The scaling law, or why there is none.
+        lines: Gaps against compute, of those that have an interval on three rungs.
+        predictions: The largest rung left out and predicted; empty where too few rungs remain.
+        extrapolations: Of the studied arms.
+    """
+
+    runs: int
+    diverged: int
+    cells: list[Cell]
+    law: Law | NoLaw
+    lines: list[GapLine]
+    predictions: list[Prediction]
+    extrapolations: list[Extrapolation]
+
+    @property
+    def arms(self) -> list[str]:
+        return in_order(arm for cell in self.cells for arm in cell.arms)
+
+    @property
+    def rungs(self) -> list[str]:
+        """The smallest first."""
+        return list(dict.fromkeys(cell.rung for cell in self.cells))
+
+    def line(self, arm: str, base: str) -> GapLine | None:
+        return next((line for line in self.lines if (line.arm, line.base) == (arm, base)), None)
+
+
+def fit_ladder(results: Sequence[LadderResult], count: Count = "all", draws: int = laws.DRAWS) -> Fit:
+    """Fits whatever results there are.
+
+    Args:
+        count: What N counts in the law.
+        draws: Number of the law's bootstrap draws.
+    """
+    cells = cells_of(results)
+    law = fit_law(cells, count, draws)
+    lines = _lines(cells)
+    return Fit(
+        runs=len(results),
+        diverged=sum(result.diverged for result in results),
+        cells=cells,
+        law=law,
+        lines=lines,
+        predictions=_predictions(cells, count, draws),
+        extrapolations=_extrapolations(law, lines),
+    )
+
+
+def _lines(cells: Sequence[Cell]) -> list[GapLine]:
+    arms = in_order(arm for cell in cells for arm in cell.arms)
+    fitted = (fit_line(cells, arm, base) for arm, base in compared(arms))
+    return [line for line in fitted if line and len({point.rung for point in line.points}) >= MIN_RUNGS]
+
+
+def _predictions(cells: Sequence[Cell], count: Count, draws: int) -> list[Prediction]:
+    """Predicts the largest budget of the largest rung whose arms have three seeds from the rungs below it."""
+    counting = [cell for cell in cells if any(own.counts for own in cell.arms.values())]
+    if not counting:
+        return []
+    last = counting[-1]
+    rungs = list(dict.fromkeys(cell.rung for cell in cells))
+    below = [cell for cell in cells if rungs.index(cell.rung) < rungs.index(last.rung)]
+    law = fit_law(below, count, draws)
+    return [*_by_law(law, last), *_by_lines(below, last)]
+
+
+def _by_law(law: Law | NoLaw, cell: Cell) -> list[Prediction]:
+    if isinstance(law, NoLaw):
+        return []
+    found = []
+    for arm, own in cell.arms.items():
+        measured = _estimate(paired_difference(own.losses, dict.fromkeys(own.losses, 0.0)))
+        if arm in law.arms and measured is not None:
+            n, d = laws.size_of(own, law.count), own.train_tokens
+            predicted = law.estimate(lambda c, arm=arm, n=n, d=d: c.loss(arm, n, d))  # type: ignore[misc]
+            found.append(Prediction(arm, None, "law", cell.rung, predicted, measured))
+    return found
+
+
+def _by_lines(below: Sequence[Cell], cell: Cell) -> list[Prediction]:
+    found = []
+    for arm, base in compared(list(cell.arms)):
+        gap = cell.gap(arm, base)
+        measured = _estimate(gap.difference) if gap is not None else None
+        line = fit_line(below, arm, base) if measured is not None else None
+        if line is not None and measured is not None:
+            found.append(Prediction(arm, base, "line", cell.rung, line.at(cell.arms[base].flops), measured))
+    return found
+
+
+def _estimate(difference: PairedDifference | None) -> Estimate | None:
+    """A paired difference that has an interval."""
+    if difference is None or difference.low is None:
+        return None
+    return Estimate(difference.mean, difference.low, difference.high)
+
+
+def _extrapolations(law: Law | NoLaw, lines: Sequence[GapLine]) -> list[Extrapolation]:
+    by_law = {(arm, base) for arm, base in compared(law.arms)} if isinstance(law, Law) else set()
+    pairs = dict.fromkeys([*((line.arm, line.base) for line in lines), *sorted(by_law)])
+    found: list[Extrapolation] = []
+    for arm, base in pairs:
+        if arm in CONTROLS:
+            continue
+        for size in LARGE_SIZES:
+            tokens = TOKENS_PER_PARAMETER * size
+            found += [
+                Extrapolation(arm, base, size, "line", line.at(FLOPS_PER_PARAMETER * size * tokens))
+                for line in lines
+                if (line.arm, line.base) == (arm, base)
+            ]
+            if isinstance(law, Law) and (arm, base) in by_law:
+                gap = law.estimate(lambda c, a=arm, b=base, n=size, d=tokens: c.gap(a, b, n, d))  # type: ignore[misc]
+                found.append(Extrapolation(arm, base, size, "law", gap))
+    return found

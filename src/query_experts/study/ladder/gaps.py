@@ -1,0 +1,186 @@
+"""Computes the mean loss of each arm at each rung and budget, and its paired differences from the baselines.
+
+A pair is two runs of one rung, budget and seed whose code has the same tag. A pair whose runs used different
+processor instructions is kept and marked, because kernels alone move a run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from query_experts.model.arms import in_order
+from query_experts.study.ladder.results import MIXED, LadderResult
+from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDifference, paired_difference, sign
+
+BASELINES = ("dense", "static", "half")
+CONTROLS = (*BASELINES, "frozen")  # all other arms are studied
+
+Known = Literal["lower", "higher", "not known"]
+
+
+def what_is_known(low: float | None, high: float | None) -> Known:
+    """The sign of a difference whose interval is [low, high]; not known if that holds both signs or there is none."""
+    if low is None or high is None:
+        return "not known"
+    return "lower" if sign(high) < 0 else "higher" if sign(low) > 0 else "not known"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The validation loss of an arm minus that of a baseline, at one rung and budget.
+
+    Args:
+        difference: Over the pairs; None without one.
+        marked: Seeds of the pairs whose runs used different processor instructions.
+        other_tag: Seeds that have both runs but no pair, as their code has different tags.
+    """
+
+    arm: str
+    base: str
+    difference: PairedDifference | None
+    marked: list[int]
+    other_tag: list[int]
+
+    @property
+    def pairs(self) -> int:
+        return len(self.difference.differences) if self.difference is not None else 0
+
+    @property
+    def known(self) -> Known:
+        return what_is_known(self.difference.low, self.difference.high) if self.difference else "not known"
+
+    @property
+    def has_interval(self) -> bool:
+        return self.pairs >= MIN_SEEDS_FOR_INTERVAL
+
+
+@dataclass(frozen=True)
+class ArmCell:
+    """One arm at one rung and budget.
+
+    Args:
+        losses: Validation loss by seed, without the runs that diverged.
+        diverged: Seeds of the runs that diverged.
+        bits_per_byte: Mean over seeds; None where every run diverged.
+        parameters: All parameters.
+        embedding_parameters: Those of the embeddings.
+        active_heads: Query heads that attend for a token in a layer.
+        train_tokens: Tokens trained on.
+        flops: Of training, as run.
+        train_seconds: Median over the runs that finished; None where every run diverged.
+        gaps: By baseline.
+    """
+
+    arm: str
+    losses: dict[int, float]
+    diverged: list[int]
+    bits_per_byte: float | None
+    parameters: int
+    embedding_parameters: int
+    active_heads: int
+    train_tokens: int
+    flops: float
+    train_seconds: float | None
+    gaps: dict[str, Gap]
+
+    @property
+    def mean(self) -> float | None:
+        """Validation loss, mean over seeds."""
+        return statistics.fmean(self.losses.values()) if self.losses else None
+
+    @property
+    def counts(self) -> bool:
+        """Whether there are enough seeds to tell the spread of the mean, so that a fit may use it."""
+        return len(self.losses) >= MIN_SEEDS_FOR_INTERVAL
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All arms at one rung and budget; `arms` is in the study's order."""
+
+    rung: str
+    budget: float
+    arms: dict[str, ArmCell]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Parameters and training tokens of dense, or of the first arm."""
+        first = next(iter(self.arms.values()))
+        return first.parameters, first.train_tokens
+
+    def gap(self, arm: str, base: str) -> Gap | None:
+        return self.arms[arm].gaps.get(base) if arm in self.arms else None
+
+
+def compared(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """Each arm with each baseline, every two arms once."""
+    return [(arm, base) for arm in arms for base in _bases_of(arm) if base in arms]
+
+
+def _bases_of(arm: str) -> Sequence[str]:
+    return BASELINES[: BASELINES.index(arm)] if arm in BASELINES else BASELINES
+
+
+def rungs_by_size(results: Sequence[LadderResult]) -> list[str]:
+    """Names of the rungs, the smallest model first."""
+    smallest = {result.rung: result.parameters for result in sorted(results, key=lambda r: -r.parameters)}
+    return sorted(smallest, key=lambda rung: (smallest[rung], rung))
+
+
+def cells_of(results: Sequence[LadderResult]) -> list[Cell]:
+    """Every rung and budget that has a run: the smallest rung first, and of a rung the smallest budget."""
+    cells = []
+    for rung in rungs_by_size(results):
+        own = [result for result in results if result.rung == rung]
+        cells += [_cell(rung, budget, own) for budget in sorted({result.budget for result in own})]
+    return cells
+
+
+def _cell(rung: str, budget: float, results: Sequence[LadderResult]) -> Cell:
+    own = sorted((result for result in results if result.budget == budget), key=lambda result: result.seed)
+    runs = {arm: {r.seed: r for r in own if r.arm == arm} for arm in in_order(r.arm for r in own)}
+    return Cell(rung, budget, {arm: _arm_cell(arm, runs) for arm in runs})
+
+
+def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]]) -> ArmCell:
+    own = list(runs[arm].values())
+    finished, first = [run for run in own if not run.diverged], own[0]
+    bits = [run.bits_per_byte for run in finished if run.bits_per_byte is not None]
+    return ArmCell(
+        arm=arm,
+        losses=_losses(runs[arm]),
+        diverged=[run.seed for run in own if run.diverged],
+        bits_per_byte=statistics.fmean(bits) if bits else None,
+        parameters=first.parameters,
+        embedding_parameters=first.embedding_parameters,
+        active_heads=first.active_heads,
+        train_tokens=max(run.train_tokens for run in finished or own),
+        flops=max(run.flops for run in finished or own),
+        train_seconds=statistics.median(run.train_seconds for run in finished) if finished else None,
+        gaps={base: _gap(arm, base, runs[arm], runs[base]) for base in _bases_of(arm) if base in runs},
+    )
+
+
+def _losses(runs: Mapping[int, LadderResult]) -> dict[int, float]:
+    losses = {seed: run.validation_loss for seed, run in runs.items() if not run.diverged}
+    return {seed: loss for seed, loss in losses.items() if loss is not None}
+
+
+def _gap(arm: str, base: str, own: Mapping[int, LadderResult], other: Mapping[int, LadderResult]) -> Gap:
+    a, b = _losses(own), _losses(other)
+    both = [seed for seed in a if seed in b]
+    paired = [seed for seed in both if own[seed].tag == other[seed].tag]
+    return Gap(
+        arm,
+        base,
+        paired_difference({seed: a[seed] for seed in paired}, b),
+        marked=[seed for seed in paired if _differ(own[seed].instructions, other[seed].instructions)],
+        other_tag=[seed for seed in both if seed not in paired],
+    )
+
+
+def _differ(a: str, b: str) -> bool:
+    return a != b or a == MIXED

@@ -1,0 +1,62 @@
+"""Lists what limits the findings of a fit, one sentence or two each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from query_experts.common import formatting as text
+from query_experts.study.ladder.fit import LARGE_SIZES, Fit
+from query_experts.study.ladder.gaps import BASELINES, Gap
+
+
+def limits(fit: Fit) -> list[str]:
+    return [*_absent(fit), *_divergences(fit), *_pairs(fit), *_chance(fit), *_scale(fit)]
+
+
+def _gaps(fit: Fit) -> list[Gap]:
+    return [gap for cell in fit.cells for own in cell.arms.values() for gap in own.gaps.values()]
+
+
+def _absent(fit: Fit) -> Iterator[str]:
+    absent = [base for base in BASELINES if base not in fit.arms]
+    if fit.cells and absent:
+        yield f"No run of {text.join_words(absent)}, so no arm is compared with {'it' if len(absent) == 1 else 'them'}."
+
+
+def _divergences(fit: Fit) -> Iterator[str]:
+    if fit.diverged:
+        named = [
+            f"{arm} at {cell.rung}, {cell.budget:.0%} ({text.name_seeds(own.diverged)})"
+            for cell in fit.cells
+            for arm, own in cell.arms.items()
+            if own.diverged
+        ]
+        yield f"{text.plural(fit.diverged, 'result')} diverged and left out of means and fits: {'; '.join(named)}."
+
+
+def _pairs(fit: Fit) -> Iterator[str]:
+    gaps = _gaps(fit)
+    pairs, marked = sum(gap.pairs for gap in gaps), sum(len(gap.marked) for gap in gaps)
+    unpaired = sum(len(gap.other_tag) for gap in gaps)
+    if marked:
+        yield f"{marked:,} of {text.plural(pairs, 'pair')} used different processor instructions in their two runs."
+    if unpaired:
+        yield f"{text.plural(unpaired, 'pair')} left out, as the code of the two runs has different tags."
+
+
+def _chance(fit: Fit) -> Iterator[str]:
+    intervals = sum(gap.has_interval for gap in _gaps(fit))
+    if intervals:
+        yield (
+            f"Of {text.plural(intervals, 'interval')} about one in twenty misses by chance; budgets of a run and arms "
+            "that share a baseline aren't independent."
+        )
+
+
+def _scale(fit: Fit) -> Iterator[str]:
+    if fit.cells:
+        parameters, tokens = fit.cells[-1].size
+        yield (
+            f"The largest model has {text.short(parameters)} parameters and {text.short(tokens)} training tokens, "
+            f"{LARGE_SIZES[0] / parameters:,.0f} times fewer parameters than the paper's 250M."
+        )

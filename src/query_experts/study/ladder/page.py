@@ -1,0 +1,149 @@
+"""Writes the page of a ladder, one self-contained HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from query_experts.common import formatting as text
+from query_experts.model.arms import ARMS
+from query_experts.study.ladder import charts
+from query_experts.study.ladder.fit import Fit
+from query_experts.study.ladder.law import NoLaw
+from query_experts.study.ladder.limits import limits
+from query_experts.study.ladder.results import LadderResult
+from query_experts.study.ladder.tables import findings_table, gap_table, runs_table, tables
+from query_experts.study.report import template
+from query_experts.study.report.page import Arm
+from query_experts.study.report.svg import colour_variable, inline_svg
+from query_experts.study.report.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart as SVG with its caption."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class RungTables:
+    """The gaps of a rung: at its largest budget, and at the others."""
+
+    rung: str
+    largest: Table
+    others: list[Table]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything that the template shows."""
+
+    overview: str
+    findings: Table
+    missing: list[str]
+    limits: list[str]
+    runs: Table
+    arms: list[Arm]
+    colours: dict[str, str]
+    rungs: list[RungTables]
+    no_law: str | None
+    fits: list[Table]
+    charts: list[Chart]
+    trained_on: list[str]
+
+
+def write_page(results: Sequence[LadderResult], fit: Fit, path: Path, missing: Sequence[str] = ()) -> None:
+    """Writes the page of a fit and of the results that it came from.
+
+    Args:
+        missing: What the ladder still has to run, a sentence each.
+    """
+    template.write_page("ladder.html.j2", page_of(results, fit, missing), path)
+
+
+def page_of(results: Sequence[LadderResult], fit: Fit, missing: Sequence[str] = ()) -> Page:
+    return Page(
+        overview=_overview(results, fit),
+        findings=findings_table(fit),
+        missing=list(missing),
+        limits=limits(fit),
+        runs=runs_table(fit),
+        arms=[Arm(arm, ARMS[arm], colour_variable(arm)) for arm in fit.arms],
+        colours={arm: colour_variable(arm) for arm in fit.arms},
+        rungs=[_rung_tables(fit, rung) for rung in reversed(fit.rungs)],
+        no_law=fit.law.why if isinstance(fit.law, NoLaw) else None,
+        fits=tables(fit),
+        charts=_charts(results, fit),
+        trained_on=_trained_on(results),
+    )
+
+
+def _overview(results: Sequence[LadderResult], fit: Fit) -> str:
+    seeds = {result.seed for result in results}
+    trained = {result.key[:3] for result in results}
+    return (
+        f"{text.plural(len(trained), 'run')} of {text.plural(len(fit.arms), 'arm')} on "
+        f"{text.plural(len(fit.rungs), 'rung')}, with up to {text.plural(len(seeds), 'seed')}."
+    )
+
+
+def _rung_tables(fit: Fit, rung: str) -> RungTables:
+    *others, largest = [gap_table(cell) for cell in fit.cells if cell.rung == rung]
+    return RungTables(rung, largest, others[::-1])
+
+
+def _charts(results: Sequence[LadderResult], fit: Fit) -> list[Chart]:
+    drawn = [
+        _chart(
+            charts.law_figure(fit), "laws", "Loss against compute",
+            "Mean over seeds; hollow where a part of the tokens was used. Lines, where there is a law: that of the "
+            "first arm at each rung. Below: how far each mean lies from it.",
+        ),
+        _chart(
+            charts.gap_figure(fit, "flops"), "gaps-compute", "Differences against compute",
+            "Paired differences of validation loss with 95% intervals; below zero is better, hollow where a part of "
+            "the tokens was used. Lines, from three rungs on: weighted least squares, with the interval of gqe's.",
+        ),
+        _chart(
+            charts.gap_figure(fit, "tokens"), "gaps-tokens", "Differences against tokens",
+            "The same differences by training tokens.",
+        ),
+        _chart(
+            charts.cost_figure(fit), "costs", "Loss against active heads and time",
+            "Mean validation loss at each rung's largest budget. Time: median over seeds; other work on a machine and "
+            "different machines change it.",
+        ),
+        _chart(
+            charts.routing_figure(results, fit.rungs), "routing", "Routing over training",
+            "Entropy of the router (1 is undecided, 0 is certain) and the largest share of tokens that select one "
+            "expert; means over seeds, layers and groups for the entropy.",
+        ),
+    ]  # fmt: skip
+    return [chart for chart in drawn if chart is not None]
+
+
+def _chart(figure: Figure | None, name: str, title: str, caption: str) -> Chart | None:
+    if figure is None:
+        return None
+    return Chart(title, caption, inline_svg(figure, f"chart-{name}", title, f"{caption} The tables have the numbers."))
+
+
+def _trained_on(results: Sequence[LadderResult]) -> list[str]:
+    """Each machine with its instructions and versions, and the number of its results."""
+    counts: dict[str, int] = {}
+    for result in results:
+        for line in dict.fromkeys(
+            f"{piece.hardware} ({result.instructions}), torch {piece.torch}, transformers {piece.transformers}, "
+            f"query-experts {piece.query_experts}, tag {result.tag or 'none'}, {piece.dtype}"
+            for piece in result.pieces
+        ):
+            counts[line] = counts.get(line, 0) + 1
+    return [f"{line}: {text.plural(count, 'result')}" for line, count in counts.items()]

@@ -1,0 +1,219 @@
+"""The result of one run of the ladder as a dataclass, and the one reader and writer of its file.
+
+Readers ignore unknown keys, which are those of newer versions. A file holds one result or a list of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from query_experts.common.errors import SettingError
+from query_experts.common.files import write_json
+from query_experts.model.arms import ARMS
+from query_experts.study.results import FINITE, Curve, Piece, RoutingLoad, first_fault
+
+MIXED = "mixed"  # instructions of a run whose pieces differ
+MAX_CURVE_POINTS = 40
+
+Key = tuple[str, str, int, float]  # rung, arm, seed, budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartLoss:
+    """The validation loss over one part of the held-out text.
+
+    Args:
+        name: Of the part, such as a file's name without its folder.
+        validation_loss: Nats a token; None for a run that diverged.
+        bits_per_byte: None for a run that diverged.
+    """
+
+    name: str
+    validation_loss: float | None
+    bits_per_byte: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingPoint:
+    """How the routers distribute tokens at one moment of training.
+
+    Args:
+        tokens: Training tokens so far.
+        entropy: Of the router as a share of its maximum, log M; mean over layers and groups.
+        entropy_lowest: The lowest over layers and groups.
+        highest_load: The largest share of tokens that select one expert.
+        dead: Number of dead experts.
+    """
+
+    tokens: int
+    entropy: float
+    entropy_lowest: float
+    highest_load: float
+    dead: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderResult:
+    """One finished run of the ladder at one of its budgets.
+
+    Args:
+        ladder: Name of the ladder.
+        rung: Name of the model size.
+        arm: Name of the arm.
+        seed: Seed of the initial values and of the order of the tokens.
+        budget: Share of the rung's tokens that the run trained on.
+        parameters: All parameters, tied ones counted once.
+        embedding_parameters: Those of the input and output embeddings.
+        active_parameters: Those that one token uses.
+        active_heads: Query heads that attend for a token in a layer, the shared head included.
+        train_tokens: Tokens trained on.
+        flops: Of training, forward and backward, as run.
+        active_flops: Of training, only what a token uses.
+        diverged_at_tokens: Tokens after which the loss was no longer finite; None for a run that did not diverge.
+        validation_loss: Over all held-out text, nats a token; None for a run that diverged.
+        bits_per_byte: Over all held-out text; None for a run that diverged.
+        parts: The same for each part of the held-out text.
+        routing: None without a router.
+        routing_curve: Routing during training; empty without a router.
+        curve: Training loss, at most 40 points.
+        settings: The settings of the run that matter, without paths.
+        pieces: Where the run was trained.
+        instructions: Instruction set of the processor, such as AVX512_BF16; `mixed` where pieces differ.
+        train_seconds: Time in training steps.
+        tokens_per_s: Training speed.
+        data_hash: Of the tokens.
+        tag: Tag of the code; None for code without one.
+    """
+
+    __pydantic_config__ = FINITE
+
+    ladder: str
+    rung: str
+    arm: str
+    seed: int
+    budget: float
+    parameters: int
+    embedding_parameters: int
+    active_parameters: int
+    active_heads: int
+    train_tokens: int
+    flops: float
+    active_flops: float
+    diverged_at_tokens: int | None
+    validation_loss: float | None
+    bits_per_byte: float | None
+    parts: list[PartLoss]
+    routing: RoutingLoad | None
+    routing_curve: list[RoutingPoint]
+    curve: Curve
+    settings: dict[str, Any]
+    pieces: list[Piece]
+    instructions: str
+    train_seconds: float
+    tokens_per_s: float
+    data_hash: str
+    tag: str | None
+
+    @property
+    def key(self) -> Key:
+        """What no two results of a ladder share."""
+        return self.rung, self.arm, self.seed, self.budget
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run has no loss to compare."""
+        return self.diverged_at_tokens is not None or self.validation_loss is None
+
+
+_RESULTS = TypeAdapter(list[LadderResult])
+
+
+def file_name(result: LadderResult) -> str:
+    """The name of a result's file, such as d64-gqe-seed0-025.json for a quarter of the tokens."""
+    return f"{result.rung}-{result.arm}-seed{result.seed}-{round(100 * result.budget):03d}.json"
+
+
+def write_result(folder: Path, result: LadderResult) -> Path:
+    """Writes a result into a folder, under its own name. Creates the folder.
+
+    Raises:
+        SettingError: The file is there already, or a string of the result is an absolute path.
+    """
+    file = folder / file_name(result)
+    if file.exists():
+        raise SettingError(f"results hold {file}; a finished run is not overwritten: move the file away to replace it")
+    values = dataclasses.asdict(result)
+    paths = absolute_paths(values)
+    if paths:
+        raise SettingError(f"result {file.name} holds the path {paths[0]}; it must hold file names without folders")
+    if len(result.curve) > MAX_CURVE_POINTS:
+        raise SettingError(f"curve of {file.name} has {len(result.curve)} points; it must have at most 40")
+    write_json(file, values)
+    return file
+
+
+def absolute_paths(values: Any) -> list[str]:
+    """The strings of a nested value, keys included, that are an absolute path or hold one as a word."""
+    return [text for text in _strings(values) if any(map(_is_absolute, re.split(r"[\s=,;'\"]+", text)))]
+
+
+def _strings(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _strings(name)
+            yield from _strings(value)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _strings(value)
+
+
+def _is_absolute(word: str) -> bool:
+    if word.startswith(("~/", "file:")):
+        return True
+    return len(word) > 1 and (PurePosixPath(word).is_absolute() or PureWindowsPath(word).is_absolute())
+
+
+def read_results(folder: Path) -> list[LadderResult]:
+    """Reads every *.json of a folder, in the order of the files' names.
+
+    Raises:
+        SettingError: There is no such folder, a file is damaged, or two results have one key.
+    """
+    if not folder.is_dir():
+        raise SettingError(f"results is {folder}; it must be a folder")
+    found = [(file, result) for file in sorted(folder.glob("*.json")) for result in _read_file(file)]
+    _refuse_duplicates(found)
+    return [result for _, result in found]
+
+
+def _read_file(file: Path) -> list[LadderResult]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        results = _RESULTS.validate_python(values if isinstance(values, list) else [values])
+    except (ValidationError, ValueError) as error:
+        raise SettingError(f"results hold {file}, which is damaged ({first_fault(error)}); move it away") from error
+    unknown = [result.arm for result in results if result.arm not in ARMS]
+    if unknown:
+        raise SettingError(f"arm is {unknown[0]!r} in {file}; it must be one of {', '.join(ARMS)}")
+    return results
+
+
+def _refuse_duplicates(found: Iterable[tuple[Path, LadderResult]]) -> None:
+    seen: dict[Key, Path] = {}
+    for file, result in found:
+        if result.key in seen:
+            raise SettingError(
+                f"results hold {seen[result.key]} and {file}, both with {result.rung}, {result.arm}, seed "
+                f"{result.seed}, budget {result.budget:g}; a run must have one result"
+            )
+        seen[result.key] = file

@@ -1,0 +1,231 @@
+"""Makes the tables of a fit as text, so that terminal and page show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from query_experts.common import formatting as text
+from query_experts.study.ladder.bootstrap import Estimate
+from query_experts.study.ladder.fit import TOKENS_PER_PARAMETER, Extrapolation, Fit, Prediction
+from query_experts.study.ladder.gaps import BASELINES, CONTROLS, ArmCell, Cell, Gap, compared
+from query_experts.study.ladder.law import Law, NoLaw
+from query_experts.study.ladder.line import GapLine
+from query_experts.study.report.table import Table
+
+PAIRED = (
+    "Differences: validation loss in nats a token, arm minus baseline, paired by seed; the mean, its 95% interval "
+    "(Student's t over seeds) and the number of pairs."
+)
+
+
+def tables(fit: Fit) -> list[Table]:
+    """The tables of law, lines, prediction and extrapolations, where they have a row."""
+    found = [_law_table(fit.law), _line_table(fit.lines), _prediction_table(fit.predictions),
+             _extrapolation_table(fit.extrapolations)]  # fmt: skip
+    return [table for table in found if table.body]
+
+
+def findings_table(fit: Fit) -> Table:
+    """Of each studied arm and baseline, the gap at the largest rung and budget that both have, and its trend."""
+    return Table(
+        title="Findings",
+        note=f"At the largest rung and budget with three pairs or more, else with any. {PAIRED} Trend: change of the "
+        "difference with ten times the compute. Not known: the interval holds both signs, or there is none.",
+        head=["arm", "baseline", "at", "loss", "trend"],
+        body=[
+            cells
+            for arm, base in compared(fit.arms)
+            if arm not in CONTROLS and (cells := _finding(fit, arm, base)) is not None
+        ],
+        left=(0, 1, 2),
+    )
+
+
+def _finding(fit: Fit, arm: str, base: str) -> list[str] | None:
+    found = [(cell, gap) for cell in fit.cells if (gap := cell.gap(arm, base)) is not None and gap.pairs]
+    if not found:
+        return None
+    cell, gap = next((entry for entry in reversed(found) if entry[1].has_interval), found[-1])
+    line = fit.line(arm, base)
+    trend = text.MISSING if line is None else f"{_direction(line.slope)}\n{_estimate(line.slope)}"
+    return [arm, base, f"{cell.rung}\n{cell.budget:.0%}", f"{gap.known}\n{_difference(gap)}", trend]
+
+
+def _direction(slope: Estimate) -> str:
+    return {"lower": "falling", "higher": "rising"}.get(slope.known, slope.known)
+
+
+def _estimate(estimate: Estimate) -> str:
+    bracket = text.interval(estimate.low, estimate.high)
+    return "\n".join([text.signed(estimate.value), *([bracket] if bracket else [])])
+
+
+def _difference(gap: Gap | None) -> str:
+    """The mean, its interval, and the pairs with what is to be known about them, a line each."""
+    if gap is None or gap.difference is None:
+        return "other tag" if gap is not None and gap.other_tag else text.MISSING
+    bracket = text.interval(gap.difference.low, gap.difference.high)
+    return "\n".join([text.signed(gap.difference.mean), *([bracket] if bracket else []), *_pairs(gap)])
+
+
+def _pairs(gap: Gap) -> list[str]:
+    lines = [text.plural(gap.pairs, "pair")]
+    if gap.marked:
+        lines.append(f"{len(gap.marked)} marked")
+    if gap.other_tag:
+        lines.append(f"{len(gap.other_tag)} other tag")
+    return lines
+
+
+def runs_table(fit: Fit) -> Table:
+    """Of each rung, its size and the number of finished runs of each arm, by budget."""
+    budgets = sorted({cell.budget for cell in fit.cells})
+    return Table(
+        title="Runs",
+        note=f"Seeds that finished at {text.join_words([f'{budget:.0%}' for budget in budgets])} of the rung's tokens, "
+        "in one number if they are as many; x: diverged. Size and tokens: of the first arm.",
+        head=["rung", "params", "tokens", *fit.arms],
+        body=[_runs(fit, rung, budgets) for rung in fit.rungs],
+    )
+
+
+def _runs(fit: Fit, rung: str, budgets: Sequence[float]) -> list[str]:
+    own = {cell.budget: cell for cell in fit.cells if cell.rung == rung}
+    parameters, tokens = own[max(own)].size
+    return [rung, text.short(parameters), text.short(tokens), *(_counts(own, budgets, arm) for arm in fit.arms)]
+
+
+def _counts(own: Mapping[float, Cell], budgets: Sequence[float], arm: str) -> str:
+    """The seeds of an arm at each budget; one line if they are the same at all."""
+    found = [_seeds(own[at].arms[arm]) if at in own and arm in own[at].arms else text.MISSING for at in budgets]
+    return "\n".join(dict.fromkeys(found) if len(set(found)) == 1 else found)
+
+
+def gap_table(cell: Cell) -> Table:
+    """Losses and gaps at one rung and budget."""
+    parameters, tokens = cell.size
+    bases = [base for base in BASELINES if base in cell.arms]
+    return Table(
+        title=f"{cell.rung}, {cell.budget:.0%} of its tokens",
+        note=f"{text.short(parameters)} parameters, {text.short(tokens)} tokens. Loss: mean over seeds in nats a "
+        f"token, bits per byte, and the number of seeds; x: diverged. {_warnings(cell)}".rstrip(),
+        head=["arm", "loss", *(f"from {base}" for base in bases)],
+        body=[
+            [arm, _loss(own), *(_difference(own.gaps.get(base)) for base in bases)] for arm, own in cell.arms.items()
+        ],
+    )
+
+
+def _loss(own: ArmCell) -> str:
+    means = [text.fixed(value) for value in (own.mean, own.bits_per_byte) if value is not None]
+    return "\n".join([*means, _seeds(own)])
+
+
+def _seeds(own: ArmCell) -> str:
+    return str(len(own.losses)) + (f" ({len(own.diverged)}x)" if own.diverged else "")
+
+
+def _warnings(cell: Cell) -> str:
+    gaps = [gap for own in cell.arms.values() for gap in own.gaps.values()]
+    lines = []
+    if any(gap.marked for gap in gaps):
+        lines.append("Marked: the two runs of a pair used different processor instructions, which alone move a loss.")
+    if any(gap.other_tag for gap in gaps):
+        lines.append("Other tag: the two runs used code of different tags, so they make no pair.")
+    return " ".join(lines)
+
+
+def _law_table(law: Law | NoLaw) -> Table:
+    title, head = "Scaling law", ["", "alpha", "beta", "A", "B"]
+    if isinstance(law, NoLaw):
+        return Table(title, law.why, head, [])
+    E = law.estimate(lambda c: c.E)
+    exponents = "shared by all arms" if law.shared else "each arm's own, as the data tell them apart"
+    return Table(
+        title=title,
+        note=f"L = E + A N^{text.MINUS}alpha + B D^{text.MINUS}beta in nats a token, N: {law.count} parameters, D: "
+        f"training tokens; E = {_plain(E)}. Exponents: {exponents}. Fitted to {law.cells} means on {law.rungs} rungs, "
+        f"which it misses by {law.error:.2%}. Brackets: 95% bootstrap intervals"
+        + (" over seeds and rungs." if law.rungs > 3 else " over seeds alone, as three rungs can't be left out."),
+        head=head,
+        body=[_law_row(law, arm) for arm in law.arms],
+    )
+
+
+def _law_row(law: Law, arm: str) -> list[str]:
+    alpha, beta, of_size, of_tokens = (
+        law.estimate(lambda c: c.alpha[arm]), law.estimate(lambda c: c.beta[arm]),
+        law.estimate(lambda c: c.A[arm]), law.estimate(lambda c: c.B[arm]),
+    )  # fmt: skip
+    return [arm, *("\n".join(_plain(each).split(" ", 1)) for each in (alpha, beta, of_size, of_tokens))]
+
+
+def _plain(estimate: Estimate) -> str:
+    """A value that can't be negative, and its interval."""
+    low, high = max(0.0, estimate.low or 0.0), estimate.high
+    return f"{text.short(estimate.value)} [{text.short(low)}, {text.short(high)}]"
+
+
+def _line_table(lines: Sequence[GapLine]) -> Table:
+    return Table(
+        title="Difference against compute",
+        note="A straight line through the differences of all rungs and budgets over log10 of the baseline's training "
+        "FLOPs, weighted by pairs. Change: with ten times the compute. Brackets: 95% bootstrap intervals over seeds. "
+        "Middle: the line at the geometric mean of the compute.",
+        head=["arm", "baseline", "rungs", "in the middle", "change", "trend"],
+        body=[
+            [
+                line.arm, line.base, str(len({point.rung for point in line.points})), _estimate(line.at(line.centre)),
+                _estimate(line.slope), _direction(line.slope),
+            ]
+            for line in lines
+        ],
+        left=(0, 1),
+    )  # fmt: skip
+
+
+def _prediction_table(predictions: Sequence[Prediction]) -> Table:
+    rung = predictions[0].rung if predictions else ""
+    return Table(
+        title=f"{rung}, left out and predicted",
+        note="The law's loss and the line's differences from the smaller rungs alone, beside what was measured. Held: "
+        "they differ by no more than both 95% intervals together allow.",
+        head=["arm", "what", "by", "predicted", "measured", "held"],
+        body=[
+            [
+                each.arm, "loss" if each.base is None else f"from {each.base}", each.by,
+                _predicted(each, each.predicted), _predicted(each, each.measured), "yes" if each.held else "no",
+            ]
+            for each in predictions
+        ],
+        left=(0, 1, 2),
+    )  # fmt: skip
+
+
+def _predicted(prediction: Prediction, estimate: Estimate) -> str:
+    if prediction.base is not None:
+        return _estimate(estimate)
+    return f"{text.fixed(estimate.value)}\n[{text.fixed(estimate.low)}, {text.fixed(estimate.high)}]"
+
+
+def _extrapolation_table(found: Sequence[Extrapolation]) -> Table:
+    sizes = sorted({each.parameters for each in found})
+    rows = dict.fromkeys((each.arm, each.base, each.by) for each in found)
+    at = {(each.arm, each.base, each.by, each.parameters): each.gap for each in found}
+    return Table(
+        title="Far beyond the ladder",
+        note=f"The difference at {TOKENS_PER_PARAMETER} tokens a parameter, if the line or the law goes on as it is. No "
+        "run has checked that, and the intervals leave out that doubt. With one E for all arms the law's differences can "
+        "only fade with size. Line: at 6 N D FLOPs.",
+        head=["arm", "from", *map(_size, sizes)],
+        body=[[arm, f"{base}\n{by}", *(_far(at[arm, base, by, size]) for size in sizes)] for arm, base, by in rows],
+        left=(0, 1),
+    )
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e9:g}B" if parameters >= 1e9 else f"{parameters / 1e6:g}M"
+
+
+def _far(gap: Estimate) -> str:
+    return "\n".join([gap.known, text.interval(gap.low, gap.high)])
