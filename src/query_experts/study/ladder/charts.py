@@ -113,6 +113,7 @@ def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
             _draw_gaps(axes, arm, _points(fit, arm, base), axis, nudge)
             if axis == "flops":
                 _draw_line(axes, fit, arm, base)
+        _frame(axes, [point for arm in arms for point in _points(fit, arm, base)])
     panels[-1].set_xlabel(AXIS_NAMES[axis])
     _legend(figure, [arm for arm in fit.arms if any(_points(fit, arm, base) for base in bases)])
     return figure
@@ -132,6 +133,20 @@ def _draw_gaps(axes: Axes, arm: str, points: Sequence[GapPoint], axis: Axis, nud
             axes.plot([x, x], [difference.low, difference.high], color=colour, linewidth=1.2, alpha=0.55)
         axes.plot([x], [difference.mean], marker=MARKERS[arm], markersize=5, color=colour, linestyle="none",
                   markerfacecolor=colour if point.budget == 1 else "none")  # fmt: skip
+
+
+def _frame(axes: Axes, points: Sequence[GapPoint]) -> None:
+    """Fits the frame to the means and to intervals up to twice as wide as most: wide ones would flatten the rest."""
+    means = [(point.gap.difference.mean, _half_width(point)) for point in points if point.gap.difference]
+    widest = 2 * statistics.median(half for _, half in means)
+    ends = [0.0, *(mean + side * min(half, widest) for mean, half in means for side in (-1, 1))]
+    margin = 0.06 * (max(ends) - min(ends)) or 0.01
+    axes.set_ylim(min(ends) - margin, max(ends) + margin)
+
+
+def _half_width(point: GapPoint) -> float:
+    difference = point.gap.difference
+    return 0.0 if difference is None or difference.high is None else difference.high - difference.mean
 
 
 def _draw_line(axes: Axes, fit: Fit, arm: str, base: str) -> None:

@@ -25,13 +25,15 @@ def _absent(fit: Fit) -> Iterator[str]:
 
 def _divergences(fit: Fit) -> Iterator[str]:
     if fit.diverged:
-        named = [
-            f"{arm} at {cell.rung}, {cell.budget:.0%} ({text.name_seeds(own.diverged)})"
-            for cell in fit.cells
-            for arm, own in cell.arms.items()
-            if own.diverged
-        ]
-        yield f"{text.plural(fit.diverged, 'result')} diverged and left out of means and fits: {'; '.join(named)}."
+        seeds: dict[tuple[str, str], set[int]] = {}
+        for cell in fit.cells:
+            for arm, own in cell.arms.items():
+                seeds.setdefault((arm, cell.rung), set()).update(own.diverged)
+        named = [f"{arm} at {rung}, {text.name_seeds(sorted(own))}" for (arm, rung), own in seeds.items() if own]
+        yield (
+            f"{text.plural(fit.diverged, 'result')} of runs that diverged, left out of means and fits: "
+            f"{'; '.join(named)}."
+        )
 
 
 def _pairs(fit: Fit) -> Iterator[str]:

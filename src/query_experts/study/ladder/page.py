@@ -110,7 +110,8 @@ def _charts(results: Sequence[LadderResult], fit: Fit) -> list[Chart]:
         _chart(
             charts.gap_figure(fit, "flops"), "gaps-compute", "Differences against compute",
             "Paired differences of validation loss with 95% intervals; below zero is better, hollow where a part of "
-            "the tokens was used. Lines, from three rungs on: weighted least squares, with the interval of gqe's.",
+            "the tokens was used. The frame cuts the widest intervals off. "
+            "Lines, from three rungs on: weighted least squares, with the interval of gqe's.",
         ),
         _chart(
             charts.gap_figure(fit, "tokens"), "gaps-tokens", "Differences against tokens",

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from query_experts.common import formatting as text
 from query_experts.study.ladder.bootstrap import Estimate
 from query_experts.study.ladder.fit import TOKENS_PER_PARAMETER, Extrapolation, Fit, Prediction
-from query_experts.study.ladder.gaps import BASELINES, CONTROLS, ArmCell, Cell, Gap, compared
+from query_experts.study.ladder.gaps import BASELINES, CONTROLS, ArmCell, Cell, Gap
 from query_experts.study.ladder.law import Law, NoLaw
 from query_experts.study.ladder.line import GapLine
 from query_experts.study.report.table import Table
+from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL
 
 PAIRED = (
     "Differences: validation loss in nats a token, arm minus baseline, paired by seed; the mean, its 95% interval "
@@ -26,29 +27,42 @@ def tables(fit: Fit) -> list[Table]:
 
 
 def findings_table(fit: Fit) -> Table:
-    """Of each studied arm and baseline, the gap at the largest rung and budget that both have, and its trend."""
+    """Of each studied arm, its gaps from the baselines at the largest rung and budget, and their trends."""
+    bases = [base for base in BASELINES if base in fit.arms]
+    found = [(arm, _largest(fit, arm)) for arm in fit.arms if arm not in CONTROLS]
     return Table(
         title="Findings",
-        note=f"At the largest rung and budget with three pairs or more, else with any. {PAIRED} Trend: change of the "
-        "difference with ten times the compute. Not known: the interval holds both signs, or there is none.",
-        head=["arm", "baseline", "at", "loss", "trend"],
+        note=f"At the largest rung and budget where three pairs of the arm have finished, else where any has. {PAIRED} "
+        "Trend: whether the difference falls or rises with compute. Not known: the interval holds both signs, or there "
+        "is none.",
+        head=["arm", "at", *(f"from {base}" for base in bases)],
         body=[
-            cells
-            for arm, base in compared(fit.arms)
-            if arm not in CONTROLS and (cells := _finding(fit, arm, base)) is not None
+            [arm, f"{cell.rung}\n{cell.budget:.0%}", *(_finding(fit, cell.gap(arm, base)) for base in bases)]
+            for arm, cell in found
+            if cell is not None
         ],
-        left=(0, 1, 2),
+        left=(0, 1),
     )
 
 
-def _finding(fit: Fit, arm: str, base: str) -> list[str] | None:
-    found = [(cell, gap) for cell in fit.cells if (gap := cell.gap(arm, base)) is not None and gap.pairs]
-    if not found:
-        return None
-    cell, gap = next((entry for entry in reversed(found) if entry[1].has_interval), found[-1])
-    line = fit.line(arm, base)
-    trend = text.MISSING if line is None else f"{_direction(line.slope)}\n{_estimate(line.slope)}"
-    return [arm, base, f"{cell.rung}\n{cell.budget:.0%}", f"{gap.known}\n{_difference(gap)}", trend]
+def _largest(fit: Fit, arm: str) -> Cell | None:
+    """Where an arm is judged."""
+    most = {id(cell): max((gap.pairs for gap in cell.arms[arm].gaps.values()), default=0)
+            for cell in fit.cells if arm in cell.arms}  # fmt: skip
+    for enough in (MIN_SEEDS_FOR_INTERVAL, 1):
+        for cell in reversed(fit.cells):
+            if most.get(id(cell), 0) >= enough:
+                return cell
+    return None
+
+
+def _finding(fit: Fit, gap: Gap | None) -> str:
+    """What is known of a gap, its numbers, and what is known of its trend, a line each."""
+    if gap is None or gap.difference is None:
+        return _difference(gap)
+    line = fit.line(gap.arm, gap.base)
+    trend = [] if line is None else [f"trend {_direction(line.slope)}"]
+    return "\n".join([gap.known, _difference(gap), *trend])
 
 
 def _direction(slope: Estimate) -> str:
@@ -214,9 +228,9 @@ def _extrapolation_table(found: Sequence[Extrapolation]) -> Table:
     at = {(each.arm, each.base, each.by, each.parameters): each.gap for each in found}
     return Table(
         title="Far beyond the ladder",
-        note=f"The difference at {TOKENS_PER_PARAMETER} tokens a parameter, if the line or the law goes on as it is. No "
-        "run has checked that, and the intervals leave out that doubt. With one E for all arms the law's differences can "
-        "only fade with size. Line: at 6 N D FLOPs.",
+        note=f"The difference at {TOKENS_PER_PARAMETER} tokens a parameter, if the line or the law goes on as it is. "
+        "No run has checked that, and the intervals leave out that doubt. With one E for all arms the law's "
+        "differences can only fade with size. Line: at 6 N D FLOPs.",
         head=["arm", "from", *map(_size, sizes)],
         body=[[arm, f"{base}\n{by}", *(_far(at[arm, base, by, size]) for size in sizes)] for arm, base, by in rows],
         left=(0, 1),
