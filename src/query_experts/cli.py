@@ -33,6 +33,7 @@ EXAMPLES = {
     "evaluate": "query-experts evaluate runs/mine/runs/gqe-seed0/model --tasks hellaswag,arc_easy,piqa",
     "bench": "query-experts bench --lengths 2048 8192 --arms dense static gqe",
     "report": "query-experts report runs/mine",
+    "scaling": "query-experts scaling run benchmarks/ladder.yaml --data my-texts/ --hours 2",
 }
 TRAINING = ("accelerate", "filelock", "pydantic", "rich", "tqdm")
 REPORTING = ("jinja2", "matplotlib", "pydantic", "rich", "scipy")
@@ -46,8 +47,9 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate": ("evaluate", ("accelerate", "datasets", "lm_eval", "pydantic", "rich")),
     "bench": ("study", ("rich",)),
     "report": ("study", REPORTING),
+    "scaling": ("study", tuple(sorted({*TRAINING, *REPORTING}))),
 }
-GOES_ON = ("compare", "train", "distill")  # from their last checkpoint
+GOES_ON = ("compare", "train", "distill", "scaling")  # from their last checkpoint
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and on a CPU
 
 
@@ -272,6 +274,27 @@ def load_report(command: str, argv: list[str]) -> Work:
     return work
 
 
+def load_scaling(command: str, argv: list[str]) -> Work:
+    from query_experts.study.ladder.settings import ScalingSettings
+
+    settings = parse(command, ScalingSettings, argv)
+    from query_experts.study.ladder import read, status, worker
+
+    def work() -> int:
+        match settings.action:
+            case "run":
+                return 0 if worker.run_queue(settings, terminal()) else 1
+            case "status":
+                status.print_status(settings, terminal())
+            case "fit":
+                read.print_laws(settings, terminal())
+            case "report":
+                read.report(settings, terminal())
+        return 0
+
+    return work
+
+
 LOADERS: dict[str, Callable[[str, list[str]], Work]] = {
     "compare": load_compare,
     "train": load_train,
@@ -281,6 +304,7 @@ LOADERS: dict[str, Callable[[str, list[str]], Work]] = {
     "evaluate": load_evaluate,
     "bench": load_bench,
     "report": load_report,
+    "scaling": load_scaling,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Literal
 
@@ -38,6 +39,22 @@ def check_device(device: str) -> None:
     if not present[device]:
         usable = ", ".join(name for name, here in present.items() if here)
         raise SettingError(f"device is {device!r}, which is not there; on this machine it must be auto, {usable}")
+
+
+def check_compiler(wanted: bool, device: str) -> None:
+    """Raises SettingError where models are to be compiled and torch finds no compiler for the device."""
+    if not wanted:
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # imports what compiling needs, which takes a second
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        found = bool(importlib.util.find_spec("triton")) if device == "cuda" else bool(get_cpp_compiler())
+    except (InvalidCxxCompiler, RuntimeError):
+        found = False
+    if not found:
+        needed = "triton" if device == "cuda" else "a C++ compiler (g++, clang++, or CXX=...)"
+        raise SettingError(f"compile is True, which needs {needed} that isn't there; it must be False")
 
 
 def has_bfloat16(device: str) -> bool:

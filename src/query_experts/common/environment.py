@@ -29,6 +29,7 @@ class Environment:
     hardware: str
     dtype: str
     date: str
+    instructions: str | None = None  # older files lack it
 
 
 def environment(device: str, dtype: str) -> Environment:
@@ -50,7 +51,20 @@ def environment(device: str, dtype: str) -> Environment:
         hardware=torch.cuda.get_device_name() if device == "cuda" else processor,
         dtype=dtype,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        instructions=instructions(device),
     )
+
+
+def instructions(device: str) -> str:
+    """What decides which kernels torch runs: a GPU's name, or a processor's maker and vector instructions.
+
+    Kernels of other instructions add in another order, and training drifts apart from there.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    found = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
+    matrix = sorted(name for name in found if "amx" in name or "bf16" in name)
+    return ", ".join([_cpu_info("vendor_id") or platform.machine(), torch.backends.cpu.get_cpu_capability(), *matrix])
 
 
 def commit() -> str | None:
@@ -66,11 +80,21 @@ def commit() -> str | None:
     return found.stdout.decode().strip() or None if inside.returncode == 0 else None
 
 
+def tags() -> list[str]:
+    """The tags of the commit that the package is at; none outside of a checkout, or where files differ from it."""
+    if (commit() or "+").endswith("+"):
+        return []
+    found = subprocess.run(["git", "-C", str(PACKAGE), "tag", "--points-at", "HEAD"], capture_output=True, timeout=10)
+    return found.stdout.decode().split()
+
+
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(field: str) -> str | None:
+    """A field of the first processor in /proc/cpuinfo, where there is such a file."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)

@@ -24,6 +24,7 @@ ARMS = {
     "hard": "ablation: only the selected heads, no weighted slot, no shared head",
     "weighted": "ablation: selected heads scaled by their probability",
     "gqe-m4": "gqe with twice the experts, and as many of them active",
+    "gqe-m8": "gqe with four times the experts, and as many of them active",
     "gqe-expert": "gqe with output rows per expert instead of per slot",
 }
 
@@ -122,6 +123,8 @@ def arm_config(arm: str, size: ModelSize) -> LlamaConfig:
             return GQEConfig(**shape, **router, variant="weighted_concat")
         case "gqe-m4":
             return GQEConfig(**shape | router | {"num_attention_heads": 2 * size.num_attention_heads})
+        case "gqe-m8":
+            return GQEConfig(**shape | router | {"num_attention_heads": 4 * size.num_attention_heads})
         case "gqe-expert":
             return GQEConfig(**shape, **router, output_projection="expert")
     raise SettingError(f"arm is {arm!r}; it must be one of {', '.join(ARMS)}")

@@ -43,14 +43,14 @@ def _positions(part: ValidationPart) -> range:
 
 def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, corpus: Corpus) -> RunResult:
     """Measures the model of a finished run. Evaluates it first where the last step had no validation."""
-    model, config, callbacks = trainer.model, trainer.model.config, trainer.callback_handler.callbacks
-    progress, zclip, pieces = (_callback(callbacks, kind) for kind in (TokenProgress, ZClipCallback, Pieces))
+    model, config = trainer.model, trainer.model.config
+    progress, zclip, pieces = (callback_of(trainer, kind) for kind in (TokenProgress, ZClipCallback, Pieces))
     trained_tokens = trainer.state.global_step * settings.tokens_per_step
     validation_curve = _final_validation_curve(trainer, settings.tokens_per_step)
     validation, facts = validation_split(settings, corpus), corpus.facts
     diverged = not losses_are_finite(trainer.state.log_history)
     validation_loss = None if diverged else validation_curve[-1][1]
-    routed = isinstance(config, GQEConfig) and config.routing != "none" and not diverged
+    routed = is_routed(model) and not diverged
     bytes_per_value = getattr(torch, settings.autocast_dtype()).itemsize
     return RunResult(
         arm=arm,
@@ -68,7 +68,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
         pieces=[Piece(**piece) for piece in pieces.pieces],
         clipped_steps=zclip.clipped_steps,
         validation_loss=validation_loss,
-        train_curve=_curve(trainer, "lm_loss", settings.tokens_per_step),
+        train_curve=curve_of(trainer, "lm_loss", settings.tokens_per_step),
         validation_curve=validation_curve,
         routing=routing_load(model, validation) if routed else None,
         passage=passage(model, corpus) if routed else None,
@@ -79,11 +79,17 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
     )
 
 
-def _callback(callbacks: list[Any], kind: type) -> Any:
-    return next(callback for callback in callbacks if type(callback) is kind)
+def callback_of(trainer: GQETrainer, kind: type) -> Any:
+    """The Trainer's callback of a kind; a resumed Trainer has made its own anew."""
+    return next(callback for callback in trainer.callback_handler.callbacks if type(callback) is kind)
 
 
-def _curve(trainer: GQETrainer, key: str, tokens_per_step: int) -> Curve:
+def is_routed(model: PreTrainedModel) -> bool:
+    """Whether a model has routers."""
+    return isinstance(model.config, GQEConfig) and model.config.routing != "none"
+
+
+def curve_of(trainer: GQETrainer, key: str, tokens_per_step: int) -> Curve:
     """The finite losses that the Trainer logged under a key."""
     logged = [(log["step"] * tokens_per_step, log[key]) for log in trainer.state.log_history if key in log]
     return [(tokens, round(loss, 5)) for tokens, loss in logged if math.isfinite(loss)]
@@ -91,12 +97,12 @@ def _curve(trainer: GQETrainer, key: str, tokens_per_step: int) -> Curve:
 
 def _final_validation_curve(trainer: GQETrainer, tokens_per_step: int) -> Curve:
     """The validation curve; it ends with the last step unless the run diverged."""
-    curve = _curve(trainer, "eval_loss", tokens_per_step)
+    curve = curve_of(trainer, "eval_loss", tokens_per_step)
     complete = bool(curve) and curve[-1][0] == trainer.state.global_step * tokens_per_step
     if complete or not losses_are_finite(trainer.state.log_history):
         return curve
     trainer.evaluate()
-    return _curve(trainer, "eval_loss", tokens_per_step)
+    return curve_of(trainer, "eval_loss", tokens_per_step)
 
 
 @torch.no_grad()

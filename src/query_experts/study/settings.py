@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
-from query_experts.common.device import Device, check_device, has_bfloat16, require_one_process, resolve_device
+from query_experts.common.device import Device, check_compiler, check_device, has_bfloat16, require_one_process, resolve_device
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import (
     Bounds,
@@ -59,6 +59,9 @@ class RunSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "autocast dtype; float32: no autocast; auto: bfloat16 where the hardware has it", "machine"
     )
+    compile: bool = option(
+        False, "compile the model with torch.compile, which needs a C++ compiler on a CPU", "machine"
+    )
     stop_after_minutes: NonNegative | None = option(
         None, "save and stop after X minutes; the same command goes on from there", "machine"
     )
@@ -96,6 +99,14 @@ class RunSettings(Settings):
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup_fraction * self.steps)
+
+    @property
+    def decay_steps(self) -> int:
+        return round(self.decay_fraction * self.steps)
+
+    @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.seq_len
 
@@ -115,6 +126,7 @@ class RunSettings(Settings):
             total = self.warmup_fraction + self.decay_fraction
             raise SettingError(f"warmup_fraction + decay_fraction is {total}; it must be 1 or less")
         check_device(self.device)
+        check_compiler(self.compile, self.torch_device)
         require_one_process()
 
 

@@ -103,9 +103,11 @@ def train_arm(
 
 
 def new_model(settings: RunSettings, arm: str, seed: int) -> PreTrainedModel:
-    """A model of an arm with its initial values."""
+    """A model of an arm with its initial values, compiled when it is first called if the settings ask for it."""
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed, model.config.initializer_range)
+    if settings.compile:
+        model.compile()
     return model
 
 
@@ -213,8 +215,6 @@ def train_from(trainer: GQETrainer, checkpoint: Path | None) -> None:
 def training_arguments(settings: RunSettings, seed: int, folder: Path) -> TrainingArguments:
     """Fused AdamW, the WSD schedule and bf16 autocast; betas, eps and weight decay of the paper (section 4)."""
     every = max(1, settings.steps // settings.evaluations)
-    warmup = round(settings.warmup_fraction * settings.steps)
-    decay = round(settings.decay_fraction * settings.steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -228,8 +228,8 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         adam_epsilon=1e-7,
         weight_decay=settings.weight_decay,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": decay, "min_lr_ratio": settings.min_learning_rate_ratio},
-        warmup_steps=warmup,
+        lr_scheduler_kwargs={"num_decay_steps": settings.decay_steps, "min_lr_ratio": settings.min_learning_rate_ratio},
+        warmup_steps=settings.warmup_steps,
         max_grad_norm=0.0,  # ZClip clips
         bf16=settings.autocast_dtype() == "bfloat16",
         use_cpu=settings.torch_device == "cpu",

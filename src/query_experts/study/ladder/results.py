@@ -18,27 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 from query_experts.common.errors import SettingError
 from query_experts.common.files import write_json
 from query_experts.model.arms import ARMS
-from query_experts.study.results import FINITE, Curve, Piece, RoutingLoad, first_fault
+from query_experts.study.results import FINITE, Curve, PartLoss, Piece, RoutingLoad, first_fault
 
 MIXED = "mixed"  # instructions of a run whose pieces differ
 MAX_CURVE_POINTS = 40
 
-Key = tuple[str, str, int, float]  # rung, arm, seed, budget
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartLoss:
-    """The validation loss over one part of the held-out text.
-
-    Args:
-        name: Of the part, such as a file's name without its folder.
-        validation_loss: Nats a token; None for a run that diverged.
-        bits_per_byte: None for a run that diverged.
-    """
-
-    name: str
-    validation_loss: float | None
-    bits_per_byte: float | None
+Key = tuple[str, str, str, int, float]  # rung, variant, arm, seed, budget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +52,7 @@ class LadderResult:
     Args:
         ladder: Name of the ladder.
         rung: Name of the model size.
+        variant: What a sweep varies, such as `learning_rate=0.004`; empty outside of sweeps.
         arm: Name of the arm.
         seed: Seed of the initial values and of the order of the tokens.
         budget: Share of the rung's tokens that the run trained on.
@@ -75,12 +61,12 @@ class LadderResult:
         active_parameters: Those that one token uses.
         active_heads: Query heads that attend for a token in a layer, the shared head included.
         train_tokens: Tokens trained on.
-        flops: Of training, forward and backward, as run.
-        active_flops: Of training, only what a token uses.
+        flops: Of training as it runs, forward and backward: queries of inactive experts and recomputed scores count.
+        active_flops: Of training, three times a forward pass of what a token uses.
         diverged_at_tokens: Tokens after which the loss was no longer finite; None for a run that did not diverge.
         validation_loss: Over all held-out text, nats a token; None for a run that diverged.
         bits_per_byte: Over all held-out text; None for a run that diverged.
-        parts: The same for each part of the held-out text.
+        parts: The same for each validation file.
         routing: None without a router.
         routing_curve: Routing during training; empty without a router.
         curve: Training loss, at most 40 points.
@@ -97,6 +83,7 @@ class LadderResult:
 
     ladder: str
     rung: str
+    variant: str = ""
     arm: str
     seed: int
     budget: float
@@ -125,7 +112,7 @@ class LadderResult:
     @property
     def key(self) -> Key:
         """What no two results of a ladder share."""
-        return self.rung, self.arm, self.seed, self.budget
+        return self.rung, self.variant, self.arm, self.seed, self.budget
 
     @property
     def diverged(self) -> bool:
@@ -138,7 +125,8 @@ _RESULTS = TypeAdapter(list[LadderResult])
 
 def file_name(result: LadderResult) -> str:
     """The name of a result's file, such as d64-gqe-seed0-025.json for a quarter of the tokens."""
-    return f"{result.rung}-{result.arm}-seed{result.seed}-{round(100 * result.budget):03d}.json"
+    variant = [result.variant.replace("=", "-")] if result.variant else []
+    return "-".join([result.rung, *variant, result.arm, f"seed{result.seed}", f"{100 * result.budget:03.0f}.json"])
 
 
 def write_result(folder: Path, result: LadderResult) -> Path:

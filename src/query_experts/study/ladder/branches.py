@@ -1,0 +1,177 @@
+"""Trains one run of the ladder: a stable part with one learning rate, from which the decay of each budget branches off.
+
+A branch equals the straight run of its budget bit for bit: up to the start of its decay, both do the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+from transformers import PreTrainedModel
+
+from query_experts.common.files import disk_errors_as_os_errors, require_space
+from query_experts.data import Corpus
+from query_experts.model import costs
+from query_experts.study.callbacks import Pieces, StopRequest, TokenProgress, losses_are_finite
+from query_experts.study.ladder.callbacks import KeepFork, ProgressFile, RoutingCurve
+from query_experts.study.ladder.results import MIXED, LadderResult
+from query_experts.study.ladder.settings import LOGS, Ladder, Run
+from query_experts.study.measure import (
+    ROUTING_SEQUENCES,
+    bits_per_byte,
+    callback_of,
+    curve_of,
+    is_routed,
+    losses_by_part,
+    routing_load,
+)
+from query_experts.study.results import Piece
+from query_experts.study.settings import RunSettings
+from query_experts.study.train import (
+    build_trainer,
+    close_progress_bar,
+    last_checkpoint,
+    new_model,
+    run_callbacks,
+    train_from,
+    training_arguments,
+)
+from query_experts.training import GQETrainer
+
+SAVES = LOGS // 2  # checkpoints in a whole run
+CHECKPOINT_BYTES = 3 * 4  # of a parameter: the weight and Adam's two moments, float32
+NOT_IN_RESULTS = {"out", "data", "validation", "cache_dir", "tokenizer", "stop_after_minutes", "max_bytes", "text_field"}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A run at one of its budgets.
+
+    Args:
+        ladder: The ladder.
+        name: The ladder's name.
+        run: The run.
+        budget: The share of the rung's tokens.
+        folder: The run's folder, for checkpoints of all its branches.
+    """
+
+    ladder: Ladder
+    name: str
+    run: Run
+    budget: float
+    folder: Path
+
+    @property
+    def whole(self) -> RunSettings:
+        return self.ladder.run_settings(self.run)
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the straight run of this budget."""
+        return self.ladder.branch_settings(self.whole, self.budget)
+
+    @property
+    def own_folder(self) -> Path:
+        return self.folder / f"{self.budget:.1%}"
+
+    @property
+    def forks(self) -> Path:
+        """Where the ends of stable parts are kept, as checkpoints."""
+        return self.folder / "forks"
+
+    def train(self, model: PreTrainedModel, corpus: Corpus, stop: StopRequest) -> LadderResult | None:
+        """Trains from the branch's last checkpoint on, else from the longest stable part that is kept, else anew.
+
+        Args:
+            model: A model of the run's arm and size, which gets the run's initial values.
+
+        Returns:
+            None if it was asked to stop before its end.
+        """
+        settings = self.settings
+        require_space(self.own_folder, 4 * CHECKPOINT_BYTES * model.num_parameters())
+        model.load_state_dict(new_model(settings, self.run.arm, self.run.seed).state_dict())
+        sample = spread(corpus)
+        trainer = self.trainer(settings, model, corpus, sample, stop)
+        with disk_errors_as_os_errors(self.folder), close_progress_bar(trainer), stop.listening():
+            train_from(trainer, last_checkpoint(self.own_folder / "checkpoints") or last_checkpoint(self.forks))
+            if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
+                return None
+            result = self.result(settings, trainer, corpus, sample)
+        shutil.rmtree(self.own_folder)
+        return result
+
+    def trainer(
+        self, settings: RunSettings, model: PreTrainedModel, corpus: Corpus, sample: Subset, stop: StopRequest
+    ) -> GQETrainer:
+        """The Trainer of the branch, which logs and saves when the whole run does and never validates."""
+        steps = self.whole.steps
+        arguments = training_arguments(settings, self.run.seed, self.own_folder / "checkpoints")
+        arguments = dataclasses.replace(
+            arguments, eval_strategy="no", logging_steps=steps // LOGS, save_steps=steps // SAVES
+        )
+        callbacks = [
+            *run_callbacks(settings, self.run.name, stop),
+            RoutingCurve(steps // SAVES, settings.tokens_per_step, sample),
+            KeepFork(settings.steps - settings.decay_steps, self.forks),
+            ProgressFile(self.folder, self.budget),
+        ]
+        return build_trainer(settings, model, arguments, corpus, callbacks, None)
+
+    def result(self, settings: RunSettings, trainer: GQETrainer, corpus: Corpus, sample: Subset) -> LadderResult:
+        model, config = trainer.model, trainer.model.config
+        progress, pieces = (callback_of(trainer, kind) for kind in (TokenProgress, Pieces))
+        tokens = trainer.state.global_step * settings.tokens_per_step
+        diverged = not losses_are_finite(trainer.state.log_history)
+        parts = [] if diverged else losses_by_part(model, corpus, settings)
+        predicted = sum(part.predicted_tokens for part in parts)
+        loss = None if diverged else sum(part.loss * part.predicted_tokens for part in parts) / predicted
+        facts, parameters = corpus.facts, costs.parameters(model)
+        instructions = {piece["instructions"] for piece in pieces.pieces}
+        return LadderResult(
+            ladder=self.name,
+            rung=self.run.rung,
+            variant=self.run.variant,
+            arm=self.run.arm,
+            seed=self.run.seed,
+            budget=self.budget,
+            parameters=parameters["total"],
+            embedding_parameters=parameters["embedding"],
+            active_parameters=parameters["active"],
+            active_heads=costs.heads(config).active,
+            train_tokens=tokens,
+            flops=tokens / settings.seq_len * costs.model_work(config, 1, settings.seq_len, backward=True).flops,
+            active_flops=3 * tokens * costs.flops_per_token(config, settings.seq_len),
+            diverged_at_tokens=tokens if diverged else None,
+            validation_loss=loss,
+            bits_per_byte=None if loss is None else bits_per_byte(loss, facts.validation_tokens, facts.validation_bytes),
+            parts=parts,
+            routing=routing_load(model, sample) if is_routed(model) and not diverged else None,
+            routing_curve=RoutingCurve.points(trainer.state.log_history),
+            curve=curve_of(trainer, "lm_loss", settings.tokens_per_step),
+            settings=recorded_settings(settings, self.ladder),
+            pieces=[Piece(**piece) for piece in pieces.pieces],
+            instructions=instructions.pop() if len(instructions) == 1 else MIXED,
+            train_seconds=round(progress.seconds, 1),
+            tokens_per_s=round(progress.tokens_per_s, 1),
+            data_hash=facts.data_hash,
+            tag=self.ladder.tag,
+        )  # fmt: skip
+
+
+def recorded_settings(settings: RunSettings, ladder: Ladder) -> dict[str, Any]:
+    """The settings of a run that its result holds: all that decides what is trained, and no path."""
+    kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in NOT_IN_RESULTS}
+    return kept | {"device": settings.torch_device, "dtype": settings.autocast_dtype(), "threads": ladder.threads}
+
+
+def spread(corpus: Corpus) -> Subset:
+    """Held-out sequences on which the load of the experts is measured, spread evenly over all of them."""
+    available = len(corpus.validation)
+    count = min(ROUTING_SEQUENCES, available)
+    return Subset(corpus.validation, [i * available // count for i in range(count)])

@@ -1,0 +1,94 @@
+"""Trainer callbacks of a branch: routing along the run, the end of the stable part, and how far the run is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from query_experts.common.files import write_json
+from query_experts.study.ladder.results import RoutingPoint
+from query_experts.study.measure import is_routed, routing_load
+
+PROGRESS = "progress.json"
+
+
+class RoutingCurve(TrainerCallback):
+    """Measures how the routers distribute held-out tokens, along the run.
+
+    What it measures stands in the Trainer's log, which checkpoints keep.
+
+    Args:
+        every: Steps between two measurements.
+        tokens_per_step: Tokens of a step.
+        sample: Held-out sequences.
+    """
+
+    def __init__(self, every: int, tokens_per_step: int, sample: Subset):
+        self.every = every
+        self.tokens_per_step = tokens_per_step
+        self.sample = sample
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        if state.global_step % self.every or not is_routed(model):
+            return
+        training = model.training
+        load = routing_load(model, self.sample)
+        model.train(training)
+        point = {
+            "tokens": state.global_step * self.tokens_per_step,
+            "entropy": round(load.mean_entropy, 5),
+            "entropy_lowest": min(value for layer in load.entropy for value in layer),
+            "highest_load": load.highest_load,
+            "dead": load.dead,
+        }
+        state.log_history.append({"step": state.global_step, "routing": point})
+
+    @staticmethod
+    def points(log_history: list[dict[str, Any]]) -> list[RoutingPoint]:
+        return [RoutingPoint(**log["routing"]) for log in log_history if "routing" in log]
+
+
+class KeepFork(TrainerCallback):
+    """Keeps the checkpoint of one step, from which larger budgets go on.
+
+    Args:
+        step: The last step of the stable part.
+        folder: Where the checkpoint is kept, under its own name.
+    """
+
+    def __init__(self, step: int, folder: Path):
+        self.step = step
+        self.folder = folder
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step != self.step:
+            return
+        name = f"checkpoint-{self.step}"
+        copy = self.folder / f"copying-{name}-{os.getpid()}"
+        shutil.copytree(Path(args.output_dir) / name, copy)
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        copy.rename(self.folder / name)
+
+
+class ProgressFile(TrainerCallback):
+    """Writes how far a run is, for `scaling status`.
+
+    Args:
+        folder: The run's folder.
+        budget: That of the branch.
+    """
+
+    def __init__(self, folder: Path, budget: float):
+        self.folder = folder
+        self.budget = budget
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        write_json(self.folder / PROGRESS, {"budget": self.budget, "step": state.global_step})

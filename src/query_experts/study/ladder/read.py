@@ -1,0 +1,48 @@
+"""`query-experts scaling fit` and `scaling report`: what the results so far say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from query_experts.common.errors import SettingError
+from query_experts.common.formatting import plural
+from query_experts.study.ladder.fit import fit_ladder
+from query_experts.study.ladder.page import write_page
+from query_experts.study.ladder.queue import Queue
+from query_experts.study.ladder.results import LadderResult
+from query_experts.study.ladder.settings import ScalingSettings
+from query_experts.study.ladder.terminal import print_fit
+
+
+def print_laws(settings: ScalingSettings, console: Console) -> None:
+    """Prints gaps and laws. Raises SettingError for a ladder without results, or with results of something else."""
+    print_fit(fit_ladder(_read(settings)[1]), console)
+
+
+def report(settings: ScalingSettings, console: Console) -> None:
+    """Writes the page ladder.html into `out`, and prints the same; raises as `print_laws`."""
+    queue, results = _read(settings)
+    fit = fit_ladder(results)
+    page = Path(settings.out) / "ladder.html"
+    write_page(results, fit, page, missing_words(queue))
+    print_fit(fit, console)
+    console.print(Text(f"Page: {page}"))
+
+
+def missing_words(queue: Queue) -> list[str]:
+    """What a ladder still has to run, a line for each rung and arm."""
+    counts = Counter((run.rung, run.variant, run.arm) for run in queue.missing())
+    return [f"{' '.join(filter(None, key))}: {plural(count, 'run')}" for key, count in counts.items()]
+
+
+def _read(settings: ScalingSettings) -> tuple[Queue, list[LadderResult]]:
+    settings.check()
+    queue = Queue.read(Path(settings.ladder))
+    results = queue.results()
+    if not results:
+        raise SettingError(f"ladder is {queue.file}, in whose results no run has finished yet; it must hold one")
+    return queue, results

@@ -1,0 +1,272 @@
+"""The settings of `scaling`, and the YAML file that describes a ladder: its rungs, and the plan of its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from query_experts.common.errors import SettingError
+from query_experts.common.fields import (
+    Bounds,
+    Count,
+    Distinct,
+    NonNegative,
+    NotEmpty,
+    Seed,
+    Settings,
+    argument,
+    option,
+)
+from query_experts.common.settings import validate
+from query_experts.model import costs
+from query_experts.model.arms import ARMS, ModelSize, arm_config, build, check_arms, in_order
+from query_experts.study.results import first_fault
+from query_experts.study.settings import RunSettings
+
+WARMUP, DECAY = 0.1, 0.2  # of the smallest budget; of each budget
+LOGS = 40  # in a whole run, whose steps are a multiple of it
+LEAST_BUDGET = 0.125  # a budget's end and the start of its decay then fall on logs
+# the queue sets these for each run
+BY_THE_QUEUE = {"out", "cache_dir", "stop_after_minutes", "steps", "warmup_fraction", "decay_fraction", "evaluations"}
+
+
+@dataclass
+class ScalingSettings(Settings):
+    """`query-experts scaling`."""
+
+    action: Literal["run", "status", "fit", "report"] = argument(
+        "run: train what is missing; status: what is done, running and missing; fit: print gaps and laws; report: the "
+        "same as a page"
+    )
+    ladder: Annotated[str, NotEmpty("be a ladder's file")] = argument("the ladder, a YAML file")
+    data: str | None = option(
+        None, "run: folder of the text files that the ladder names; not needed once they are tokenised", "data",
+        metavar="FOLDER",
+    )  # fmt: skip
+    only: list[str] = option([], "run, status: only these rungs and arms", "what to run", metavar="NAME")
+    hours: NonNegative | None = option(
+        None, "run: save and stop after X hours; the same command goes on from there", "what to run"
+    )
+    minutes: NonNegative | None = option(
+        None, "run: begin only runs that end within X minutes from now, at the rate measured so far", "what to run"
+    )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "run: the rungs of this device; auto: cuda where there is one, else cpu", "machine"
+    )
+    out: Annotated[str, NotEmpty("be a folder")] = option(
+        "runs/ladder", "folder for tokens, checkpoints and the page; results go where the ladder says", "output",
+        metavar="FOLDER",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises SettingError, naming the field, what it held and what is allowed."""
+        validate(self)
+        for name, actions in (("data", ["run"]), ("hours", ["run"]), ("minutes", ["run"]), ("only", ["run", "status"])):
+            if getattr(self, name) not in (None, []) and self.action not in actions:
+                raise SettingError(
+                    f"{name} is {getattr(self, name)!r}, which belongs to scaling {' and '.join(actions)}; it must be "
+                    "left out"
+                )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A part of the plan, whose runs come rung by rung, seed by seed, arm by arm.
+
+    Args:
+        rungs: Names of rungs.
+        arms: Arms of the study.
+        seeds: How many seeds, from 0 on.
+        vary: Setting -> values with each of which every run is made, as in a sweep of the learning rate.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    rungs: Annotated[list[str], Distinct()]
+    arms: Annotated[list[str], Distinct()]
+    seeds: Count
+    vary: dict[str, list[float]] = field(default_factory=dict)
+
+    def variants(self) -> list[tuple[tuple[str, float], ...]]:
+        return [((name, value),) for name, values in self.vary.items() for value in values] or [()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the queue; its budgets give a result each.
+
+    Args:
+        varied: Settings in which it differs from its rung's.
+    """
+
+    rung: str
+    arm: str
+    seed: int
+    varied: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def variant(self) -> str:
+        """The varied setting as text, such as `learning_rate=0.004`; empty for none."""
+        return ",".join(f"{name}={value:g}" for name, value in self.varied)
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        return self.rung, self.variant, self.arm, self.seed
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, [self.rung, self.variant.replace("=", "-"), self.arm, f"seed{self.seed}"]))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The content of a ladder's file.
+
+    Args:
+        results: Folder of the result files, relative to the ladder's file.
+        data: Names of text files to train on, in `--data`; or, with `hub` names and paths, as `train` takes them.
+        validation: Names of text files that are held out whole.
+        data_hash: The hash of the tokens that every run must have; None before it is known.
+        tag: The tag of the code that the queue runs; results of another are refused. None: any code.
+        tokens_per_parameter: Training tokens for each parameter of the dense arm, embeddings not counted.
+        budgets: Shares of a rung's tokens for which there are results, rising, the last is 1.
+        threads: Threads of a worker on a CPU.
+        settings: Settings of every run, as `query-experts train` has them.
+        rungs: Name -> settings in which a rung differs.
+        plan: What to run, in this order.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    results: str
+    data: Annotated[list[str], Distinct()]
+    validation: Annotated[list[str], Distinct()]
+    tokens_per_parameter: Annotated[float, Bounds(above=0)]
+    budgets: list[Annotated[float, Bounds(above=0, most=1)]]
+    settings: dict[str, Any]
+    rungs: dict[str, dict[str, Any]]
+    plan: list[Entry]
+    threads: Count = 1
+    data_hash: str | None = None
+    tag: str | None = None
+
+    def runs(self) -> list[Run]:
+        """Every run, in the order of the plan, each once."""
+        return [*dict.fromkeys(self._planned())]
+
+    def _planned(self) -> Iterator[Run]:
+        for entry in self.plan:
+            for rung, seed in product(entry.rungs, range(entry.seeds)):
+                for varied, arm in product(entry.variants(), entry.arms):
+                    yield Run(rung, arm, seed, varied)
+
+    def share_trained(self, budgets: list[float]) -> float:
+        """Share of a run's tokens that are trained for some budgets, each from the stable part of the one before."""
+        return sum(budget - self.stable_before(budget) for budget in budgets)
+
+    def stable_before(self, budget: float) -> float:
+        """Share of a run's tokens in the stable part of the budget before."""
+        return (1 - DECAY) * max((b for b in self.budgets if b < budget), default=0.0)
+
+    def arms(self) -> list[str]:
+        return in_order(run.arm for run in self.runs())
+
+    def device(self, rung: str) -> str:
+        """cpu or cuda, for which a rung is made."""
+        return {"device": "cpu", **self.settings, **self.rungs[rung]}["device"]
+
+    def flops_per_token(self, run: Run) -> float:
+        """Active FLOPs of training, for a token."""
+        settings = self.run_settings(run)
+        return 3 * costs.flops_per_token(arm_config(run.arm, settings.model_size()), settings.seq_len)
+
+    def run_settings(self, run: Run) -> RunSettings:
+        """The settings of a whole run: the ladder's, the rung's, the varied ones, and steps by the rule.
+
+        Raises SettingError for a setting that can't be used.
+        """
+        given = self.settings | self.rungs[run.rung] | dict(run.varied)
+        settings = RunSettings(**given, data=[*self.data], validation=[*self.validation], max_bytes=None)
+        return dataclasses.replace(settings, steps=self.steps(settings))
+
+    def steps(self, settings: RunSettings) -> int:
+        """`tokens_per_parameter` for each parameter of the dense arm without embeddings, in multiples of 40 steps."""
+        tokens = self.tokens_per_parameter * parameters_without_embeddings(settings.model_size())
+        return max(1, round(tokens / settings.tokens_per_step / LOGS)) * LOGS
+
+    def branch_settings(self, settings: RunSettings, budget: float) -> RunSettings:
+        """The settings of a straight run of a share of the tokens.
+
+        Warm-up takes a tenth of the smallest budget's steps in all of them, decay a fifth of each budget's.
+        """
+        steps = round(budget * settings.steps)
+        warmup = round(WARMUP * self.budgets[0] * settings.steps)
+        return dataclasses.replace(
+            settings, steps=steps, warmup_fraction=warmup / steps, decay_fraction=round(DECAY * steps) / steps
+        )
+
+
+@cache
+def parameters_without_embeddings(size: ModelSize) -> int:
+    """Parameters of the dense arm, embeddings not counted."""
+    with torch.device("meta"):
+        counts = costs.parameters(build(arm_config("dense", size)))
+    return counts["total"] - counts["embedding"]
+
+
+@cache
+def _check_arm(arm: str, size: ModelSize) -> None:
+    check_arms([arm], size)
+
+
+def read_ladder(file: Path) -> Ladder:
+    """Reads and checks a ladder's file. Raises SettingError, naming the field, what it held and what is allowed."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise SettingError(f"ladder is {file}, which can't be read ({reason}); it must be a YAML file") from error
+    try:
+        ladder = TypeAdapter(Ladder).validate_python(content)
+    except ValidationError as error:
+        raise SettingError(f"ladder is {file}, whose {first_fault(error)}") from error
+    _check(file, ladder)
+    return ladder
+
+
+def _check(file: Path, ladder: Ladder) -> None:
+    def refuse(what: str, allowed: str) -> SettingError:
+        return SettingError(f"ladder is {file}, whose {what}; {allowed}")
+
+    if not ladder.budgets or ladder.budgets != sorted({*ladder.budgets}) or ladder.budgets[-1] != 1:
+        raise refuse(f"budgets are {ladder.budgets}", "they must rise, and the last must be 1")
+    for share in ladder.budgets:
+        if share % LEAST_BUDGET:
+            raise refuse(f"budgets hold {share}", f"each must be a multiple of {LEAST_BUDGET}")
+    known = {f.name for f in dataclasses.fields(RunSettings)} - BY_THE_QUEUE - {"data", "validation", "max_bytes"}
+    places = {"settings": ladder.settings} | {f"rungs.{name}": values for name, values in ladder.rungs.items()}
+    places |= {f"plan.{number}.vary": entry.vary for number, entry in enumerate(ladder.plan)}
+    for place, values in places.items():
+        for name in values.keys() - known:
+            raise refuse(f"{place} holds {name!r}", f"it must hold some of {', '.join(sorted(known))}")
+    for number, entry in enumerate(ladder.plan):
+        for names, allowed in ((entry.rungs, ladder.rungs), (entry.arms, ARMS)):
+            for name in names:
+                if name not in allowed:
+                    raise refuse(f"plan.{number} holds {name!r}", f"it must be one of {', '.join(allowed)}")
+    for run in ladder.runs():
+        try:
+            settings = ladder.run_settings(run)
+            validate(settings)
+            _check_arm(run.arm, settings.model_size())
+        except SettingError as error:
+            raise refuse(f"run {run.name} can't be trained", str(error)) from error
