@@ -80,14 +80,6 @@ def commit() -> str | None:
     return found.stdout.decode().strip() or None if inside.returncode == 0 else None
 
 
-def tags() -> list[str]:
-    """The tags of the commit that the package is at; none outside of a checkout, or where files differ from it."""
-    if (commit() or "+").endswith("+"):
-        return []
-    found = subprocess.run(["git", "-C", str(PACKAGE), "tag", "--points-at", "HEAD"], capture_output=True, timeout=10)
-    return found.stdout.decode().split()
-
-
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
     return _cpu_info("model name") or platform.processor() or platform.machine()

@@ -136,7 +136,8 @@ class Ladder:
         data: Names of text files to train on, in `--data`; or, with `hub` names and paths, as `train` takes them.
         validation: Names of text files that are held out whole.
         data_hash: The hash of the tokens that every run must have; None before it is known.
-        tag: The tag of the code that the queue runs; results of another are refused. None: any code.
+        tag: The name of the code that the queue runs, as results keep it; None for any code.
+        commit: The commit of that code.
         tokens_per_parameter: Training tokens for each parameter of the dense arm, embeddings not counted.
         budgets: Shares of a rung's tokens for which there are results, rising, the last is 1.
         threads: Threads of a worker on a CPU.
@@ -158,6 +159,7 @@ class Ladder:
     threads: Count = 1
     data_hash: str | None = None
     tag: str | None = None
+    commit: str | None = None
 
     def runs(self) -> list[Run]:
         """Every run, in the order of the plan, each once."""
@@ -217,7 +219,8 @@ class Ladder:
 
 @cache
 def parameters_without_embeddings(size: ModelSize) -> int:
-    """Parameters of the dense arm, embeddings not counted."""
+    """Parameters of the dense arm, embeddings not counted. Raises SettingError for a size that can't be built."""
+    _check_arm("dense", size)
     with torch.device("meta"):
         counts = costs.parameters(build(arm_config("dense", size)))
     return counts["total"] - counts["embedding"]
@@ -252,6 +255,8 @@ def _check(file: Path, ladder: Ladder) -> None:
     for share in ladder.budgets:
         if share % LEAST_BUDGET:
             raise refuse(f"budgets hold {share}", f"each must be a multiple of {LEAST_BUDGET}")
+    if (ladder.tag is None) != (ladder.commit is None):
+        raise refuse(f"tag is {ladder.tag!r} and commit {ladder.commit!r}", "both must be given, or neither")
     known = {f.name for f in dataclasses.fields(RunSettings)} - BY_THE_QUEUE - {"data", "validation", "max_bytes"}
     places = {"settings": ladder.settings} | {f"rungs.{name}": values for name, values in ladder.rungs.items()}
     places |= {f"plan.{number}.vary": entry.vary for number, entry in enumerate(ladder.plan)}

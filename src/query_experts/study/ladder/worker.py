@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from query_experts.common.device import check_device, require_one_process, resolve_device
-from query_experts.common.environment import tags
+from query_experts.common.environment import commit
 from query_experts.common.errors import SettingError
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus, prepare
@@ -163,16 +163,17 @@ def run_lock(out: Path, run: Run) -> FileLock:
 
 def require_tag(queue: Queue) -> None:
     """Raises SettingError where the code that runs isn't that of the ladder's tag, or a rung has begun with another."""
-    tag = queue.ladder.tag
-    if tag is None:
+    tag, wanted, running = queue.ladder.tag, queue.ladder.commit, commit() or "no commit"
+    if tag is None or wanted is None:
         return
-    if tag not in tags():
+    if not wanted.startswith(running):
         raise SettingError(
-            f"ladder is {queue.file}, whose tag is {tag!r}; the code that runs must be that tag's, without changes"
+            f"ladder is {queue.file}, whose tag is {tag!r}, commit {wanted}; the code that runs is that of {running} "
+            "and must be the tag's, without changes: dev/ladder.sh keeps it beside yours"
         )
-    open_rungs = {run.rung for run in queue.missing()}
+    unfinished = {run.rung for run in queue.missing()}
     for result in queue.results():
-        if result.rung in open_rungs and result.tag != tag:
+        if result.rung in unfinished and result.tag != tag:
             raise SettingError(
                 f"ladder is {queue.file}, whose tag is {tag!r}; rung {result.rung} has begun with {result.tag!r} and "
                 "must be completed with it"

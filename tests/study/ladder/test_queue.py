@@ -1,0 +1,263 @@
+"""The queue of a ladder: its file, its order, several workers, kills, deadlines and what it prints."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from query_experts.common.errors import SettingError
+from query_experts.model import costs
+from query_experts.study.ladder import worker
+from query_experts.study.ladder.queue import Queue, Rates
+from query_experts.study.ladder.settings import LOGS, parameters_without_embeddings, read_ladder
+from query_experts.study.ladder.status import print_status, status
+from query_experts.study.ladder.worker import run_lock, run_queue
+from query_experts.study.train import new_model
+from queue_helpers import LADDER, RUNG, results_of, scaling, write_ladder
+from study_helpers import quiet, said
+
+ONE = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 1}]}
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(SettingError) as caught:
+        read_ladder(file)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_runs_come_smallest_rung_first_and_seed_by_seed(tmp_path):
+    extra = {"rungs": ["small"], "arms": ["dense", "frozen"], "seeds": 1, "vary": {"learning_rate": [0.1, 0.2]}}
+    ladder = read_ladder(write_ladder(tmp_path, plan=[*LADDER["plan"], extra]))
+    assert [run.name for run in ladder.runs()] == [
+        "small-dense-seed0", "small-gqe-seed0", "small-dense-seed1", "small-gqe-seed1",
+        "large-dense-seed0", "large-gqe-seed0", "large-dense-seed1", "large-gqe-seed1",
+        "small-learning_rate-0.1-dense-seed0", "small-learning_rate-0.1-frozen-seed0",
+        "small-learning_rate-0.2-dense-seed0", "small-learning_rate-0.2-frozen-seed0",
+    ]  # fmt: skip
+
+
+def test_tokens_follow_the_parameters_of_dense_without_embeddings(tmp_path):
+    ladder = read_ladder(write_ladder(tmp_path, tokens_per_parameter=20))
+    for run in ladder.runs():
+        settings = ladder.run_settings(run)
+        counts = costs.parameters(new_model(settings, "dense", 0))
+        wanted = 20 * (counts["total"] - counts["embedding"])
+        assert parameters_without_embeddings(settings.model_size()) * 20 == wanted
+        assert abs(settings.steps * settings.tokens_per_step - wanted) <= LOGS / 2 * settings.tokens_per_step
+        assert settings.steps % LOGS == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgets": [0.5, 0.25, 1]}, "budgets are [0.5, 0.25, 1.0]; they must rise"),
+        ({"budgets": [0.25, 0.5]}, "the last must be 1"),
+        ({"budgets": [0.3, 1]}, "budgets hold 0.3; each must be a multiple of 0.125"),
+        ({"settings": {"steps": 5}}, "settings holds 'steps'; it must hold some of"),
+        ({"settings": {"out": "x"}}, "settings holds 'out'"),
+        ({"rungs": {"small": {"hidden": 1}, "large": {}}}, "rungs.small holds 'hidden'"),
+        ({"rungs": {"small": RUNG, "large": RUNG | {"num_attention_heads": 3}}}, "run large-dense-seed0 can't be"),
+        ({"rungs": {"small": RUNG | {"learning_rate": -1.0}, "large": RUNG}}, "learning_rate is -1.0"),
+        ({"plan": [{"rungs": ["tiny"], "arms": ["dense"], "seeds": 1}]}, "holds 'tiny'; it must be one of small"),
+        ({"plan": [{"rungs": ["small"], "arms": ["densest"], "seeds": 1}]}, "holds 'densest'; it must be one of dense"),
+        ({"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": 0}]}, "seeds"),
+        ({"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": 1, "vary": {"seed": [1]}}]}, "holds 'seed'"),
+        ({"surprise": 1}, "surprise"),
+        ({"tokens_per_parameter": 0}, "tokens_per_parameter"),
+        ({"threads": 0}, "threads"),
+        ({"tag": "one"}, "tag is 'one' and commit None; both must be given, or neither"),
+        ({"validation": []}, "validation"),
+    ],
+)  # fmt: skip
+def test_a_ladder_that_can_not_be_run_is_refused_in_a_sentence(tmp_path, changes, words):
+    assert words in refusal(write_ladder(tmp_path, **changes))
+
+
+def test_a_file_that_is_no_ladder_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "a.yaml").write_text("- 1")
+    (tmp_path / "b.yaml").write_text("a: [")
+    for name in ("a.yaml", "b.yaml", "c.yaml"):
+        assert str(tmp_path / name) in refusal(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("action", "more", "words"),
+    [
+        ("status", {"data": "x"}, "data is 'x', which belongs to scaling run"),
+        ("fit", {"hours": 1.0}, "hours is 1.0, which belongs to scaling run"),
+        ("report", {"only": ["small"]}, "only is ['small'], which belongs to scaling run and status"),
+        ("walk", {}, "action is 'walk'"),
+    ],
+)
+def test_options_of_another_action_are_refused(tmp_path, action, more, words):
+    with pytest.raises(SettingError, match=".*".join(map(str, [words.replace("[", r"\[").replace("]", r"\]")]))):
+        scaling(write_ladder(tmp_path), action, **more).check()
+
+
+def test_only_takes_rungs_and_arms_and_refuses_other_names(tmp_path):
+    file = write_ladder(tmp_path)
+    names = lambda only: [run.name for run in Queue.read(file, only).runs]  # noqa: E731
+    assert names(["large", "gqe"]) == ["large-gqe-seed0", "large-gqe-seed1"]
+    assert len(names(["gqe"])) == len(names(["small"])) == 4
+    with pytest.raises(SettingError, match="only holds 'huge'; it must hold some of small, large, dense, gqe"):
+        Queue.read(file, ["huge"])
+
+
+def test_a_worker_takes_only_the_rungs_of_its_device(tmp_path):
+    file = write_ladder(tmp_path, rungs={"small": RUNG, "large": RUNG | {"device": "cuda"}})
+    assert {run.rung for run in Queue.read(file, device="cpu").runs} == {"small"}
+    assert {run.rung for run in Queue.read(file, device="cuda").runs} == {"large"}
+
+
+def test_the_queue_trains_what_is_missing_and_nothing_twice(tmp_path):
+    file, console = write_ladder(tmp_path, **ONE), quiet()
+    assert run_queue(scaling(file), console)
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    assert len(first) == 6
+    assert "small-gqe-seed0, 50.0%: " in said(console)
+    (tmp_path / "results" / "small-gqe-seed0-050.json").rename(tmp_path / "kept.json")
+    assert run_queue(scaling(file), quiet())
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    assert {name for name in again if again[name] != first[name]} == {"small-gqe-seed0-050.json"}
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    new = results_of(tmp_path)["small-gqe-seed0-050.json"]
+    assert {name: kept[name] for name in new} == new
+
+
+def test_tokens_are_found_without_their_texts_and_must_be_those_of_the_ladder(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    with pytest.raises(SettingError, match="data isn't given, and out holds 0 folders of tokens"):
+        run_queue(scaling(file, data=None), quiet())
+    run_queue(scaling(file), quiet())
+    for path in tmp_path.glob("*.txt"):
+        path.unlink()
+    (tmp_path / "results" / "small-gqe-seed0-100.json").unlink()
+    assert run_queue(scaling(file, data=None), quiet())
+    tokens = next((tmp_path / "out" / "tokens").glob("corpus-*"))
+    assert run_queue(scaling(file, data=str(tokens), out=str(tmp_path / "elsewhere")), quiet())
+    with pytest.raises(SettingError, match="data_hash 'abc'|hash .*; ladder .* has data_hash abc"):
+        run_queue(scaling(write_ladder(tmp_path, **ONE, data_hash="abc"), data=None), quiet())
+
+
+def test_more_than_four_epochs_are_refused(tmp_path):
+    file = write_ladder(tmp_path, **ONE, tokens_per_parameter=100)
+    with pytest.raises(SettingError, match=r"of which rung small would train \d+\.\d epochs; it must be 4 at most"):
+        run_queue(scaling(file), quiet())
+
+
+def test_a_locked_run_is_left_to_its_worker(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    queue = Queue.read(file)
+    with run_lock(tmp_path / "out", queue.runs[0]):
+        assert not run_queue(scaling(file), quiet())
+        assert {name.split("-")[1] for name in results_of(tmp_path)} == {"gqe"}
+    assert run_queue(scaling(file), quiet())
+
+
+def test_a_result_made_with_other_settings_is_refused(tmp_path):
+    run_queue(scaling(write_ladder(tmp_path, **ONE)), quiet())
+    file = write_ladder(tmp_path, **ONE, rungs={"small": RUNG | {"learning_rate": 0.5}, "large": RUNG})
+    with pytest.raises(SettingError, match=r"run small-.*-seed0 has learning_rate 0.5; its result was made with 0.002"):
+        Queue.read(file).results()
+
+
+def test_results_of_one_tag_only_stand_in_a_rung_that_is_not_complete(tmp_path, monkeypatch):
+    file = write_ladder(tmp_path, **ONE, tag="one", commit="1234567890")
+    for running in (None, "1234567+", "7654321"):
+        monkeypatch.setattr(worker, "commit", lambda found=running: found)
+        with pytest.raises(SettingError, match="whose tag is 'one', commit 1234567890; the code that runs is that of"):
+            run_queue(scaling(file), quiet())
+    monkeypatch.setattr(worker, "commit", lambda: "1234567")
+    run_queue(scaling(file), quiet())
+    assert {result["tag"] for result in results_of(tmp_path).values()} == {"one"}
+    other = write_ladder(tmp_path, **ONE, tag="two", commit="1234567aaa")
+    assert run_queue(scaling(other), quiet())
+    (tmp_path / "results" / "small-gqe-seed0-100.json").unlink()
+    with pytest.raises(SettingError, match="rung small has begun with 'one' and must be completed with it"):
+        run_queue(scaling(other), quiet())
+
+
+def test_hours_stop_a_run_that_goes_on_later(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    assert not run_queue(scaling(file, hours=1e-7), quiet())
+    assert results_of(tmp_path) == {}
+    assert run_queue(scaling(file), quiet())
+
+
+def test_minutes_leave_out_runs_that_would_not_end_in_time(tmp_path):
+    file = write_ladder(tmp_path, plan=[{"rungs": ["small"], "arms": ["dense"], "seeds": 2}])
+    run_queue(scaling(file), quiet())
+    (tmp_path / "results" / "small-dense-seed1-100.json").unlink()
+    queue = Queue.read(file)
+    seconds = Rates(queue, queue.results()).seconds(queue.runs[1], [1.0])
+    assert not run_queue(scaling(file, minutes=seconds / 60 / 2), quiet())
+    assert len(results_of(tmp_path)) == 5
+    assert run_queue(scaling(file, minutes=seconds + 10), quiet())
+
+
+def test_rates_of_other_runs_stand_in_by_their_flops(tmp_path):
+    file = write_ladder(tmp_path)
+    run_queue(scaling(file, only=["small", "dense"]), quiet())
+    queue = Queue.read(file)
+    rates = Rates(queue, queue.results())
+    large = next(run for run in queue.runs if run.rung == "large")
+    small = queue.runs[0]
+    ratio = queue.ladder.flops_per_token(large) / queue.ladder.flops_per_token(small)
+    assert rates.tokens_per_s(large) == pytest.approx(rates.tokens_per_s(small) / ratio, rel=0.5)
+    settings = queue.ladder.run_settings(small)
+    validated = sum(part.predicted_tokens for part in rates.results[0].parts)
+    whole = (1.15 * settings.steps * settings.tokens_per_step + validated) / rates.tokens_per_s(small)
+    assert rates.seconds(small, [0.25, 0.5, 1.0]) == pytest.approx(whole)
+    assert Rates(queue, []).seconds(small, [1.0]) is None
+
+
+def test_status_counts_what_is_done_running_and_missing(tmp_path):
+    file = write_ladder(tmp_path)
+    run_queue(scaling(file, only=["small", "dense"]), quiet())
+    queue = Queue.read(file)
+    running = next(run for run in queue.runs if run.name == "small-gqe-seed1")
+    with run_lock(tmp_path / "out", running):
+        rows = {(row.rung, row.arm): row for row in status(queue, tmp_path / "out")}
+        console = quiet()
+        print_status(scaling(file, "status"), console)
+    assert (rows["small", "dense"].done, rows["small", "dense"].missing) == (2, 0)
+    assert rows["small", "dense"].hours_left == 0
+    assert rows["small", "dense"].hours_done > 0
+    assert (rows["small", "gqe"].done, rows["small", "gqe"].missing) == (0, 1)
+    assert rows["small", "gqe"].running[0].startswith("seed 1 0%")
+    assert rows["large", "gqe"].hours_left > rows["small", "gqe"].hours_left > 0
+    assert "2 runs done" in said(console)
+    assert "5 missing" in said(console)
+
+
+def command(file: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "query_experts.cli", "scaling", "run", str(file), "--data", str(file.parent),
+            "--out", str(file.parent / "out"), *more]  # fmt: skip
+
+
+def test_two_workers_and_kills_at_random_moments_give_the_results_of_one_quiet_worker(tmp_path):
+    plan = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 2}], "tokens_per_parameter": 2}
+    quiet_one, killed = tmp_path / "one", tmp_path / "killed"
+    quiet_one.mkdir(), killed.mkdir()
+    run_queue(scaling(write_ladder(quiet_one, **plan)), quiet())
+    file = write_ladder(killed, **plan)
+    moments, environment = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        workers = [subprocess.Popen(command(file), env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
+        begun = time.monotonic()
+        while not (killed / "out" / "runs").exists() and time.monotonic() < begun + 120:
+            time.sleep(0.1)
+        time.sleep(moments.uniform(4, 12))
+        for one in workers:
+            one.send_signal(signal.SIGKILL)
+            one.wait()
+    assert run_queue(scaling(file), quiet())
+    assert results_of(killed) == results_of(quiet_one)
