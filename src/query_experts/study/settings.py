@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
-from query_experts.common.device import Device, check_compiler, check_device, has_bfloat16, require_one_process, resolve_device
+from query_experts.common.device import (
+    Device,
+    check_compiler,
+    check_device,
+    has_bfloat16,
+    require_one_process,
+    resolve_device,
+)
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import (
     Bounds,

@@ -1,6 +1,5 @@
 """The queue of a ladder: its file, its order, several workers, kills, deadlines and what it prints."""
 
-import dataclasses
 import json
 import os
 import random
@@ -143,7 +142,7 @@ def test_tokens_are_found_without_their_texts_and_must_be_those_of_the_ladder(tm
     assert run_queue(scaling(file, data=None), quiet())
     tokens = next((tmp_path / "out" / "tokens").glob("corpus-*"))
     assert run_queue(scaling(file, data=str(tokens), out=str(tmp_path / "elsewhere")), quiet())
-    with pytest.raises(SettingError, match="data_hash 'abc'|hash .*; ladder .* has data_hash abc"):
+    with pytest.raises(SettingError, match=r"hash \w+; ladder .* has data_hash abc"):
         run_queue(scaling(write_ladder(tmp_path, **ONE, data_hash="abc"), data=None), quiet())
 
 

@@ -45,7 +45,16 @@ from query_experts.training import GQETrainer
 
 SAVES = LOGS // 2  # checkpoints in a whole run
 CHECKPOINT_BYTES = 3 * 4  # of a parameter: the weight and Adam's two moments, float32
-NOT_IN_RESULTS = {"out", "data", "validation", "cache_dir", "tokenizer", "stop_after_minutes", "max_bytes", "text_field"}
+NOT_IN_RESULTS = {
+    "out",
+    "data",
+    "validation",
+    "cache_dir",
+    "tokenizer",
+    "stop_after_minutes",
+    "max_bytes",
+    "text_field",
+}
 
 
 @dataclass(frozen=True)
@@ -130,8 +139,11 @@ class Branch:
         diverged = not losses_are_finite(trainer.state.log_history)
         parts = [] if diverged else losses_by_part(model, corpus, settings)
         predicted = sum(part.predicted_tokens for part in parts)
-        loss = None if diverged else sum(part.loss * part.predicted_tokens for part in parts) / predicted
+        loss = bits = None
         facts, parameters = corpus.facts, costs.parameters(model)
+        if not diverged:
+            loss = sum(part.loss * part.predicted_tokens for part in parts) / predicted
+            bits = bits_per_byte(loss, facts.validation_tokens, facts.validation_bytes)
         instructions = {piece["instructions"] for piece in pieces.pieces}
         return LadderResult(
             ladder=self.name,
@@ -149,7 +161,7 @@ class Branch:
             active_flops=3 * tokens * costs.flops_per_token(config, settings.seq_len),
             diverged_at_tokens=tokens if diverged else None,
             validation_loss=loss,
-            bits_per_byte=None if loss is None else bits_per_byte(loss, facts.validation_tokens, facts.validation_bytes),
+            bits_per_byte=bits,
             parts=parts,
             routing=routing_load(model, sample) if is_routed(model) and not diverged else None,
             routing_curve=RoutingCurve.points(trainer.state.log_history),

@@ -33,9 +33,7 @@ class RoutingCurve(TrainerCallback):
         self.tokens_per_step = tokens_per_step
         self.sample = sample
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
         if state.global_step % self.every or not is_routed(model):
             return

@@ -21,7 +21,6 @@ from query_experts.common.fields import (
     Distinct,
     NonNegative,
     NotEmpty,
-    Seed,
     Settings,
     argument,
     option,

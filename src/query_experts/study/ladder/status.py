@@ -71,14 +71,10 @@ def status(queue: Queue, out: Path) -> list[Row]:
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in queue.runs:
         groups.setdefault((run.rung, run.variant, run.arm), []).append(run)
-    return [
-        _row(queue, out, rates, {run: missing.get(run, []) for run in runs}, results) for runs in groups.values()
-    ]
+    return [_row(queue, out, rates, {run: missing.get(run, []) for run in runs}, results) for runs in groups.values()]
 
 
-def _row(
-    queue: Queue, out: Path, rates: Rates, lacking: dict[Run, list[float]], results: list[LadderResult]
-) -> Row:
+def _row(queue: Queue, out: Path, rates: Rates, lacking: dict[Run, list[float]], results: list[LadderResult]) -> Row:
     """lacking: the runs of the row, with the budgets that they lack."""
     first, budgets = next(iter(lacking)), queue.ladder.budgets
     settings = queue.ladder.run_settings(first)

@@ -187,23 +187,13 @@ def open_tokens(queue: Queue, settings: ScalingSettings, console: Console) -> Co
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    ladder, cache = queue.ladder, Path(settings.out) / "tokens"
+    ladder = queue.ladder
     shared = ladder.run_settings(ladder.runs()[0])
-    common = {"cache_dir": cache, "seq_len": shared.seq_len, "vocab_size": shared.vocab_size}
-    if settings.data is not None and not (Path(settings.data) / "meta.json").exists():
-        folder = Path(settings.data)
-        corpus = prepare(
-            [str(folder / name) for name in ladder.data], validation=[str(folder / name) for name in ladder.validation],
-            tokenizer=shared.tokenizer, text_field=shared.text_field, **common,
-        )  # fmt: skip
-    else:
-        kept = [Path(settings.data)] if settings.data is not None else sorted(cache.glob("corpus-*"))
-        if len(kept) != 1:
-            raise SettingError(
-                f"data isn't given, and out holds {plural(len(kept), 'folder')} of tokens in {cache}; data must be the "
-                "folder of the text files, or one of tokens"
-            )
-        corpus = prepare([str(kept[0])], **common)
+    data, validation = text_files(queue, settings)
+    corpus = prepare(
+        data, validation=validation, cache_dir=tokens_folder(settings), seq_len=shared.seq_len,
+        vocab_size=shared.vocab_size, tokenizer=shared.tokenizer, text_field=shared.text_field,
+    )  # fmt: skip
     if ladder.data_hash not in (None, corpus.facts.data_hash):
         raise SettingError(
             f"data has tokens with the hash {corpus.facts.data_hash}; ladder {queue.file} has data_hash "
@@ -220,3 +210,24 @@ def open_tokens(queue: Queue, settings: ScalingSettings, console: Console) -> Co
                 f"epochs; it must be {MOST_EPOCHS} at most: give more text, or fewer tokens_per_parameter"
             )
     return corpus
+
+
+def tokens_folder(settings: ScalingSettings) -> Path:
+    return Path(settings.out) / "tokens"
+
+
+def text_files(queue: Queue, settings: ScalingSettings) -> tuple[list[str], list[str]]:
+    """The files to train on and to validate on; or one folder of tokens, and nothing.
+
+    Raises SettingError where `data` isn't given and `out` doesn't hold one folder of tokens.
+    """
+    if settings.data is not None and not (Path(settings.data) / "meta.json").exists():
+        folder, ladder = Path(settings.data), queue.ladder
+        return [str(folder / name) for name in ladder.data], [str(folder / name) for name in ladder.validation]
+    kept = [Path(settings.data)] if settings.data is not None else sorted(tokens_folder(settings).glob("corpus-*"))
+    if len(kept) != 1:
+        raise SettingError(
+            f"data isn't given, and out holds {plural(len(kept), 'folder')} of tokens in {tokens_folder(settings)}; "
+            "data must be the folder of the text files, or one of tokens"
+        )
+    return [str(kept[0])], []
