@@ -55,6 +55,19 @@ def test_the_loss_on_each_file_and_bits_per_byte_are_in_the_result(tmp_path, fil
     assert result.bits_per_byte == pytest.approx(result.validation_loss * share / math.log(2))
 
 
+def test_the_load_is_that_on_every_file(tmp_path, files, monkeypatch):
+    seen = []
+    real = measure.routing_load
+    monkeypatch.setattr(measure, "routing_load", lambda model, split: seen.extend(split.indices) or real(model, split))
+    settings = tiny_train(tmp_path, validation=files, validation_sequences=None, steps=2)
+    assert train(settings, quiet())
+    a, b = open_corpus(settings, tmp_path / "out", quiet()).validation_parts
+    assert len(seen) == measure.ROUTING_SEQUENCES < a.sequences
+    assert a.sequences / b.sequences == pytest.approx(
+        sum(i < a.sequences for i in seen) / sum(i >= a.sequences for i in seen), rel=0.5
+    )
+
+
 def test_without_validation_files_a_result_has_bits_per_byte_and_no_parts(tmp_path):
     settings = tiny_train(tmp_path)
     assert train(settings, quiet())

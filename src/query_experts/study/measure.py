@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -36,6 +37,13 @@ def validation_split(settings: RunSettings, corpus: Corpus) -> Subset:
     return Subset(corpus.validation, sorted(chosen.union(missed)))
 
 
+def _routing_split(settings: RunSettings, corpus: Corpus) -> Subset:
+    """The held-out sequences whose first ones show the load; with validation files, some of every file."""
+    if corpus.validation_parts:
+        settings = dataclasses.replace(settings, validation_sequences=ROUTING_SEQUENCES)
+    return validation_split(settings, corpus)
+
+
 def _positions(part: ValidationPart) -> range:
     """Where the part's sequences are within the held-out ones."""
     return range(part.first_sequence, part.first_sequence + part.sequences)
@@ -47,7 +55,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
     progress, zclip, pieces = (callback_of(trainer, kind) for kind in (TokenProgress, ZClipCallback, Pieces))
     trained_tokens = trainer.state.global_step * settings.tokens_per_step
     validation_curve = _final_validation_curve(trainer, settings.tokens_per_step)
-    validation, facts = validation_split(settings, corpus), corpus.facts
+    facts = corpus.facts
     diverged = not losses_are_finite(trainer.state.log_history)
     validation_loss = None if diverged else validation_curve[-1][1]
     routed = is_routed(model) and not diverged
@@ -70,7 +78,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
         validation_loss=validation_loss,
         train_curve=curve_of(trainer, "lm_loss", settings.tokens_per_step),
         validation_curve=validation_curve,
-        routing=routing_load(model, validation) if routed else None,
+        routing=routing_load(model, _routing_split(settings, corpus)) if routed else None,
         passage=passage(model, corpus) if routed else None,
         bits_per_byte=None
         if validation_loss is None
