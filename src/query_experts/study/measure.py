@@ -37,7 +37,7 @@ def validation_split(settings: RunSettings, corpus: Corpus) -> Subset:
     return Subset(corpus.validation, sorted(chosen.union(missed)))
 
 
-def _routing_split(settings: RunSettings, corpus: Corpus) -> Subset:
+def routing_split(settings: RunSettings, corpus: Corpus) -> Subset:
     """The held-out sequences whose first ones show the load; with validation files, some of every file."""
     if corpus.validation_parts:
         settings = dataclasses.replace(settings, validation_sequences=ROUTING_SEQUENCES)
@@ -78,7 +78,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
         validation_loss=validation_loss,
         train_curve=curve_of(trainer, "lm_loss", settings.tokens_per_step),
         validation_curve=validation_curve,
-        routing=routing_load(model, _routing_split(settings, corpus)) if routed else None,
+        routing=routing_load(model, routing_split(settings, corpus)) if routed else None,
         passage=passage(model, corpus) if routed else None,
         bits_per_byte=None
         if validation_loss is None

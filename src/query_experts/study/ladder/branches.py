@@ -22,13 +22,13 @@ from query_experts.study.ladder.callbacks import KeepFork, ProgressFile, Routing
 from query_experts.study.ladder.results import MIXED, LadderResult
 from query_experts.study.ladder.settings import LOGS, Ladder, Run
 from query_experts.study.measure import (
-    ROUTING_SEQUENCES,
     bits_per_byte,
     callback_of,
     curve_of,
     is_routed,
     losses_by_part,
     routing_load,
+    routing_split,
 )
 from query_experts.study.results import Piece
 from query_experts.study.settings import RunSettings
@@ -105,7 +105,7 @@ class Branch:
         settings = self.settings
         require_space(self.own_folder, 4 * CHECKPOINT_BYTES * model.num_parameters())
         model.load_state_dict(new_model(settings, self.run.arm, self.run.seed).state_dict())
-        sample = spread(corpus)
+        sample = routing_split(settings, corpus)
         trainer = self.trainer(settings, model, corpus, sample, stop)
         with disk_errors_as_os_errors(self.folder), close_progress_bar(trainer), stop.listening():
             train_from(trainer, last_checkpoint(self.own_folder / "checkpoints") or last_checkpoint(self.forks))
@@ -180,10 +180,3 @@ def recorded_settings(settings: RunSettings, ladder: Ladder) -> dict[str, Any]:
     """The settings of a run that its result holds: all that decides what is trained, and no path."""
     kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in NOT_IN_RESULTS}
     return kept | {"device": settings.torch_device, "dtype": settings.autocast_dtype(), "threads": ladder.threads}
-
-
-def spread(corpus: Corpus) -> Subset:
-    """Held-out sequences on which the load of the experts is measured, spread evenly over all of them."""
-    available = len(corpus.validation)
-    count = min(ROUTING_SEQUENCES, available)
-    return Subset(corpus.validation, [i * available // count for i in range(count)])
