@@ -34,6 +34,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
 from query_experts import GQEForCausalLM
 from query_experts.common.environment import environment
 from query_experts.common.files import write_json
+from query_experts.layers.router import select_top_k
 from query_experts.replay import replayed_routing
 from serve_results import ServeEnvironment
 
@@ -100,7 +101,7 @@ def through_transformers(model: GQEForCausalLM, prompt: list[int]) -> tuple[Tens
     M = model.config.num_attention_heads // model.config.num_key_value_heads
     first = torch.arange(0, model.config.num_attention_heads, M)[:, None]
     selected = [
-        logits.unflatten(-1, (-1, M)).topk(model.config.active_query_experts).indices for logits in out.router_logits
+        select_top_k(logits.unflatten(-1, (-1, M)), model.config.active_query_experts) for logits in out.router_logits
     ]
     return log_probs, torch.stack([(layer + first).flatten(1) for layer in selected], 1)
 

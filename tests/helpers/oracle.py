@@ -107,12 +107,12 @@ def oracle(
         """For each group, the probabilities of its experts and the selected experts in rank order."""
         if routing == "none":
             return [vector.new_full((experts,), 1 / experts)] * groups, [list(range(top_k))] * groups
-        p = [
-            _softmax([row.dot(vector) for row in params["router.weight"][g * experts : (g + 1) * experts]])
-            for g in range(groups)
+        logits = [
+            [row.dot(vector) for row in params["router.weight"][g * experts : (g + 1) * experts]] for g in range(groups)
         ]
-        # Python's sort is stable: equal probabilities stay in index order.
-        return p, [sorted(range(experts), key=lambda m, g=g: -p[g][m].item())[:top_k] for g in range(groups)]
+        # Python's sort is stable: equal logits stay in index order.
+        selected = [sorted(range(experts), key=lambda m, g=g: -logits[g][m].item())[:top_k] for g in range(groups)]
+        return [_softmax(group) for group in logits], selected
 
     def output(vector: Tensor, t: int, row: _Row, p: list[Tensor], selected: list[list[int]]) -> Tensor:
         """y of one token."""

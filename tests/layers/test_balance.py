@@ -73,9 +73,19 @@ def test_uniform_probabilities_give_k_a_layer_whatever_is_selected(top_k):
 
 
 def test_ties_go_to_the_lowest_index():
-    probs = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.1, 0.4], [0.3, 0.1, 0.3, 0.3]])
-    assert select_top_k(probs, 1).tolist() == [[0], [1], [0]]
-    assert select_top_k(probs, 3).tolist() == [[0, 1, 2], [1, 3, 0], [0, 2, 3]]
+    logits = torch.tensor([[0.25, 0.25, 0.25, 0.25], [-0.1, 0.4, -0.1, 0.4], [0.3, 0.1, 0.3, 0.3]])
+    assert select_top_k(logits, 1).tolist() == [[0], [1], [0]]
+    assert select_top_k(logits, 3).tolist() == [[0, 1, 2], [1, 3, 0], [0, 2, 3]]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4])
+def test_logits_that_are_not_finite_select_experts_that_exist(top_k):
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[nan] * 4, [0, nan, 1, nan], [-inf] * 4, [inf, -inf, inf, nan]])
+    selected = select_top_k(logits, top_k)
+    in_order = selected.sort(-1).values
+    assert 0 <= int(in_order.min()) <= int(in_order.max()) < 4
+    assert (in_order.diff(dim=-1) > 0).all()
 
 
 def test_a_collapsed_router_costs_m_a_layer():

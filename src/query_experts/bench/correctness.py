@@ -166,8 +166,8 @@ def _route(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if layer.router is None:
         probs, order = x.new_full((B, T, G, M), 1 / M), torch.arange(M, device=x.device).expand(B, T, G, M)
     else:
-        probs = F.linear(x, layer.router.weight).view(B, T, G, M).softmax(-1)
-        order = probs.argsort(stable=True, dim=-1, descending=True)
+        logits = F.linear(x, layer.router.weight).view(B, T, G, M)
+        probs, order = logits.softmax(-1), logits.argsort(stable=True, dim=-1, descending=True)
     return probs, F.one_hot(order[..., :k], M).to(x.dtype)
 
 

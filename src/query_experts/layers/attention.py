@@ -237,7 +237,7 @@ class GQEAttention(nn.Module):
         Returns:
             y [B, T, D], attention weights [B, heads, T, S] or None, and the routing.
         """
-        # Route: p_g = softmax(r_g x) over the M experts of each group; K_g = the k largest.
+        # Route: p_g = softmax(r_g x) over the M experts of each group; K_g = the k largest, found by their logits.
         routing = self.route(x)
 
         # Select: queries only of the experts in K_g and of the shared head; keys and values of every group.
@@ -257,7 +257,7 @@ class GQEAttention(nn.Module):
         return self.o_proj(self.combine(routed, shared, routing)), weights, routing
 
     def route(self, x: Tensor) -> Routing:
-        """x [B, T, D] -> probabilities [B, T, G, M] and selected experts [B, T, G, k]: softmax, then top-k."""
+        """x [B, T, D] -> probabilities [B, T, G, M] and selected experts [B, T, G, k]: top-k by the logits."""
         B, T, _ = x.shape
         G, M = self.num_kv_heads, self.experts_per_group
         if self.router is None:
@@ -267,7 +267,7 @@ class GQEAttention(nn.Module):
         probs = logits.softmax(-1)
         if self.forced_indices is not None:
             return Routing(logits, probs, self.forced_indices)
-        return Routing(logits, probs, select_top_k(probs.detach(), self.top_k))
+        return Routing(logits, probs, select_top_k(logits.detach(), self.top_k))
 
     def project_queries(self, x: Tensor, routing: Routing) -> Tensor:
         """x [B, T, D] -> queries of the selected experts, then of the shared head if any, [B, G*k (+1), T, d]."""

@@ -42,7 +42,7 @@ def routing_statistics(
     for logits in router_logits:
         grouped = logits.to(device).unflatten(-1, (num_groups, -1))  # [B*T, G, M]
         probs = grouped.softmax(-1)
-        chosen = F.one_hot(select_top_k(probs.detach(), top_k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
+        chosen = F.one_hot(select_top_k(grouped.detach(), top_k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
         z = grouped.logsumexp(-1).square().mean(-1)  # [B*T]
         if count is not None:
             chosen, probs, z = chosen * count[:, None, None], probs * count[:, None, None], z * count

@@ -95,11 +95,13 @@ def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:
     return rows.split(CPU_ROWS) if rows.is_cpu else (rows,)
 
 
-def select_top_k(probs: Tensor, top_k: int) -> Tensor:
-    """Indices of the k largest probabilities, largest first; ties go to the lowest index.
+def select_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Indices of the k largest logits, largest first; ties go to the lowest index.
 
-    probs [..., M] -> int64 [..., k]. `torch.topk` guarantees no order among ties; argmax and a stable sort do.
+    logits [..., M] -> int64 [..., k]. Logits have the order of their probabilities, and keep it where the softmax
+    underflows and ties. NaN counts as the largest. `torch.topk` guarantees no order among ties; argmax and a stable
+    sort do.
     """
     if top_k == 1:
-        return probs.argmax(-1, keepdim=True)
-    return torch.sort(probs, dim=-1, descending=True, stable=True).indices[..., :top_k]
+        return logits.argmax(-1, keepdim=True)
+    return torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :top_k]

@@ -173,8 +173,8 @@ class VLLMGQEAttention(nn.Module):
         if self.router is None:
             probs = x.new_full(shape, 1 / self.experts, dtype=torch.float32)
             return probs, torch.arange(self.experts, device=x.device).expand(shape)
-        probs = self.router(x.unsqueeze(0)).view(shape).softmax(-1)
-        return probs, select_top_k(probs, self.top_k)
+        logits = self.router(x.unsqueeze(0)).view(shape)
+        return logits.softmax(-1), select_top_k(logits, self.top_k)
 
     def own(self, all_groups: Tensor) -> Tensor:
         """This rank's groups: [T, G, ...] -> [T, L, ...]."""

@@ -160,20 +160,19 @@ def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
 
 
 @torch.no_grad()
-def router_probabilities(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """input_ids [B, T] -> probabilities of the routers, [L, B*T, G, M]."""
+def router_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """input_ids [B, T] -> logits of the routers, [L, B*T, G, M]."""
     model.eval()
     outputs = model(input_ids.to(model.device), output_router_logits=True, use_cache=False, logits_to_keep=1)
-    logits = torch.stack(outputs.router_logits).unflatten(-1, (model.config.num_key_value_heads, -1))
-    return logits.softmax(-1)
+    return torch.stack(outputs.router_logits).unflatten(-1, (model.config.num_key_value_heads, -1))
 
 
 def routing_load(model: PreTrainedModel, validation: Subset) -> RoutingLoad:
     """The load of each expert and the entropy of each router, on held-out sequences."""
     sequences = [validation[i]["input_ids"] for i in range(min(ROUTING_SEQUENCES, len(validation)))]
-    probs = router_probabilities(model, torch.stack(sequences))
-    num_experts = probs.shape[-1]
-    selected = select_top_k(probs, model.config.active_query_experts)
+    logits = router_logits(model, torch.stack(sequences))
+    probs, num_experts = logits.softmax(-1), logits.shape[-1]
+    selected = select_top_k(logits, model.config.active_query_experts)
     load = torch.nn.functional.one_hot(selected, num_experts).sum(-2).float().mean(1)  # [L, G, M]
     entropy = -(probs * probs.clamp_min(1e-12).log()).sum(-1).mean(1)  # [L, G]
     share = entropy / torch.log(torch.tensor(float(num_experts))) if num_experts > 1 else torch.ones_like(entropy)
@@ -188,7 +187,7 @@ def routing_load(model: PreTrainedModel, validation: Subset) -> RoutingLoad:
 def passage(model: PreTrainedModel, corpus: Corpus) -> Passage:
     """A held-out text, and for each layer and group the most probable expert of each token."""
     ids = corpus.validation[0]["input_ids"][:PASSAGE_TOKENS]
-    experts = router_probabilities(model, ids[None]).argmax(-1)  # [L, T, G]
+    experts = router_logits(model, ids[None]).argmax(-1)  # [L, T, G]
     return Passage(readable_tokens(corpus.tokenizer, ids.tolist()), experts.tolist())
 
 
