@@ -1,7 +1,7 @@
 """Causal attention of the selected heads, and of the shared head over the mean of all groups' keys and values.
 
-`attend` chooses the implementation: a kernel of Transformers' attention interface, one read of the cache for a few new
-tokens (`shared_decode`), or the Triton kernel for one token (`fused_decode`).
+`attend` chooses the implementation: one or two calls of a kernel of Transformers' attention interface (`one_call`), one
+read of the cache for a few new tokens (`shared_decode`), or the Triton kernel for one token (`fused_decode`).
 
 Shapes: B batch, T new tokens, S keys (cached and new), G groups, k selected experts in a group, H = G*k + 1 heads (G*k
 without the shared head), d head dim.
@@ -21,6 +21,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, re
 from query_experts.ops.shared_decode import shared_decode
 
 DECODE_TOKENS = 8  # up to this many new tokens, forming all their scores costs less than a mean over the cache
+ONE_CALL_TOKENS = 16384  # from this many in all, a second call costs less than a copy of all keys and values (modelled)
+ONE_CALL_TOKENS_CPU = 1024  # a CPU takes as long for either, and the copy takes memory
 
 
 class CausalKernel(nn.Module):
@@ -54,6 +56,22 @@ def uses_shared_decode(layer: Any, num_tokens: int, past_key_values: Cache | Non
     )
 
 
+def one_call(layer: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether the routed heads and the shared head attend in one call, the latter over one more KV head.
+
+    That saves a launch and needs a copy of the keys and values. It takes as many query heads for each KV head, so
+    k = 1, and keys of the new tokens alone: a cache that holds more isn't copied. Eager attention always makes one
+    call, so that the weights that it returns are those of the output.
+    """
+    if layer.config._attn_implementation == "eager":
+        return True
+    if layer.top_k > 1 or key.shape[2] != query.shape[2]:
+        return False
+    if torch.compiler.is_exporting():  # one graph for every length
+        return True
+    return query.shape[0] * query.shape[2] < (ONE_CALL_TOKENS_CPU if query.is_cpu else ONE_CALL_TOKENS)
+
+
 def attend(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -82,9 +100,8 @@ def attend(
     if layer.shared_head is None:
         routed, weights = layer.routed_heads(query, key, value, mask, **kwargs)  # [B, T, G*k, d]
         return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), None, weights
-    if layer.config._attn_implementation == "eager":
-        return _eager(layer, query, key, value, mask, **kwargs)
-    return _two_calls(layer, query, key, value, mask, **kwargs)
+    attend_all = _one_call if one_call(layer, query, key) else _two_calls
+    return attend_all(layer, query, key, value, mask, **kwargs)
 
 
 def _split_queries(layer: Any, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,14 +154,16 @@ def _two_calls(
     return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), shared.squeeze(2), None
 
 
-def _eager(
+def _one_call(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One call, so that the returned weights are those of the output; each KV head is repeated k times beforehand."""
+    """One call over one more KV head; each of the others is repeated k times beforehand."""
     shared_key, shared_value = _shared_key_value(layer, key, value)
     key, value = (
         torch.cat([repeat_kv(routed, layer.top_k), shared], 1)
         for routed, shared in ((key, shared_key), (value, shared_value))
     )
     out, weights = layer.shared_head(query, key, value, mask, **kwargs)  # [B, T, H, d]
+    if layer.config._attn_implementation != "eager":
+        weights = None
     return out[:, :, :-1].unflatten(2, (layer.num_kv_heads, layer.top_k)), out[:, :, -1], weights
