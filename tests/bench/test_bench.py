@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 import sparse_projection
+from query_experts import GQEConfig
 from query_experts.bench import run as bench_module
 from query_experts.bench import settings as bench_settings
 from query_experts.bench.breakdown import uniform_routing
@@ -28,7 +29,7 @@ from query_experts.common.errors import SettingError
 from query_experts.layers import attention
 from query_experts.layers.attention import GQEAttention
 from query_experts.model import costs
-from query_experts.ops import select
+from query_experts.ops import attend, select
 from query_experts.ops.attend import CausalKernel
 from study_helpers import quiet, said
 
@@ -53,11 +54,20 @@ def on_meta(arm, backward):
     return counter.get_total_flops(), sum(p.numel() for p in layer.module.parameters())
 
 
+def weighted_slots(config, tokens, backward=False):
+    """FLOPs of the weighted slot, which torch doesn't count: 2d for each selected head; two gradients, or one where
+    nothing is routed."""
+    if not isinstance(config, GQEConfig) or config.variant != "gqe":
+        return 0
+    times = 1 if not backward else 2 if config.routing == "none" else 3
+    return times * tokens * 2 * config.head_dim * (costs.heads(config).active - 1)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_flops_and_weights_of_a_layer_are_those_that_torch_counts(arm):
     config = SMALL.config(arm, 128)
     counted, weights = on_meta(arm, backward=False)
-    assert costs.layer_work(config, 2, 24, causal=False).flops == counted
+    assert costs.layer_work(config, 2, 24, causal=False).flops == counted + weighted_slots(config, 2 * 24)
     assert costs.layer_work(config, 1, 0).bytes == 2 * weights
 
 
@@ -65,7 +75,8 @@ def test_flops_and_weights_of_a_layer_are_those_that_torch_counts(arm):
 def test_flops_forwards_and_backwards_are_those_that_torch_counts_but_for_the_flash_kernels_second_scores(arm):
     config = SMALL.config(arm, 128)
     both, forward = (costs.layer_work(config, 2, 24, causal=False, backward=b) for b in (True, False))
-    assert both.projection_flops + 3 * forward.attention_flops == on_meta(arm, backward=True)[0]
+    counted = on_meta(arm, backward=True)[0] + weighted_slots(config, 2 * 24, backward=True)
+    assert both.projection_flops + 3 * forward.attention_flops == counted
     assert both.attention_flops == 3.5 * forward.attention_flops
 
 
@@ -86,7 +97,8 @@ def test_a_models_flops_are_those_that_torch_counts_but_for_the_masked_half_and_
             model.module(tokens, use_cache=False, logits_to_keep=1)
         rotary = counter.get_flop_counts().get(f"{type(model.module).__name__}.model.rotary_emb", {})
         masked = 2 * 4 * 8 * costs.heads(model.config).active * 24 * 23 / 2
-        assert costs.model_work(model.config, 1, 24).flops == counter.get_total_flops() - masked - sum(rotary.values())
+        counted = counter.get_total_flops() + 2 * weighted_slots(model.config, 24)
+        assert costs.model_work(model.config, 1, 24).flops == counted - masked - sum(rotary.values())
 
 
 def test_predictions_are_ratios_of_work():
@@ -179,12 +191,12 @@ def test_the_correctness_check_covers_gradients(monkeypatch):
 
 
 def test_the_correctness_check_covers_the_selection_of_experts(monkeypatch):
-    monkeypatch.setattr(attention, "select_top_k", lambda probs, k: probs.argmin(-1, keepdim=True))
+    monkeypatch.setattr(attention, "select_top_k", lambda logits, k: logits.argmin(-1, keepdim=True))
     assert not next(iter(check_layer(Layer(SMALL, "gqe", "cpu", 1024), "gqe", SUITES))).passed
 
 
 def test_the_correctness_check_covers_gqe_where_only_its_parts_are_timed(monkeypatch):
-    monkeypatch.setattr(attention, "select_top_k", lambda probs, k: probs.argmin(-1, keepdim=True))
+    monkeypatch.setattr(attention, "select_top_k", lambda logits, k: logits.argmin(-1, keepdim=True))
     with pytest.raises(SettingError, match="arms holds gqe, which is wrong in prefill"):
         check_correctness(replace(SMALL, arms=["dense"], suites=["parts"]), "cpu")
 
@@ -291,6 +303,20 @@ def test_gqe_takes_no_more_memory_than_dense(kind, dtype):
     settings = replace(SMALL, dtype=dtype, hidden_size=128, num_attention_heads=16, num_key_value_heads=8)
     dense, gqe = (
         timing.peak_bytes(getattr(Layer(settings, arm, "cpu", 2048), kind)(1, 2048), "cpu") for arm in ("dense", "gqe")
+    )
+    assert gqe < dense
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["prefill", "train"])
+def test_gqe_takes_no_more_memory_than_dense_in_one_call_of_attention_either(kind, dtype, monkeypatch):
+    """In the paper's layout."""
+    if dtype == "bfloat16" and not has_bfloat16("cpu"):
+        pytest.skip("this processor has no instructions for bf16, and emulating them takes additional scratch space")
+    monkeypatch.setattr(attend, "ONE_CALL_TOKENS_CPU", 2048)
+    settings = BenchSettings(device="cpu", dtype=dtype)
+    dense, gqe = (
+        timing.peak_bytes(getattr(Layer(settings, arm, "cpu", 1024), kind)(1, 1024), "cpu") for arm in ("dense", "gqe")
     )
     assert gqe < dense
 

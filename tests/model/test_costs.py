@@ -84,16 +84,14 @@ def test_flops_of_dense_arms_are_those_that_torch_counts(arm):
 
 
 @pytest.mark.parametrize("arm", ["static", "frozen", "gqe", "hard", "weighted", "gqe-m4"])
-def test_flops_of_gqe_are_those_that_torch_counts_but_for_queries_thrown_away_and_the_weighted_slots_sum(arm):
-    """Queries of inactive experts are computed (2D for each of d numbers) and not counted as active; the
-    weighted slot's sum (2d for each selected head) is a product for torch, and no weight is in it. static has neither a
-    router nor a query to throw away."""
+def test_flops_of_gqe_are_those_that_torch_counts_but_for_queries_thrown_away(arm):
+    """Queries of inactive experts are computed (2D for each of d numbers) and not counted as active. static has neither
+    a router nor a query to throw away."""
     config = arm_config(arm, SIZE)
     heads = costs.heads(config)
     thrown_away = 2 * D * d * (heads.held - heads.active)
-    weighted_sum = 2 * d * (heads.active - 1) if config.variant == "gqe" else 0
     assert thrown_away == 0 or arm != "static"
-    assert costs.flops_per_token(config, SEQ) + L * (thrown_away + weighted_sum) == executed_flops(config) / SEQ
+    assert costs.flops_per_token(config, SEQ) + L * thrown_away == executed_flops(config) / SEQ
 
 
 def test_flops_by_expert_are_those_by_slot_since_as_many_slots_are_used():

@@ -5,10 +5,7 @@ Shapes: B batch, T tokens, G groups, k selected experts in a group, d head dim.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-FEW_TOKENS = 8  # up to this many, calling a matrix product costs more than its work
 
 
 def weighted_slot(routed_BTGkd: Tensor, scores_BTGk: Tensor) -> Tensor:
@@ -16,9 +13,10 @@ def weighted_slot(routed_BTGkd: Tensor, scores_BTGk: Tensor) -> Tensor:
 
     routed: outputs o of the selected experts, [B, T, G, k, d]. scores: their probabilities p, float32 or float64
     [B, T, G, k]. The sum in the denominator runs over all groups (arXiv 2606.20945, section 3).
+
+    The weights are normalised in the dtype of the scores. Weights and products are rounded to the dtype of the outputs,
+    because a wide product of the size of all outputs would be the layer's largest tensor; the sum isn't rounded before
+    its end.
     """
     weights = scores_BTGk / scores_BTGk.sum((-2, -1), keepdim=True)
-    if not torch.compiler.is_compiling() and routed_BTGkd.shape[1] <= FEW_TOKENS:
-        return (weights[..., None] * routed_BTGkd).sum((2, 3)).to(routed_BTGkd.dtype)
-    rows = routed_BTGkd.flatten(2, 3)  # [B, T, G*k, d]
-    return (weights.to(rows.dtype).flatten(2).unsqueeze(2) @ rows).squeeze(2)
+    return (weights.to(routed_BTGkd.dtype)[..., None] * routed_BTGkd).sum((2, 3))
