@@ -625,7 +625,7 @@ def test_router_losses_refuse_a_mask_without_columns_for_the_cached_keys():
 
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
-def test_no_kernel_gets_keys_or_values_of_more_than_the_kv_heads(backend, top_k, monkeypatch):
+def test_no_kernel_gets_keys_or_values_of_more_than_the_kv_heads_and_the_shared_one(backend, top_k, monkeypatch):
     seen = []
     forward = CausalKernel.forward
 
@@ -636,7 +636,8 @@ def test_no_kernel_gets_keys_or_values_of_more_than_the_kv_heads(backend, top_k,
     monkeypatch.setattr(CausalKernel, "forward", spy)
     with attention_backend(backend, active_query_experts=top_k) as (model, _):
         model(random_tokens(2, 14))
-    assert [heads[:3] for heads in seen] == [(2 * top_k, 2, 2), (1, 1, 1)] * 2
+    calls = {1: [(3, 3, 3)], 2: [(4, 2, 2), (1, 1, 1)]}[top_k]
+    assert [heads[:3] for heads in seen] == calls * 2
 
 
 def test_generation_with_prepared_masks_keeps_packed_documents_apart():
