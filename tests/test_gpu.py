@@ -10,6 +10,8 @@ from query_experts.bench.settings import BenchSettings
 from query_experts.common.timing import as_cuda_graph
 from query_experts.convert import convert_model, from_dense
 from query_experts.distillation import DistillationTrainer, TopKSchedule
+from query_experts.ops import attend
+from query_experts.ops.select import scatter_experts, select_experts
 from query_experts.ops.shared_decode import shared_decode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -42,6 +44,31 @@ def test_flex_attention_has_the_gradients_of_sdpa(top_k):
         gradients[backend] = [p.grad.clone() for p in model.parameters()]
     for actual, expected in zip(gradients["flex_attention"], gradients["sdpa"], strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-5)  # float32 kernels may compute in tf32
+
+
+def test_one_call_of_attention_and_two_have_the_same_gradients(monkeypatch):
+    torch.manual_seed(0)
+    layer = GQEAttention(128, 8, 4, rope_theta=10_000.0).cuda().double()
+    x = torch.randn(2, 333, 128, device="cuda", dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    one = torch.autograd.grad(layer(x).square().sum(), inputs)
+    monkeypatch.setattr(attend, "ONE_CALL_TOKENS", 0)
+    two = torch.autograd.grad(layer(x).square().sum(), inputs)
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_rows_are_selected_and_written_with_their_gradients_as_on_a_cpu(top_k):
+    torch.manual_seed(0)
+    rows = torch.randn(2, 63, 3, 4, 40)
+    indices = torch.rand(rows.shape[:4]).argsort(-1)[..., :top_k]
+    results = {}
+    for device in ("cpu", "cuda"):
+        at, index = rows.to(device).requires_grad_(), indices.to(device)
+        selected = select_experts(at, index)
+        written = scatter_experts(selected.sin(), index, 4)
+        results[device] = [t.cpu() for t in (selected, written, *torch.autograd.grad(written.square().sum(), at))]
+    torch.testing.assert_close(results["cuda"], results["cpu"])
 
 
 def test_a_bf16_layer_errs_at_most_twice_as_much_as_a_plain_bf16_run():
