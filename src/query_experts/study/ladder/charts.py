@@ -49,7 +49,7 @@ def law_figure(fit: Fit) -> Figure | None:
     panels[0].set_ylabel("validation loss")
     panels[-1].set_xlabel("training FLOPs")
     if law is not None:
-        _draw_law(panels[0], fit, law)
+        _draw_law(panels, fit, law)
         panels[1].axhline(0, color=INK, linewidth=1)
         panels[1].set_ylabel(f"minus {reference}'s law")
         panels[1].yaxis.set_major_formatter(_signed)
@@ -68,17 +68,22 @@ def _signed(value: float, _: Any) -> str:
     return text.signed(value, 3) if value else "0"
 
 
-def _draw_law(axes: Axes, fit: Fit, law: Law) -> None:
-    """Draws the first arm's law at each rung, over the tokens of its budgets."""
-    arm = law.arms[0]
+def _draw_law(panels: Sequence[Axes], fit: Fit, law: Law) -> None:
+    """Draws the first arm's law at each rung, over the tokens of its budgets, and the other arms' relative to it."""
+    first = law.arms[0]
     for rung in fit.rungs:
-        own = [cell.arms[arm] for cell in fit.cells if cell.rung == rung and arm in cell.arms]
+        own = [cell.arms[first] for cell in fit.cells if cell.rung == rung and first in cell.arms]
         if not own:
             continue
-        first, last = own[0], own[-1]
-        tokens = np.geomspace(0.8 * first.train_tokens, 1.25 * last.train_tokens, LINE_POINTS)
-        losses = [law.best.loss(arm, size_of(last, law.count), each) for each in tokens]
-        axes.plot(tokens * last.flops / last.train_tokens, losses, color=ARM_COLOURS[arm], linewidth=1.1, alpha=0.7)
+        last, parameters = own[-1], size_of(own[-1], law.count)
+        tokens = np.geomspace(0.8 * own[0].train_tokens, 1.25 * last.train_tokens, LINE_POINTS)
+        flops = tokens * last.flops / last.train_tokens
+        look: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.7}
+        losses = [law.best.loss(first, parameters, each) for each in tokens]
+        panels[0].plot(flops, losses, color=ARM_COLOURS[first], **look)
+        for arm in law.arms[1:]:
+            gaps = [law.best.gap(arm, first, parameters, each) for each in tokens]
+            panels[1].plot(flops, gaps, color=ARM_COLOURS[arm], **look)
 
 
 def _legend(figure: Figure, arms: Sequence[str]) -> None:

@@ -105,7 +105,7 @@ def _charts(results: Sequence[LadderResult], fit: Fit) -> list[Chart]:
         _chart(
             charts.law_figure(fit), "laws", "Loss against compute",
             "Mean over seeds; hollow where a part of the tokens was used. Lines, where there is a law: that of the "
-            "first arm at each rung. Below: how far each mean lies from it.",
+            "first arm at each rung. Below: how far each mean, and the law of each other arm, lies from it.",
         ),
         _chart(
             charts.gap_figure(fit, "flops"), "gaps-compute", "Differences against compute",

@@ -1,0 +1,111 @@
+"""Gaps between arms: what makes a pair, what is left out, and what is called known."""
+
+import dataclasses
+
+import pytest
+
+from ladder_helpers import ladder, run
+from query_experts.study.ladder.gaps import cells_of, compared, rungs_by_size, what_is_known
+
+
+def pairs(gap=-0.02, seeds=4, **fields):
+    """Runs of dense and gqe; `fields` are those of gqe's."""
+    dense = [run("dense", seed=seed, loss=4.0 + 0.1 * seed) for seed in range(seeds)]
+    gqe = [run("gqe", seed=seed, loss=4.0 + 0.1 * seed + gap + 0.001 * seed, **fields) for seed in range(seeds)]
+    return [*dense, *gqe]
+
+
+def gap_of(results):
+    (cell,) = cells_of(results)
+    return cell.gap("gqe", "dense")
+
+
+def test_runs_are_paired_by_seed():
+    gap = gap_of(pairs())
+    assert gap.difference.mean == pytest.approx(-0.02 + 0.0015)
+    assert gap.difference.high < 0
+    assert gap.known == "lower"
+    assert gap.pairs == 4
+
+
+def test_a_seed_without_its_partner_makes_no_pair():
+    gap = gap_of(pairs()[1:])
+    assert sorted(gap.difference.differences) == [1, 2, 3]
+
+
+def test_runs_of_different_tags_make_no_pair():
+    results = pairs()
+    results[-1] = dataclasses.replace(results[-1], tag="ladder-2")
+    gap = gap_of(results)
+    assert gap.other_tag == [3]
+    assert sorted(gap.difference.differences) == [0, 1, 2]
+
+
+def test_a_rung_wholly_on_another_tag_has_pairs():
+    results = [dataclasses.replace(result, tag="ladder-2") for result in pairs()]
+    assert gap_of(results).pairs == 4
+
+
+@pytest.mark.parametrize(("one", "other"), [("AVX512_BF16", "AVX2"), ("mixed", "mixed")])
+def test_a_pair_of_different_instructions_is_kept_and_marked(one, other):
+    results = pairs()
+    results[0] = dataclasses.replace(results[0], instructions=one)
+    results[4] = dataclasses.replace(results[4], instructions=other)
+    gap = gap_of(results)
+    assert gap.marked == [0]
+    assert gap.pairs == 4
+
+
+def test_runs_that_diverged_are_counted_and_left_out():
+    results = pairs()
+    results[5] = run("gqe", seed=1, loss=None)
+    (cell,) = cells_of(results)
+    assert cell.arms["gqe"].diverged == [1]
+    assert sorted(cell.arms["gqe"].losses) == [0, 2, 3]
+    assert sorted(cell.gap("gqe", "dense").difference.differences) == [0, 2, 3]
+
+
+def test_an_arm_whose_runs_all_diverged_has_no_mean_and_no_gap():
+    (cell,) = cells_of([run("dense"), run("gqe", loss=None)])
+    assert cell.arms["gqe"].mean is None
+    assert cell.gap("gqe", "dense").difference is None
+    assert cell.gap("gqe", "dense").known == "not known"
+
+
+def test_without_three_pairs_nothing_is_known():
+    assert gap_of(pairs(seeds=2)).known == "not known"
+    assert gap_of(pairs(seeds=3)).known == "lower"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "known"),
+    [(-0.3, -0.1, "lower"), (0.1, 0.3, "higher"), (-0.1, 0.3, "not known"), (None, None, "not known"),
+     (-0.3, -1e-6, "not known"), (0.0, 0.0, "not known")],
+)  # fmt: skip
+def test_an_interval_that_holds_both_signs_is_not_known(low, high, known):
+    assert what_is_known(low, high) == known
+
+
+def test_every_two_arms_are_compared_once():
+    assert compared(["dense", "static", "half", "gqe"]) == [
+        ("static", "dense"), ("half", "dense"), ("half", "static"), ("gqe", "dense"), ("gqe", "static"),
+        ("gqe", "half"),
+    ]  # fmt: skip
+
+
+def test_rungs_and_budgets_come_smallest_first():
+    results = [run(rung=rung, budget=budget) for rung in ("d192", "d64", "d128") for budget in (1.0, 0.25)]
+    assert rungs_by_size(results) == ["d64", "d128", "d192"]
+    assert [(cell.rung, cell.budget) for cell in cells_of(results)][:3] == [("d64", 0.25), ("d64", 1.0), ("d128", 0.25)]
+
+
+def test_a_gap_of_known_size_lies_in_about_nineteen_of_twenty_intervals():
+    gaps = [
+        gap
+        for random in range(10)
+        for cell in cells_of(ladder({"dense": 0.0, "gqe": -0.02}, budgets=(1.0,), random=random))
+        if (gap := cell.gap("gqe", "dense"))
+    ]
+    held = sum(gap.difference.low <= -0.02 <= gap.difference.high for gap in gaps)
+    assert len(gaps) == 40
+    assert held >= 34
