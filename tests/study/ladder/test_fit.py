@@ -132,8 +132,8 @@ def line(gap, **more):
 
 def test_a_gap_that_falls_with_compute_has_a_falling_line():
     found = line(lambda logs: -0.02 - 0.02 * (logs - 14), noise=0.01)
-    assert found.slope.known == "lower"
-    assert holds(found.slope, -0.02)
+    assert found.trend.known == "lower"
+    assert holds(found.trend, -0.02)
     assert holds(found.at(1e14), -0.02)
     assert holds(found.at(1e16), -0.06)
 
@@ -141,7 +141,7 @@ def test_a_gap_that_falls_with_compute_has_a_falling_line():
 def test_a_constant_gap_has_a_line_whose_trend_is_not_known():
     """19 of 20 intervals hold no trend; the limit allows for chance."""
     found = [line(-0.02, noise=0.01, random=random) for random in range(20)]
-    assert sum(each.slope.known == "not known" for each in found) >= 16
+    assert sum(each.trend.known == "not known" for each in found) >= 16
     assert sum(holds(each.at(1e14), -0.02) for each in found) >= 16
 
 
@@ -208,7 +208,7 @@ def test_runs_that_diverged_change_no_fit():
     with_them, without = fit_ladder([*results, *more], draws=5), fit_ladder(results, draws=5)
     assert with_them.diverged == 6
     assert with_them.law.best == without.law.best
-    assert with_them.lines[0].slope == without.lines[0].slope
+    assert with_them.lines[0].trend == without.lines[0].trend
 
 
 def test_an_arm_with_fewer_seeds_is_fitted_beside_the_others():

@@ -58,12 +58,12 @@ def drawn_means(table: Array, counts: Array) -> Array:
     return (counts @ np.nan_to_num(table).T) / (counts @ ~np.isnan(table).T)
 
 
-def estimate(value: float, drawn: Array, freedom: int, level: float = LEVEL) -> Estimate:
+def estimate(value: float, drawn: Array, freedom: float, level: float = LEVEL) -> Estimate:
     """The value with the interval that its draws give.
 
     Args:
         drawn: The value in each draw.
-        freedom: Degrees of freedom, the number of seeds beyond the first of each rung.
+        freedom: Degrees of freedom of its spread.
         level: Probability that the interval is to hold the true value.
     """
     from scipy.stats import norm, t
@@ -72,6 +72,17 @@ def estimate(value: float, drawn: Array, freedom: int, level: float = LEVEL) -> 
     low, high = np.quantile(drawn, [tail, 1 - tail])
     wider = float(t.ppf(1 - tail, freedom) / norm.ppf(1 - tail))
     return Estimate(value, value + wider * (float(low) - value), value + wider * (float(high) - value))
+
+
+def welch_freedom(variances: Array, seeds: Array) -> float:
+    """Degrees of freedom of a sum over rungs, by Welch and Satterthwaite: few where few seeds make most of the spread.
+
+    Args:
+        variances: Of what each rung adds.
+        seeds: Of each rung.
+    """
+    total = float(variances.sum())
+    return total**2 / float((variances**2 / (seeds - 1)).sum()) if total > 0 else float(seeds.sum())
 
 
 def seeds_beyond_first(tables: Sequence[Array]) -> int:

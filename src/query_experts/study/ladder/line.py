@@ -14,7 +14,7 @@ from query_experts.study.ladder.bootstrap import (
     drawn_means,
     estimate,
     seed_weights,
-    seeds_beyond_first,
+    welch_freedom,
 )
 from query_experts.study.ladder.gaps import Cell, Gap
 
@@ -41,9 +41,9 @@ class GapLine:
         points: What the line is fitted to: the gaps that have an interval.
         centre: Geometric mean of the points' FLOPs.
         level: The gap at the centre, nats a token.
-        slope: Change of the gap with ten times the compute.
-        drawn: Level and slope in each draw of seeds, [draws][2].
-        freedom: Degrees of freedom of the seeds.
+        slope: The change of the gap with ten times the compute.
+        drawn: What each rung adds to level and slope in each draw of seeds, [draws][rungs][2].
+        seeds: Number of seeds of each rung.
     """
 
     arm: str
@@ -51,14 +51,23 @@ class GapLine:
     points: list[GapPoint]
     centre: float
     level: float
-    slope: Estimate
+    slope: float
     drawn: Array
-    freedom: int
+    seeds: Array
 
     def at(self, flops: float) -> Estimate:
         """The gap at that compute."""
-        terms = np.array([1.0, math.log10(flops / self.centre)])
-        return estimate(self.level + self.slope.value * float(terms[1]), self.drawn @ terms, self.freedom)
+        return self._estimate(1.0, math.log10(flops / self.centre))
+
+    @property
+    def trend(self) -> Estimate:
+        """The slope with its interval."""
+        return self._estimate(0.0, 1.0)
+
+    def _estimate(self, of_level: float, of_slope: float) -> Estimate:
+        by_rung = self.drawn @ np.array([of_level, of_slope])
+        freedom = welch_freedom(by_rung.var(axis=0), self.seeds)
+        return estimate(of_level * self.level + of_slope * self.slope, by_rung.sum(axis=1), freedom)
 
 
 def gap_points(cells: Sequence[Cell], arm: str, base: str) -> list[GapPoint]:
@@ -86,11 +95,9 @@ def fit_line(cells: Sequence[Cell], arm: str, base: str, draws: int = DRAWS) -> 
     solve = _least_squares(logs - logs.mean(), np.array([point.gap.pairs for point in points], dtype=np.float64))
     tables = _tables(points)
     level, slope = solve @ np.array([point.gap.difference.mean for point in points if point.gap.difference])
-    drawn, freedom = _drawn_gaps(tables, draws) @ solve.T, seeds_beyond_first(tables)
-    return GapLine(
-        arm, base, points, float(10 ** logs.mean()), float(level), estimate(float(slope), drawn[:, 1], freedom), drawn,
-        freedom,
-    )  # fmt: skip
+    seeds = np.array([table.shape[1] for table in tables])
+    centre = float(10 ** logs.mean())
+    return GapLine(arm, base, points, centre, float(level), float(slope), _drawn(tables, solve, draws), seeds)
 
 
 def _least_squares(x: Array, weights: Array) -> Array:
@@ -109,8 +116,13 @@ def _tables(points: Sequence[GapPoint]) -> list[Array]:
     return tables
 
 
-def _drawn_gaps(tables: Sequence[Array], draws: int) -> Array:
+def _drawn(tables: Sequence[Array], solve: Array, draws: int) -> Array:
+    """What each rung adds to level and slope in each draw."""
     random = np.random.default_rng(0)
-    drawn = [drawn_means(table, seed_weights(table, draws, random)) for table in tables]
-    kept = min(len(means) for means in drawn)
-    return np.concatenate([means[:kept] for means in drawn], axis=1)
+    parts = np.split(solve, np.cumsum([len(table) for table in tables])[:-1], axis=1)
+    drawn = [
+        drawn_means(table, seed_weights(table, draws, random)) @ part.T
+        for table, part in zip(tables, parts, strict=True)
+    ]
+    kept = min(map(len, drawn))
+    return np.stack([each[:kept] for each in drawn], axis=1)

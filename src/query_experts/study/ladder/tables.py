@@ -61,7 +61,7 @@ def _finding(fit: Fit, gap: Gap | None) -> str:
     if gap is None or gap.difference is None:
         return _difference(gap)
     line = fit.line(gap.arm, gap.base)
-    trend = [] if line is None else [f"trend {_direction(line.slope)}"]
+    trend = [] if line is None else [f"trend {_direction(line.trend)}"]
     return "\n".join([gap.known, _difference(gap), *trend])
 
 
@@ -190,7 +190,7 @@ def _line_table(lines: Sequence[GapLine]) -> Table:
         body=[
             [
                 line.arm, line.base, str(len({point.rung for point in line.points})), _estimate(line.at(line.centre)),
-                _estimate(line.slope), _direction(line.slope),
+                _estimate(line.trend), _direction(line.trend),
             ]
             for line in lines
         ],
