@@ -14,7 +14,7 @@ from query_experts.study.ladder import charts
 from query_experts.study.ladder.fit import fit_ladder
 from query_experts.study.ladder.limits import limits
 from query_experts.study.ladder.page import page_of, write_page
-from query_experts.study.ladder.tables import findings_table, gap_table, tables
+from query_experts.study.ladder.tables import cost_table, findings_table, gap_table, tables
 from query_experts.study.ladder.terminal import print_fit
 
 ARMS_SHOWN = {"dense": 0.0, "static": 0.01, "half": -0.01, "gqe": -0.06, "gqe-m4": 0.0}
@@ -115,14 +115,14 @@ def test_terminal_and_page_work_on_whatever_there_is(name, tmp_path):
 def test_without_results_both_say_so(tmp_path):
     empty = fit_ladder([])
     write_page([], empty, tmp_path / "ladder.html")
-    assert "No run has finished." in (tmp_path / "ladder.html").read_text(encoding="utf-8")
+    assert "Nothing has run yet." in (tmp_path / "ladder.html").read_text(encoding="utf-8")
     assert "No run has finished, so there is nothing to fit." in printed(empty)
 
 
 def test_the_terminal_shows_every_table_in_80_columns(fit):
     out = printed(fit)
     assert max(map(len, out.splitlines())) <= 80
-    for table in [findings_table(fit), *tables(fit), *map(gap_table, fit.cells)]:
+    for table in [findings_table(fit), cost_table(fit), *tables(fit), *map(gap_table, fit.cells)]:
         assert table.title in out
         for cell in (line for row in table.body for cells in row for line in cells.split("\n")):
             assert cell in out
@@ -180,6 +180,13 @@ def test_the_law_table_says_what_is_shared_and_how_much_is_missed(fit):
     assert "Exponents: shared by all arms." in table.note
     assert "over seeds and rungs" in table.note
     assert [row[0] for row in table.body] == list(ARMS_SHOWN)
+
+
+def test_cost_and_routing_stand_beside_each_other(fit):
+    rows = {(row[0], row[1]): row[2:] for row in cost_table(fit).body}
+    assert rows["gqe", "d64"] == ["340k", "5", "0.015", "0.0143", "1.0", "0.55", "0.99", "1"]
+    assert rows["dense", "d64"][-3:] == ["\N{EN DASH}"] * 3
+    assert len(rows) == 4 * len(ARMS_SHOWN)
 
 
 def test_every_arm_has_a_colour():

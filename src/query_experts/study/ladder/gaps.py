@@ -58,6 +58,15 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class ArmRouting:
+    """Routing at the end, over the seeds of an arm: mean entropy (share of log M), highest load, most dead experts."""
+
+    entropy: float
+    highest_load: float
+    dead: int
+
+
+@dataclass(frozen=True)
 class ArmCell:
     """One arm at one rung and budget.
 
@@ -70,7 +79,9 @@ class ArmCell:
         active_heads: Query heads that attend for a token in a layer.
         train_tokens: Tokens trained on.
         flops: Of training, as run.
+        active_flops: Of training, only what a token uses.
         train_seconds: Median over the runs that finished; None where every run diverged.
+        routing: Held-out routing at the end; None without a router.
         gaps: By baseline.
     """
 
@@ -83,7 +94,9 @@ class ArmCell:
     active_heads: int
     train_tokens: int
     flops: float
+    active_flops: float
     train_seconds: float | None
+    routing: ArmRouting | None
     gaps: dict[str, Gap]
 
     @property
@@ -159,8 +172,21 @@ def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]]) -> ArmCe
         active_heads=first.active_heads,
         train_tokens=max(run.train_tokens for run in finished or own),
         flops=max(run.flops for run in finished or own),
+        active_flops=max(run.active_flops for run in finished or own),
         train_seconds=statistics.median(run.train_seconds for run in finished) if finished else None,
+        routing=_routing(finished),
         gaps={base: _gap(arm, base, runs[arm], runs[base]) for base in _bases_of(arm) if base in runs},
+    )
+
+
+def _routing(runs: Sequence[LadderResult]) -> ArmRouting | None:
+    loads = [run.routing for run in runs if run.routing is not None]
+    if not loads:
+        return None
+    return ArmRouting(
+        statistics.fmean(load.mean_entropy for load in loads),
+        max(load.highest_load for load in loads),
+        max(load.dead for load in loads),
     )
 
 

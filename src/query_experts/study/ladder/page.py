@@ -14,7 +14,7 @@ from query_experts.study.ladder.fit import Fit
 from query_experts.study.ladder.law import NoLaw
 from query_experts.study.ladder.limits import limits
 from query_experts.study.ladder.results import LadderResult
-from query_experts.study.ladder.tables import findings_table, gap_table, runs_table, tables
+from query_experts.study.ladder.tables import cost_table, findings_table, gap_table, runs_table, tables
 from query_experts.study.report import template
 from query_experts.study.report.page import Arm
 from query_experts.study.report.svg import colour_variable, inline_svg
@@ -51,6 +51,7 @@ class Page:
     missing: list[str]
     limits: list[str]
     runs: Table
+    costs: Table
     arms: list[Arm]
     colours: dict[str, str]
     rungs: list[RungTables]
@@ -76,6 +77,7 @@ def page_of(results: Sequence[LadderResult], fit: Fit, missing: Sequence[str] = 
         missing=list(missing),
         limits=limits(fit),
         runs=runs_table(fit),
+        costs=cost_table(fit),
         arms=[Arm(arm, ARMS[arm], colour_variable(arm)) for arm in fit.arms],
         colours={arm: colour_variable(arm) for arm in fit.arms},
         rungs=[_rung_tables(fit, rung) for rung in reversed(fit.rungs)],
@@ -87,6 +89,8 @@ def page_of(results: Sequence[LadderResult], fit: Fit, missing: Sequence[str] = 
 
 
 def _overview(results: Sequence[LadderResult], fit: Fit) -> str:
+    if not results:
+        return "Nothing has run yet."
     seeds = {result.seed for result in results}
     trained = {result.key[:3] for result in results}
     return (

@@ -149,6 +149,32 @@ def _warnings(cell: Cell) -> str:
     return " ".join(lines)
 
 
+def cost_table(fit: Fit) -> Table:
+    """What each arm costs and how it routes, at each rung's largest budget."""
+    last = {cell.rung: cell for cell in fit.cells}
+    return Table(
+        title="Cost and routing",
+        note="At each rung's largest budget. PFLOP: of training, as run, and counting only what a token uses. Minutes: "
+        "median over seeds; other work on a machine and different machines change them. Entropy: of the router, mean "
+        "over seeds, layers and groups; 1 is undecided, 0 is certain. Load: the largest share of tokens that select "
+        "one expert, and dead: the most dead experts, over seeds.",
+        head=["arm", "rung", "params", "active heads", "PFLOP", "active PFLOP", "min", "entropy", "load", "dead"],
+        body=[_costs(cell.rung, own) for cell in last.values() for own in cell.arms.values()],
+        left=(0, 1),
+    )
+
+
+def _costs(rung: str, own: ArmCell) -> list[str]:
+    routing = own.routing
+    minutes = own.train_seconds / 60 if own.train_seconds is not None else None
+    return [
+        own.arm, rung, text.short(own.parameters), str(own.active_heads), f"{own.flops / 1e15:.3g}",
+        f"{own.active_flops / 1e15:.3g}", text.fixed(minutes, 1),
+        *([text.MISSING] * 3 if routing is None else
+          [f"{routing.entropy:.2f}", f"{routing.highest_load:.2f}", str(routing.dead)]),
+    ]  # fmt: skip
+
+
 def _law_table(law: Law | NoLaw) -> Table:
     title, head = "Scaling law", ["", "alpha", "beta", "A", "B"]
     if isinstance(law, NoLaw):
