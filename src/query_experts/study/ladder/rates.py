@@ -62,7 +62,7 @@ def best_rate(results: Sequence[LadderResult]) -> list[BestRate]:
 
     Results whose settings hold no learning rate are left out.
     """
-    swept = [result for result in results if "learning_rate" in result.settings]
+    swept = [result for result in results if result.learning_rate is not None]
     found = []
     for rung in rungs_by_size(swept):
         own = [result for result in swept if result.rung == rung]
@@ -76,10 +76,12 @@ def _best(rung: str, arm: str, results: Sequence[LadderResult]) -> BestRate:
     losses: dict[int, dict[float, float]] = {}  # by seed and rate
     diverged: dict[float, int] = {}
     for result in results:
-        rate = float(result.settings["learning_rate"])
-        if result.budget == budget and result.validation_loss is not None and not result.diverged:
+        rate = result.learning_rate
+        if rate is None or result.budget != budget:
+            continue
+        if result.validation_loss is not None and not result.diverged:
             losses.setdefault(result.seed, {})[rate] = result.validation_loss
-        elif result.budget == budget:
+        else:
             diverged[rate] = diverged.get(rate, 0) + 1
     rates = sorted({rate for own in losses.values() for rate in own})
     means = {rate: statistics.fmean(own[rate] for own in losses.values() if rate in own) for rate in rates}

@@ -115,6 +115,11 @@ class LadderResult:
         return self.rung, self.variant, self.arm, self.seed, self.budget
 
     @property
+    def learning_rate(self) -> float | None:
+        """The highest learning rate; None where the settings hold none."""
+        return self.settings.get("learning_rate")
+
+    @property
     def diverged(self) -> bool:
         """Whether the run has no loss to compare."""
         return self.diverged_at_tokens is not None or self.validation_loss is None
