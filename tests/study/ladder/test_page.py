@@ -39,7 +39,7 @@ def whole():
         ("d96", "gqe", 1): {"instructions": "AVX2"},
         ("d96", "gqe-m4", 2): {"tag": "ladder-0"},
     }
-    return [dataclasses.replace(result, **change.get(result.key[:3], {})) for result in results]
+    return [dataclasses.replace(result, **change.get((result.rung, result.arm, result.seed), {})) for result in results]
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ import pytest
 
 from ladder_helpers import run
 from query_experts.common.errors import SettingError
-from query_experts.study.ladder.results import PartLoss, absolute_paths, file_name, read_results, write_result
+from query_experts.study.ladder.results import absolute_paths, file_name, read_results, write_result
+from query_experts.study.results import PartLoss
 
 COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "ladder"
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
-    parts = [PartLoss(name="textbooks.txt", validation_loss=3.9, bits_per_byte=1.8)]
+    parts = [PartLoss("textbooks", 3.9, 1.8, 512)]
     result = run("gqe", seed=3, budget=0.25, parts=parts)
     file = write_result(tmp_path / "results", result)
     assert file.name == file_name(result) == "d64-gqe-seed3-025.json"

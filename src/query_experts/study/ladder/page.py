@@ -92,7 +92,7 @@ def _overview(results: Sequence[LadderResult], fit: Fit) -> str:
     if not results:
         return "Nothing has run yet."
     seeds = {result.seed for result in results}
-    trained = {result.key[:3] for result in results}
+    trained = {result.key[:-1] for result in results}
     return (
         f"{text.plural(len(trained), 'run')} of {text.plural(len(fit.arms), 'arm')} on "
         f"{text.plural(len(fit.rungs), 'rung')}, with up to {text.plural(len(seeds), 'seed')}."

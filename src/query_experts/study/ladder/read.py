@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,19 +14,34 @@ from query_experts.common.formatting import plural
 from query_experts.study.ladder.fit import fit_ladder
 from query_experts.study.ladder.page import write_page
 from query_experts.study.ladder.queue import Queue
+from query_experts.study.ladder.rates import best_rate, print_rates
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.ladder.settings import ScalingSettings
 from query_experts.study.ladder.terminal import print_fit
 
 
 def print_laws(settings: ScalingSettings, console: Console) -> None:
-    """Prints gaps and laws. Raises SettingError for a ladder without results, or with results of something else."""
-    print_fit(fit_ladder(_read(settings)[1]), console)
+    """Prints gaps and laws, and the best learning rates where they were swept.
+
+    Raises SettingError for a ladder without results, or with results of something else.
+    """
+    _, results = _read(settings)
+    swept = [result for result in results if result.variant]
+    if len(swept) < len(results):
+        print_fit(fit_ladder(at_own_settings(results)), console)
+    if any(result.variant.startswith("learning_rate=") for result in swept):
+        print_rates(best_rate(swept), console)
+
+
+def at_own_settings(results: Sequence[LadderResult]) -> list[LadderResult]:
+    """The results of runs with their rung's own settings, without those of sweeps."""
+    return [result for result in results if not result.variant]
 
 
 def report(settings: ScalingSettings, console: Console) -> None:
     """Writes the page ladder.html into `out`, and prints the same; raises as `print_laws`."""
     queue, results = _read(settings)
+    results = at_own_settings(results)
     fit = fit_ladder(results)
     page = Path(settings.out) / "ladder.html"
     write_page(results, fit, page, missing_words(queue))
