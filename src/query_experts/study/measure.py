@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils.data import Subset
@@ -19,10 +21,22 @@ from query_experts.study.results import Curve, ParameterCounts, PartLoss, Passag
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
 
+P, T = ParamSpec("P"), TypeVar("T")
 PASSAGE_TOKENS = 192
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
 ROUTING_SEQUENCES = 16
 DEAD_BELOW = 0.01  # an expert that a smaller share of tokens selects is dead
+
+
+def as_it_is(measure: Callable[P, T]) -> Callable[P, T]:
+    """A measurement that runs compiled models uncompiled: other batch sizes would compile them anew."""
+
+    @wraps(measure)
+    def measured(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.compiler.set_stance("force_eager"):
+            return measure(*args, **kwargs)
+
+    return measured
 
 
 def validation_split(settings: RunSettings, corpus: Corpus) -> Subset:
@@ -113,6 +127,7 @@ def _final_validation_curve(trainer: GQETrainer, tokens_per_step: int) -> Curve:
     return curve_of(trainer, "eval_loss", tokens_per_step)
 
 
+@as_it_is
 @torch.no_grad()
 def loss_of(model: PreTrainedModel, sequences: Subset, settings: RunSettings) -> float:
     """A model's language-model loss in nats a token, computed as the Trainer computes its validation loss."""
@@ -159,6 +174,7 @@ def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
     return loss * tokens / text_bytes / math.log(2)
 
 
+@as_it_is
 @torch.no_grad()
 def router_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """input_ids [B, T] -> logits of the routers, [L, B*T, G, M]."""

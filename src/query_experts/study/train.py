@@ -107,7 +107,7 @@ def new_model(settings: RunSettings, arm: str, seed: int) -> PreTrainedModel:
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed, model.config.initializer_range)
     if settings.compile:
-        model.compile()
+        model.compile(dynamic=False)
     return model
 
 
