@@ -21,7 +21,8 @@ from query_experts.study.results import Curve, ParameterCounts, PartLoss, Passag
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 PASSAGE_TOKENS = 192
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
 ROUTING_SEQUENCES = 16
