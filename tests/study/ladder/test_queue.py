@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,27 @@ def test_hours_stop_a_run_that_goes_on_later(tmp_path):
     assert not run_queue(scaling(file, hours=1e-7), quiet())
     assert results_of(tmp_path) == {}
     assert run_queue(scaling(file), quiet())
+
+
+def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
+    plan = {"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": 1}], "tokens_per_parameter": 2}
+    changed = {"rungs": {"small": RUNG | {"learning_rate": 0.01}, "large": RUNG}}
+    assert run_queue(scaling(write_ladder(tmp_path, **plan, **changed)), quiet())
+    alone = results_of(tmp_path)
+    shutil.rmtree(tmp_path / "results")
+    file = write_ladder(tmp_path, **plan)
+    run = Queue.read(file).runs[0]
+    begun = subprocess.Popen(command(file), stderr=subprocess.DEVNULL)
+    while not [*(tmp_path / "out" / "runs" / run.name).glob("*/checkpoints/checkpoint-*")]:
+        assert begun.poll() is None
+        time.sleep(0.01)
+    begun.kill()
+    begun.wait()
+    shutil.rmtree(tmp_path / "results", ignore_errors=True)
+    console = quiet()
+    assert run_queue(scaling(write_ladder(tmp_path, **plan, **changed)), console)
+    assert "small-dense-seed0 was begun with other values of learning_rate: it begins anew" in said(console)
+    assert results_of(tmp_path) == alone
 
 
 def test_minutes_leave_out_runs_that_would_not_end_in_time(tmp_path):

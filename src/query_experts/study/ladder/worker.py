@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from transformers.utils import logging as transformers_logging
 from query_experts.common.device import check_device, require_one_process, resolve_device
 from query_experts.common.environment import commit
 from query_experts.common.errors import SettingError
+from query_experts.common.files import write_json
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus, prepare
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.compare import check_corpus, print_corpus
-from query_experts.study.ladder.branches import Branch
+from query_experts.study.ladder.branches import Branch, recorded_settings
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import LadderResult, write_result
 from query_experts.study.ladder.settings import Run, ScalingSettings
@@ -123,6 +125,7 @@ class Worker:
     def train(self, run: Run) -> None:
         """Trains the missing budgets of a run, smallest first, and writes a result for each."""
         folder = run_folder(self.out, run)
+        self.discard_others(run, folder)
         for budget in self.queue.missing()[run]:
             branch = Branch(self.queue.ladder, self.queue.name, run, budget, folder)
             result = branch.train(self.model(branch), self.corpus, self.stop)
@@ -131,6 +134,18 @@ class Worker:
             write_result(self.queue.results_folder, result)
             self.console.print(Text(f"{run.name}, {budget:.1%}: {loss_text(result)}"))
         shutil.rmtree(folder, ignore_errors=True)
+
+    def discard_others(self, run: Run, folder: Path) -> None:
+        """Removes checkpoints that were made with other settings, tokens or code than the run has now."""
+        ladder, marker = self.queue.ladder, folder / "settings.json"
+        now = recorded_settings(ladder.run_settings(run), ladder)
+        now |= {"data_hash": self.corpus.facts.data_hash, "tag": ladder.tag}
+        kept = json.loads(marker.read_text()) if marker.exists() else {}
+        if folder.exists() and kept != now:
+            changed = sorted(name for name in kept.keys() | now.keys() if kept.get(name) != now.get(name))
+            self.console.print(Text(f"{run.name} was begun with other values of {', '.join(changed)}: it begins anew."))
+            shutil.rmtree(folder)
+        write_json(marker, now)
 
     def model(self, branch: Branch) -> PreTrainedModel:
         """A model of the rung and arm, compiled once for all its seeds if the ladder asks for it."""
