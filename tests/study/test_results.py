@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("compare-demo*.json"))
 OLDER = ROOT / "tests" / "fixtures" / "comparison_dd60e2b.json"
 HERE = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "query_experts": "0.1.0", "commit": "0bfe3dd",
-        "device": "cpu", "hardware": "a CPU", "dtype": "float32", "date": "2026-11-23"}  # fmt: skip
+        "device": "cpu", "hardware": "a CPU", "dtype": "float32", "date": "2026-11-23",
+        "instructions": "AVX2"}  # fmt: skip
 RUN = RunResult(
     arm="gqe", seed=0, parameters=ParameterCounts(9, 8, 7), active_attention_heads=3, dense_attention_heads=4,
     intermediate_size=48, flops_per_token=5.0, kv_bytes_per_token=256, tokens_per_s=10.5, train_seconds=2.0,
@@ -43,7 +44,7 @@ JSON = (
     '"dense_attention_heads":4,"intermediate_size":48,"flops_per_token":5.0,"kv_bytes_per_token":256,'
     '"tokens_per_s":10.5,"train_seconds":2.0,"train_tokens":192,"diverged_at_tokens":null,"pieces":[{"first_step":0,'
     '"python":"3.11.7","torch":"2.13.0","transformers":"5.23.0","query_experts":"0.1.0","commit":"0bfe3dd",'
-    '"device":"cpu","hardware":"a CPU","dtype":"float32","date":"2026-11-23"}],"clipped_steps":0,'
+    '"device":"cpu","hardware":"a CPU","dtype":"float32","date":"2026-11-23","instructions":"AVX2"}],"clipped_steps":0,'
     '"validation_loss":4.5,"train_curve":[[96,5.0],[192,4.6]],"validation_curve":[[192,4.5]],'
     '"routing":{"load":[[[0.5,0.5]]],"entropy":[[0.9]],"dead":0,"dead_below":0.01},'
     '"passage":{"tokens":["a"],"experts":[[[1]]]}}\n'
@@ -81,7 +82,14 @@ def test_a_committed_comparison_is_read_and_written_as_it_was(file, tmp_path):
     """But for the keys that the file lacks, which are written with their defaults."""
     write_comparison(tmp_path / "comparison.json", parse_comparison(file.read_text(encoding="utf-8")))
     before, after = json.loads(file.read_text()), json.loads((tmp_path / "comparison.json").read_text())
-    added = {"commit": None, "skipped_files": {}, "validation": [], "validation_files": []}
+    added = {
+        "commit": None,
+        "skipped_files": {},
+        "validation": [],
+        "validation_files": [],
+        "compile": False,
+        "instructions": None,
+    }
 
     def check(old, new):
         if isinstance(old, dict):

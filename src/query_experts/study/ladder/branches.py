@@ -30,7 +30,7 @@ from query_experts.study.measure import (
     routing_load,
     routing_split,
 )
-from query_experts.study.results import Piece
+from query_experts.study.results import ParameterCounts, Piece
 from query_experts.study.settings import RunSettings
 from query_experts.study.train import (
     build_trainer,
@@ -140,11 +140,12 @@ class Branch:
         parts = [] if diverged else losses_by_part(model, corpus, settings)
         predicted = sum(part.predicted_tokens for part in parts)
         loss = bits = None
-        facts, parameters = corpus.facts, costs.parameters(model)
+        facts, parameters = corpus.facts, ParameterCounts(**costs.parameters(model))
         if not diverged:
             loss = sum(part.loss * part.predicted_tokens for part in parts) / predicted
             bits = bits_per_byte(loss, facts.validation_tokens, facts.validation_bytes)
-        instructions = {piece["instructions"] for piece in pieces.pieces}
+        where = [Piece(**piece) for piece in pieces.pieces]
+        instructions = {piece.instructions for piece in where}
         return LadderResult(
             ladder=self.name,
             rung=self.run.rung,
@@ -152,9 +153,9 @@ class Branch:
             arm=self.run.arm,
             seed=self.run.seed,
             budget=self.budget,
-            parameters=parameters["total"],
-            embedding_parameters=parameters["embedding"],
-            active_parameters=parameters["active"],
+            parameters=parameters.total,
+            embedding_parameters=parameters.embedding,
+            active_parameters=parameters.active,
             active_heads=costs.heads(config).active,
             train_tokens=tokens,
             flops=tokens / settings.seq_len * costs.model_work(config, 1, settings.seq_len, backward=True).flops,
@@ -167,8 +168,8 @@ class Branch:
             routing_curve=RoutingCurve.points(trainer.state.log_history),
             curve=curve_of(trainer, "lm_loss", settings.tokens_per_step),
             settings=recorded_settings(settings, self.ladder),
-            pieces=[Piece(**piece) for piece in pieces.pieces],
-            instructions=instructions.pop() if len(instructions) == 1 else MIXED,
+            pieces=where,
+            instructions=MIXED if len(instructions) > 1 else where[0].instructions or MIXED,
             train_seconds=round(progress.seconds, 1),
             tokens_per_s=round(progress.tokens_per_s, 1),
             data_hash=facts.data_hash,

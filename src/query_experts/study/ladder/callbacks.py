@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ class KeepFork(TrainerCallback):
         copy.rename(self.folder / name)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: its budget, and the last step of the budget's branch that was logged."""
+
+    budget: float
+    step: int
+
+
 class ProgressFile(TrainerCallback):
     """Writes how far a run is, for `scaling status`.
 
@@ -89,4 +98,4 @@ class ProgressFile(TrainerCallback):
         self.budget = budget
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        write_json(self.folder / PROGRESS, {"budget": self.budget, "step": state.global_step})
+        write_json(self.folder / PROGRESS, asdict(Progress(self.budget, state.global_step)))

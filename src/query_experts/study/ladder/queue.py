@@ -106,7 +106,7 @@ class Rates:
         if own:
             return statistics.median(own)
         device = self.queue.ladder.device(run.rung)
-        others = [r for r in self.results if r.settings.get("device") == device]
+        others = [r for r in self.results if r.device == device]
         if not others:
             return None
         per_s = statistics.median(r.tokens_per_s * r.active_flops / r.train_tokens for r in others)

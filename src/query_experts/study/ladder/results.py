@@ -120,6 +120,11 @@ class LadderResult:
         return self.settings.get("learning_rate")
 
     @property
+    def device(self) -> str | None:
+        """What it was trained on, cpu or cuda; None if its settings don't say."""
+        return self.settings.get("device")
+
+    @property
     def diverged(self) -> bool:
         """Whether the run has no loss to compare."""
         return self.diverged_at_tokens is not None or self.validation_loss is None

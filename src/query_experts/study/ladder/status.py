@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from query_experts.common.formatting import short
-from query_experts.study.ladder.callbacks import PROGRESS
+from query_experts.study.ladder.callbacks import PROGRESS, Progress
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.ladder.settings import Run, ScalingSettings
@@ -112,10 +112,10 @@ def running_text(queue: Queue, out: Path, rates: Rates, run: Run, lacking: list[
     """A running run: seed, how much of its training is done, and the time that is left."""
     settings, ladder = queue.ladder.run_settings(run), queue.ladder
     try:
-        progress = json.loads((run_folder(out, run) / PROGRESS).read_text())
-        budget, step = progress["budget"], progress["step"]
-    except (OSError, ValueError, KeyError):
-        budget, step = lacking[0], 0
+        progress = Progress(**json.loads((run_folder(out, run) / PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError):
+        progress = Progress(lacking[0], 0)
+    budget, step = progress.budget, progress.step
     trained = ladder.share_trained([b for b in ladder.budgets if b < budget])
     trained += max(0.0, step / settings.steps - ladder.stable_before(budget))
     text = f"seed {run.seed} {trained / ladder.share_trained(ladder.budgets):.0%}"
