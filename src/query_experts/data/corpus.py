@@ -20,6 +20,7 @@ from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders, save_tokenizer
 from query_experts.data.documents import SPLITS, Split, SplitDocuments
 from query_experts.data.facts import CorpusInfo, TokensInfo, ValidationFile, ValidationPart
+from query_experts.data.folder import TokenFolder, hash_of, read_folder, write_folder
 from query_experts.data.readers import name_without_endings
 from query_experts.data.shards import ShardWriter, TokenSequences, token_dtype
 from query_experts.data.sources import SourceFile, Sources, find_sources
@@ -69,19 +70,6 @@ class Corpus:
             ValidationPart(file.name, end - count, count, file.tokens, file.bytes)
             for file, count, end in zip(files, counts, accumulate(counts), strict=True)
         ]
-
-
-@dataclass(frozen=True)
-class _TokenFolder:
-    """The content of `meta.json`, which describes a folder of tokens.
-
-    shards: split -> its files in order. sizes: path of each file in the folder -> its bytes.
-    """
-
-    info: TokensInfo
-    dtype: str
-    shards: dict[Split, list[str]]
-    sizes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -198,7 +186,7 @@ def prepare(
     settings.check()
     if data and len(data) == 1:
         folder = Path(data[0]).expanduser()
-        if (tokens := _read_meta(folder)) is not None:
+        if (tokens := read_folder(folder)) is not None:
             if validation:
                 raise SettingError(
                     f"validation holds {validation!r}, but data is a folder of tokens, which has its own validation "
@@ -208,7 +196,7 @@ def prepare(
     sources = find_sources(data)
     held_out = find_validation_files(validation) if validation else None
     folder = Path(cache_dir) / f"corpus-{_fingerprint(settings, sources, held_out)}"
-    tokens = _read_meta(folder) or _build_into(folder, settings, sources, held_out, progress)
+    tokens = read_folder(folder) or _build_into(folder, settings, sources, held_out, progress)
     skipped = Counter(sources.skipped) + Counter(held_out.skipped if held_out else {})
     return _open(folder, tokens, seq_len, dict(skipped.most_common()))
 
@@ -220,20 +208,7 @@ def _fingerprint(settings: _Settings, sources: Sources, held_out: Sources | None
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:20]
 
 
-def _read_meta(folder: Path) -> _TokenFolder | None:
-    """The folder's meta.json; None unless a build wrote it and each file that it lists has its full length."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if any((folder / name).stat().st_size != size for name, size in meta["sizes"].items()):
-            return None
-        files = [ValidationFile(**file) for file in meta["info"].get("validation_files", [])]
-        info = TokensInfo(**meta["info"] | {"validation_files": files})
-        return _TokenFolder(info, meta["dtype"], meta["shards"], meta["sizes"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _open(folder: Path, tokens: _TokenFolder, seq_len: int, skipped: dict[str, int]) -> Corpus:
+def _open(folder: Path, tokens: TokenFolder, seq_len: int, skipped: dict[str, int]) -> Corpus:
     info = CorpusInfo(**vars(tokens.info), seq_len=seq_len, skipped_files=skipped)
     files = info.validation_files
     _check_length("train split of data", info.train_tokens, info.train_documents, seq_len)
@@ -260,7 +235,7 @@ def _check_length(name: str, tokens: int, documents: int, seq_len: int) -> None:
 
 def _build_into(
     folder: Path, settings: _Settings, sources: Sources, held_out: Sources | None, progress: bool
-) -> _TokenFolder:
+) -> TokenFolder:
     """Build next to `folder` and rename at the end; of two builds at once the first to finish is kept."""
     cache_dir = folder.parent
     building = cache_dir / f"{_BUILDING}{folder.name}-{uuid.uuid4().hex[:8]}"
@@ -288,12 +263,12 @@ def _build_into(
 
 def _publish(building: Path, folder: Path) -> None:
     """Rename a finished build to its name, unless another build has done so meanwhile."""
-    if folder.exists() and _read_meta(folder) is None:
+    if folder.exists() and read_folder(folder) is None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         building.rename(folder)
     except OSError:
-        if _read_meta(folder) is None:
+        if read_folder(folder) is None:
             raise
 
 
@@ -322,7 +297,7 @@ class _Build:
         total, limit = sources.text_bytes(), settings.max_bytes
         self.expected_bytes = limit if total is None else min(total, limit or total)
 
-    def run(self) -> _TokenFolder:
+    def run(self) -> TokenFolder:
         """Write everything and return what meta.json holds. Raises SettingError, and OSError for a disk error."""
         settings = self.settings
         given = None if settings.tokenizer is None else load_fast_tokenizer(settings.tokenizer)
@@ -338,7 +313,7 @@ class _Build:
         if not documents.documents:
             raise SettingError(f"data holds {self.sources.names!r}, in which there is no text; it must hold some")
         files = [] if self.held_out is None else self._write_files(self.held_out, tokenizer, documents)
-        return self._write_meta(self._info(documents, files, vocabulary_size(tokenizer)))
+        return write_folder(self.folder, self._info(documents, files, vocabulary_size(tokenizer)), self.writers)
 
     def _fraction(self) -> float | None:
         """The share of `data` that is held out; None with validation files."""
@@ -408,27 +383,11 @@ class _Build:
                 text_bytes += piece.text_bytes
         return ValidationFile(name_without_endings(file.path), documents, tokens, text_bytes)
 
-    def _write_meta(self, info: TokensInfo) -> _TokenFolder:
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        tokens = _TokenFolder(
-            info=info,
-            dtype=token_dtype(info.vocab_size),
-            shards={split: self.writers[split].shards for split in SPLITS},
-            sizes={path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files},
-        )
-        meta = asdict(tokens)
-        if not info.validation_files:  # so that earlier versions read it
-            del meta["info"]["validation_files"]
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        return tokens
-
     def _info(self, documents: SplitDocuments, files: list[ValidationFile], vocab_size: int) -> TokensInfo:
-        hashes = "".join([token_dtype(vocab_size), *(self.writers[split].hash.hexdigest() for split in SPLITS)])
-        hashes += json.dumps([[file.name, file.tokens] for file in files]) if files else ""
         held_out = "tails of the documents" if documents.tails else "held-out documents"
         return TokensInfo(
             source=self.sources.names,
-            data_hash=hashlib.sha256(hashes.encode()).hexdigest(),
+            data_hash=hash_of(self.writers, vocab_size, files),
             tokenizer=self.settings.tokenizer or "trained",
             validation="validation files" if files else held_out,
             validation_fraction=self._fraction(),

@@ -36,7 +36,7 @@ class ShardWriter:
         """Bytes on disk so far."""
         return self.tokens * self._dtype.itemsize
 
-    def append(self, ids: Sequence[int]) -> None:
+    def append(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append `ids`; start a new shard whenever one is full."""
         block = np.asarray(ids, dtype=self._dtype)
         self.hash.update(block.tobytes())
