@@ -278,7 +278,7 @@ def load_scaling(command: str, argv: list[str]) -> Work:
     from query_experts.study.ladder.settings import ScalingSettings
 
     settings = parse(command, ScalingSettings, argv)
-    from query_experts.study.ladder import read, status, worker
+    from query_experts.study.ladder import read, status, tokens, worker
 
     def work() -> int:
         match settings.action:
@@ -290,6 +290,8 @@ def load_scaling(command: str, argv: list[str]) -> Work:
                 read.print_laws(settings, terminal())
             case "report":
                 read.report(settings, terminal())
+            case "tokens":
+                tokens.write_tokens(settings, terminal())
         return 0
 
     return work

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from query_experts.common.errors import SettingError
+from query_experts.study.callbacks import StopRequest
 from query_experts.study.ladder.settings import ScalingSettings
 from study_helpers import write_text
 
@@ -53,3 +57,18 @@ def results_of(folder: Path) -> dict[str, Any]:
         file.name: {name: value for name, value in json.loads(file.read_text()).items() if name not in TIMES}
         for file in files
     }
+
+
+def wait_until_asked(folder: str) -> None:
+    """The work of a process that waits for a signal."""
+    stop = StopRequest()
+    with stop.listening():
+        (Path(folder) / f"ready-{os.getpid()}").touch()
+        while not stop.made:
+            time.sleep(0.05)
+    (Path(folder) / f"saved-{os.getpid()}").touch()
+
+
+def refuse() -> None:
+    """The work of a process that can't work."""
+    raise SettingError("steps is 0; it must be 1 or more")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from query_experts.data import prepare
 from query_experts.study.callbacks import StopRequest
@@ -130,6 +131,22 @@ def test_a_compiled_branch_resumes_bit_for_bit(place, tmp_path):
     assert pieces > 1
     assert facts(result) == facts(whole[0])
     assert all(torch.equal(value, whole[1][name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_compiled_once_for_all_seeds_and_budgets(place, tmp_path, dtype):
+    corpus, compiled = corpus_of(place[0]), []
+    torch._dynamo.reset()
+    counters.clear()
+    model = new_model(branch(place, tmp_path, 1, compile=True, dtype=dtype).settings, "gqe", 0)
+    for seed in range(2):
+        for budget in (0.25, 0.5):
+            own = branch(place, tmp_path / str(seed), budget, seed=seed, compile=True, dtype=dtype)
+            trained(own, corpus, model)
+            compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0
+    assert {*compiled} == {compiled[0]}
+    assert sum(counters["graph_break"].values()) == 0
 
 
 def test_a_result_says_what_was_trained_and_at_what_cost(place, tmp_path):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from query_experts.common.files import disk_errors_as_os_errors, require_space
 from query_experts.data import Corpus
@@ -93,20 +94,25 @@ class Branch:
         """Where the ends of stable parts are kept, as checkpoints."""
         return self.folder / "forks"
 
-    def train(self, model: PreTrainedModel, corpus: Corpus, stop: StopRequest) -> LadderResult | None:
+    def train(
+        self, model: PreTrainedModel, corpus: Corpus, stop: StopRequest, more: Sequence[TrainerCallback] = ()
+    ) -> LadderResult | None:
         """Trains from the branch's last checkpoint on, else from the longest stable part that is kept, else anew.
 
         Args:
             model: A model of the run's arm and size, which gets the run's initial values.
+            more: Callbacks beside those of every branch.
 
         Returns:
-            None if it was asked to stop before its end.
+            None if it was asked to stop before its end, or a callback stopped it.
         """
         settings = self.settings
         require_space(self.own_folder, 4 * CHECKPOINT_BYTES * model.num_parameters())
         model.load_state_dict(new_model(settings, self.run.arm, self.run.seed).state_dict())
         sample = routing_split(settings, corpus)
         trainer = self.trainer(settings, model, corpus, sample, stop)
+        for callback in more:
+            trainer.add_callback(callback)
         with disk_errors_as_os_errors(self.folder), close_progress_bar(trainer), stop.listening():
             train_from(trainer, last_checkpoint(self.own_folder / "checkpoints") or last_checkpoint(self.forks))
             if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
+import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,3 +102,40 @@ class ProgressFile(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         write_json(self.folder / PROGRESS, asdict(Progress(self.budget, state.global_step)))
+
+
+class EndInTime(TrainerCallback):
+    """Stops a run that would end after a deadline, as soon as its own steps show it.
+
+    The median time between two steps counts, so a pause for compiling or measuring doesn't. `needed` is then the
+    seconds that the run would have taken from there, and None before.
+
+    Args:
+        deadline: On the clock of `time.monotonic`.
+        steps_after: What follows the last step, as a number of steps.
+    """
+
+    PASSED = 2  # steps in which a process warms up
+    JUDGED = 5  # the fewest steps that show a rate
+    KEPT = 51
+
+    def __init__(self, deadline: float, steps_after: float):
+        self.deadline = deadline
+        self.steps_after = steps_after
+        self.needed: float | None = None
+        self.passed = 0
+        self.ended: float | None = None
+        self.intervals: deque[float] = deque(maxlen=self.KEPT)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        now = time.monotonic()
+        if self.ended is not None and self.passed >= self.PASSED:
+            self.intervals.append(now - self.ended)
+        self.ended = now
+        self.passed += 1
+        if len(self.intervals) < self.JUDGED or state.global_step >= state.max_steps:
+            return
+        left = statistics.median(self.intervals) * (state.max_steps - state.global_step + self.steps_after)
+        if now + left > self.deadline:
+            self.needed = left
+            control.should_training_stop = True

@@ -10,7 +10,7 @@ from pathlib import Path
 from query_experts.common.errors import SettingError
 from query_experts.model.arms import ARMS
 from query_experts.study.ladder.branches import recorded_settings
-from query_experts.study.ladder.results import LadderResult, read_results
+from query_experts.study.ladder.results import LadderResult, collect_result, read_files, write_result
 from query_experts.study.ladder.settings import Ladder, Run, read_ladder
 
 
@@ -22,11 +22,13 @@ class Queue:
         ladder: The ladder.
         file: Its file.
         runs: The runs that a worker may take, in the order of the plan.
+        collect: A file for all new results, in place of one each in the ladder's folder; None for those.
     """
 
     ladder: Ladder
     file: Path
     runs: list[Run]
+    collect: Path | None = None
 
     @classmethod
     def read(cls, file: Path, only: Sequence[str] = (), device: str | None = None) -> Queue:
@@ -60,15 +62,27 @@ class Queue:
 
     def results(self) -> list[LadderResult]:
         """The results so far. Raises SettingError for one that doesn't belong to the ladder as it is now."""
-        if not self.results_folder.is_dir():
-            return []
-        results = read_results(self.results_folder)
+        files = {file.resolve() for file in self.results_folder.glob("*.json")}
+        if self.collect is not None and self.collect.exists():
+            files.add(self.collect.resolve())
+        results = read_files(sorted(files))
         planned = {run.key: run for run in self.ladder.runs()}
         for result in results:
             run = planned.get((result.rung, result.variant, result.arm, result.seed))
             if run is not None and result.budget in self.ladder.budgets:
                 self._check(result, run)
+        self._require_one_corpus(results)
         return results
+
+    def _require_one_corpus(self, results: list[LadderResult]) -> None:
+        """Raises SettingError where results of a rung were made with different tokens, so that no pair is."""
+        hashes: dict[str, str] = {}
+        for result in results:
+            if hashes.setdefault(result.rung, result.data_hash) != result.data_hash:
+                raise SettingError(
+                    f"results of rung {result.rung} in {self.results_folder} have the data_hash "
+                    f"{hashes[result.rung]} and {result.data_hash}; all must be made with the same tokens"
+                )
 
     def _check(self, result: LadderResult, run: Run) -> None:
         branch = self.ladder.branch_settings(self.ladder.run_settings(run), result.budget)
@@ -80,6 +94,13 @@ class Queue:
                     f"ladder is {self.file}, where run {run.name} has {name} {value!r}; its result was made with "
                     f"{made[name]!r}: the ladder must keep it, or give the rung another name"
                 )
+
+    def write(self, result: LadderResult) -> None:
+        """Keeps a new result. Raises SettingError where one of its key is there."""
+        if self.collect is None:
+            write_result(self.results_folder, result)
+        else:
+            collect_result(self.collect, result)
 
     def missing(self) -> dict[Run, list[float]]:
         """The runs that lack results, in the order of the plan, with the budgets that they lack."""
@@ -101,12 +122,17 @@ class Rates:
     results: list[LadderResult]
 
     def tokens_per_s(self, run: Run) -> float | None:
-        """Of this rung and arm; else from the FLOP/s of other runs on its device; None where nothing is measured."""
+        """Of this rung and arm; else from the FLOP/s of other runs on its device; None where nothing is measured.
+
+        A small model doesn't fill a GPU, on which a larger one has more FLOP/s. So there only the rung's own count.
+        """
         own = [r.tokens_per_s for r in self.results if (r.rung, r.arm) == (run.rung, run.arm)]
         if own:
             return statistics.median(own)
         device = self.queue.ladder.device(run.rung)
         others = [r for r in self.results if r.device == device]
+        if device == "cuda":
+            others = [r for r in others if r.rung == run.rung]
         if not others:
             return None
         per_s = statistics.median(r.tokens_per_s * r.active_flops / r.train_tokens for r in others)
@@ -121,3 +147,13 @@ class Rates:
         validated = statistics.median(sum(part.predicted_tokens for part in r.parts) for r in self.results)
         trained = self.queue.ladder.share_trained(budgets) * settings.steps * settings.tokens_per_step
         return (trained + len(budgets) * validated / 3) / rate
+
+    def warm_up(self, run: Run) -> float:
+        """Seconds that a process's first run of an arm takes longer, as compiling does; 0 where nothing is measured."""
+        extra = [
+            (r.arm == run.arm, r.train_seconds - r.train_tokens / r.tokens_per_s)
+            for r in self.results
+            if r.rung == run.rung
+        ]
+        own = [seconds for same, seconds in extra if same] or [seconds for _, seconds in extra]
+        return max([0.0, *own])

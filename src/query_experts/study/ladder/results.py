@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from query_experts.common.errors import SettingError
@@ -77,6 +78,7 @@ class LadderResult:
         tokens_per_s: Training speed.
         data_hash: Of the tokens.
         tag: Tag of the code; None for code without one.
+        beside: Processes that shared the device, this one included; they slow one another.
     """
 
     __pydantic_config__ = FINITE
@@ -108,6 +110,7 @@ class LadderResult:
     tokens_per_s: float
     data_hash: str
     tag: str | None
+    beside: int = 1  # older files lack it
 
     @property
     def key(self) -> Key:
@@ -148,14 +151,34 @@ def write_result(folder: Path, result: LadderResult) -> Path:
     file = folder / file_name(result)
     if file.exists():
         raise SettingError(f"results hold {file}; a finished run is not overwritten: move the file away to replace it")
-    values = dataclasses.asdict(result)
+    write_json(file, _checked(result))
+    return file
+
+
+def collect_result(file: Path, result: LadderResult) -> None:
+    """Adds a result to a file that holds a list of them, which is whole at any moment. Creates the file.
+
+    Several processes may add to one file.
+
+    Raises:
+        SettingError: The file is damaged or holds a result of the same key, or a string is an absolute path.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f"{file.name}.lock")):
+        before = _read_file(file) if file.exists() else []
+        _refuse_duplicates((file, one) for one in [*before, result])
+        write_json(file, [*map(dataclasses.asdict, before), _checked(result)])
+
+
+def _checked(result: LadderResult) -> dict[str, Any]:
+    """A result as JSON holds it. Raises SettingError for an absolute path and for a curve of too many points."""
+    values, name = dataclasses.asdict(result), file_name(result)
     paths = absolute_paths(values)
     if paths:
-        raise SettingError(f"result {file.name} holds the path {paths[0]}; it must hold file names without folders")
+        raise SettingError(f"result {name} holds the path {paths[0]}; it must hold file names without folders")
     if len(result.curve) > MAX_CURVE_POINTS:
-        raise SettingError(f"curve of {file.name} has {len(result.curve)} points; it must have at most 40")
-    write_json(file, values)
-    return file
+        raise SettingError(f"curve of {name} has {len(result.curve)} points; it must have at most 40")
+    return values
 
 
 def absolute_paths(values: Any) -> list[str]:
@@ -189,7 +212,12 @@ def read_results(folder: Path) -> list[LadderResult]:
     """
     if not folder.is_dir():
         raise SettingError(f"results is {folder}; it must be a folder")
-    found = [(file, result) for file in sorted(folder.glob("*.json")) for result in _read_file(file)]
+    return read_files(sorted(folder.glob("*.json")))
+
+
+def read_files(files: Iterable[Path]) -> list[LadderResult]:
+    """Reads files of results. Raises SettingError where one is damaged, or two results have one key."""
+    found = [(file, result) for file in files for result in _read_file(file)]
     _refuse_duplicates(found)
     return [result for _, result in found]
 

@@ -36,28 +36,43 @@ LOGS = 40  # in a whole run, whose steps are a multiple of it
 LEAST_BUDGET = 0.125  # a budget's end and the start of its decay then fall on logs
 # the queue sets these for each run
 BY_THE_QUEUE = {"out", "cache_dir", "stop_after_minutes", "steps", "warmup_fraction", "decay_fraction", "evaluations"}
+BELONGS_TO = {
+    "data": ["run", "tokens"], "only": ["run", "status", "tokens"], "hours": ["run"], "minutes": ["run"],
+    "beside": ["run"], "collect": ["run"], "tokens": ["tokens"], "shard_megabytes": ["tokens"], "to": ["tokens"],
+}  # fmt: skip
 
 
 @dataclass
 class ScalingSettings(Settings):
     """`query-experts scaling`."""
 
-    action: Literal["run", "status", "fit", "report"] = argument(
+    action: Literal["run", "status", "fit", "report", "tokens"] = argument(
         "run: train what is missing; status: what is done, running and missing; fit: print gaps and laws; report: the "
-        "same as a page"
+        "same as a page; tokens: write the tokens for a machine that can't read the text"
     )
     ladder: Annotated[str, NotEmpty("be a ladder's file")] = argument("the ladder, a YAML file")
     data: str | None = option(
-        None, "run: folder of the text files that the ladder names; not needed once they are tokenised", "data",
-        metavar="FOLDER",
+        None, "run, tokens: folder of the text files that the ladder names, or a folder of tokens; not needed once "
+              "they are tokenised in out", "data", metavar="FOLDER",
     )  # fmt: skip
+    tokens: Count | None = option(
+        None, "tokens: training tokens to keep at most, spread evenly over the text; default: all", "data"
+    )
+    shard_megabytes: Annotated[float, Bounds(above=0)] | None = option(
+        None, "tokens: largest size of a file; default: 14", "data"
+    )
     only: list[str] = option([], "run, status: only these rungs and arms", "what to run", metavar="NAME")
     hours: NonNegative | None = option(
         None, "run: save and stop after X hours; the same command goes on from there", "what to run"
     )
     minutes: NonNegative | None = option(
-        None, "run: begin only runs that end within X minutes from now, at the rate measured so far", "what to run"
-    )
+        None, "run: begin only runs that end within X minutes from now, at the rate measured on this device; one "
+              "whose first steps show that it won't is given up", "what to run",
+    )  # fmt: skip
+    beside: Count | None = option(
+        None, "run: processes that share the device; default: on a GPU more than one for small models, else 1",
+        "machine",
+    )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "run: the rungs of this device; auto: cuda where there is one, else cpu", "machine"
     )
@@ -65,16 +80,25 @@ class ScalingSettings(Settings):
         "runs/ladder", "folder for tokens, checkpoints and the page; results go where the ladder says", "output",
         metavar="FOLDER",
     )  # fmt: skip
+    collect: Annotated[str, NotEmpty("be a file")] | None = option(
+        None, "run: add all results to this file, in place of one file each where the ladder says", "output",
+        metavar="FILE",
+    )  # fmt: skip
+    to: Annotated[str, NotEmpty("be a new folder")] | None = option(
+        None, "tokens: new folder for them", "output", metavar="FOLDER"
+    )
 
     def check(self) -> None:
         """Raises SettingError, naming the field, what it held and what is allowed."""
         validate(self)
-        for name, actions in (("data", ["run"]), ("hours", ["run"]), ("minutes", ["run"]), ("only", ["run", "status"])):
+        for name, actions in BELONGS_TO.items():
             if getattr(self, name) not in (None, []) and self.action not in actions:
                 raise SettingError(
                     f"{name} is {getattr(self, name)!r}, which belongs to scaling {' and '.join(actions)}; it must be "
                     "left out"
                 )
+        if self.action == "tokens" and self.to is None:
+            raise SettingError("to isn't given; it must be a new folder for the tokens")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,20 +20,27 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from query_experts.common.device import check_device, require_one_process, resolve_device
-from query_experts.common.environment import commit
+from query_experts.common.environment import commit, instructions
 from query_experts.common.errors import SettingError
 from query_experts.common.files import write_json
 from query_experts.common.formatting import plural
-from query_experts.data import Corpus, prepare
+from query_experts.data import Corpus, missing_files, prepare, read_meta
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.compare import check_corpus, print_corpus
+from query_experts.study.ladder.beside import run_beside
 from query_experts.study.ladder.branches import Branch, recorded_settings
+from query_experts.study.ladder.callbacks import EndInTime
 from query_experts.study.ladder.queue import Queue, Rates
-from query_experts.study.ladder.results import LadderResult, write_result
-from query_experts.study.ladder.settings import Run, ScalingSettings
+from query_experts.study.ladder.results import LadderResult
+from query_experts.study.ladder.settings import Run, ScalingSettings, parameters_without_embeddings
+from query_experts.study.ladder.speed import ASSUMED_SHARE, assumed_seconds, peak, speed_text
+from query_experts.study.measure import validation_split
 from query_experts.study.train import new_model, stop_after
 
 MOST_EPOCHS = 4
+MARGIN = 1.1  # over the predicted time of a run, whose rate varies
+FILLING_PARAMETERS = 12_000_000  # a smaller model doesn't fill a GPU, as is assumed until it is measured
+MOST_BESIDE = 4  # then each has its own copy of what a process needs on the GPU
 
 
 def run_queue(settings: ScalingSettings, console: Console) -> bool:
@@ -50,19 +59,55 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
     settings.check()
     check_device(settings.device)
     require_one_process()
-    queue = Queue.read(Path(settings.ladder), settings.only, resolve_device(settings.device))
+    queue = read_queue(settings)
     require_tag(queue)
-    torch.set_num_threads(queue.ladder.threads)
     stop = stop_after(settings.minutes if settings.minutes is not None else settings.hours and 60 * settings.hours)
-    worker = Worker(queue, Path(settings.out), open_tokens(queue, settings, console), stop, console)
+    corpus = open_tokens(queue, settings, console)
+    count = processes(queue, settings)
     with stop.listening():
-        worker.work(whole_runs=settings.minutes is not None)
+        if count == 1:
+            Worker.begin(queue, settings, corpus, stop, console).work()
+        else:
+            console.print(f"{count} processes beside one another.")
+            statuses = run_beside(
+                work_beside, (dataclasses.replace(settings, beside=count), stop.deadline), count, stop
+            )
+            for status in {*statuses} - {0}:
+                console.print(f"{plural(statuses.count(status), 'process')} ended with status {status}.")
     if stop.signal is not None:
         console.print("Stopped; the same command goes on.")
         raise SystemExit(128 + stop.signal)
     left = len(queue.missing())
     console.print(f"{plural(left, 'run')} of this device left." if left else "Every run of this device is done.")
     return left == 0
+
+
+def read_queue(settings: ScalingSettings) -> Queue:
+    """The runs that the settings ask for, on this machine's device."""
+    queue = Queue.read(Path(settings.ladder), settings.only, resolve_device(settings.device))
+    return dataclasses.replace(queue, collect=None if settings.collect is None else Path(settings.collect))
+
+
+def processes(queue: Queue, settings: ScalingSettings) -> int:
+    """How many processes share the device: as asked, and no more than there are runs; else by the first run's size."""
+    missing = [*queue.missing()]
+    if not missing:
+        return 1
+    if settings.beside is not None:
+        return min(settings.beside, len(missing))
+    first = queue.ladder.run_settings(missing[0])
+    if first.torch_device != "cuda":
+        return 1
+    filling = FILLING_PARAMETERS // parameters_without_embeddings(first.model_size())
+    return min(max(1, filling), MOST_BESIDE, len(missing))
+
+
+def work_beside(settings: ScalingSettings, deadline: float) -> None:
+    """The work of one of several processes."""
+    queue, stop = read_queue(settings), StopRequest(deadline)
+    corpus = open_tokens(queue, settings, Console(quiet=True))
+    with stop.listening():
+        Worker.begin(queue, settings, corpus, stop, Console()).work()
 
 
 @dataclass
@@ -75,6 +120,10 @@ class Worker:
         corpus: The ladder's tokens.
         stop: When to save and stop.
         console: Where it says what it does.
+        whole_runs: Whether to begin only runs that end before the deadline.
+        beside: Processes on the device, this one included.
+        models: Rung and arm -> a model, compiled once for all seeds.
+        given_up: Rungs that are too slow for the time that is left.
     """
 
     queue: Queue
@@ -82,31 +131,56 @@ class Worker:
     corpus: Corpus
     stop: StopRequest
     console: Console
+    whole_runs: bool = False
+    beside: int = 1
     models: dict[tuple[str, str], PreTrainedModel] = field(default_factory=dict)
+    given_up: set[str] = field(default_factory=set)
 
-    def work(self, whole_runs: bool) -> None:
-        """Takes runs until none is free or the stop is asked for.
+    @classmethod
+    def begin(
+        cls, queue: Queue, settings: ScalingSettings, corpus: Corpus, stop: StopRequest, console: Console
+    ) -> Worker:
+        torch.set_num_threads(queue.ladder.threads)
+        whole_runs = settings.minutes is not None
+        return cls(queue, Path(settings.out), corpus, stop, console, whole_runs, settings.beside or 1)
 
-        Args:
-            whole_runs: Whether to begin only runs that end before the deadline, at the rate measured so far.
-        """
+    def work(self) -> None:
+        """Takes runs until none is free or the stop is asked for."""
         passed: set[Run] = set()
         while not self.stop.made:
             missing = self.queue.missing()
-            free = [run for run in missing if run not in passed and self.fits(run, missing[run], whole_runs)]
-            if not free:
+            rates = self.rates() if self.whole_runs else None
+            run = next((r for r in missing if r not in passed and self.fits(r, missing[r], rates)), None)
+            if run is None:
                 return
-            with self.claimed(free[0]) as mine:
+            with self.claimed(run) as mine:
                 if mine:
-                    self.train(free[0])
+                    self.train(run, rates)
                     passed.clear()
                 else:
-                    passed.add(free[0])
+                    passed.add(run)
 
-    def fits(self, run: Run, budgets: list[float], whole_runs: bool) -> bool:
-        """Whether a run may be begun now."""
-        seconds = Rates(self.queue, self.queue.results()).seconds(run, budgets) if whole_runs else None
-        return seconds is None or seconds < self.stop.deadline - time.monotonic()
+    @cached_property
+    def hardware(self) -> str:
+        """What results call this machine's device."""
+        return instructions(self.queue.ladder.device(self.queue.runs[0].rung))
+
+    def rates(self) -> Rates:
+        """What was measured on a device like this one, with as many processes on it."""
+        measured = [r for r in self.queue.results() if r.instructions == self.hardware and r.beside == self.beside]
+        return Rates(self.queue, measured)
+
+    def fits(self, run: Run, budgets: list[float], rates: Rates | None) -> bool:
+        """Whether a run may be begun now: at the rates measured so far it ends in time, or nothing is measured."""
+        if rates is None:
+            return True
+        if run.rung in self.given_up:
+            return False
+        seconds = rates.seconds(run, budgets)
+        if seconds is None:
+            return True
+        warm_up = 0.0 if (run.rung, run.arm) in self.models else rates.warm_up(run)
+        return MARGIN * seconds + warm_up < self.stop.deadline - time.monotonic()
 
     @contextmanager
     def claimed(self, run: Run) -> Iterator[bool]:
@@ -122,17 +196,23 @@ class Worker:
         finally:
             lock.release()
 
-    def train(self, run: Run) -> None:
-        """Trains the missing budgets of a run, smallest first, and writes a result for each."""
+    def train(self, run: Run, rates: Rates | None) -> None:
+        """Trains the missing budgets of a run, smallest first, and keeps a result of each."""
         folder = run_folder(self.out, run)
         self.discard_others(run, folder)
-        for budget in self.queue.missing()[run]:
+        budgets = self.queue.missing()[run]
+        if rates is not None and rates.seconds(run, budgets) is None:
+            self.say_what_is_assumed(run)
+        for place, budget in enumerate(budgets):
             branch = Branch(self.queue.ladder, self.queue.name, run, budget, folder)
-            result = branch.train(self.model(branch), self.corpus, self.stop)
+            limit = EndInTime(self.stop.deadline, self.steps_after(branch, budgets[place:]))
+            result = branch.train(self.model(branch), self.corpus, self.stop, [limit] if self.whole_runs else [])
             if result is None:
+                self.say_why(run, limit)
                 return
-            write_result(self.queue.results_folder, result)
-            self.console.print(Text(f"{run.name}, {budget:.1%}: {loss_text(result)}"))
+            result = dataclasses.replace(result, beside=self.beside)
+            self.queue.write(result)
+            self.console.print(Text(f"{run.name}, {budget:.1%}: {loss_text(result)}, {speed_text(result)}"))
         shutil.rmtree(folder, ignore_errors=True)
 
     def discard_others(self, run: Run, folder: Path) -> None:
@@ -146,6 +226,35 @@ class Worker:
             self.console.print(Text(f"{run.name} was begun with other values of {', '.join(changed)}: it begins anew."))
             shutil.rmtree(folder)
         write_json(marker, now)
+
+    def steps_after(self, branch: Branch, budgets: list[float]) -> float:
+        """What a run has to do after a branch, in steps: later budgets, and validation at a third of a step's price."""
+        later = self.queue.ladder.share_trained(budgets[1:]) * branch.whole.steps
+        validated = len(validation_split(branch.settings, self.corpus)) * len(budgets)
+        return later + validated / 3 / branch.settings.sequences_per_step
+
+    def say_what_is_assumed(self, run: Run) -> None:
+        """Prints how long a run would take of which nothing is measured, on a device whose peak is known."""
+        highest = peak(self.hardware)
+        if highest is not None:
+            seconds = assumed_seconds(self.queue.ladder, run, highest)
+            self.console.print(
+                f"{run.name}: nothing of its rung is measured on {self.hardware}; all of it would take {seconds:.0f} s "
+                f"at an assumed {ASSUMED_SHARE:.0%} of the peak. Its first steps decide."
+            )
+
+    def say_why(self, run: Run, limit: EndInTime) -> None:
+        """Prints why a run was given up, where its speed is the reason; its rung is then left out from here on."""
+        if limit.needed is None:
+            return
+        self.given_up.add(run.rung)
+        left = max(0.0, self.stop.deadline - time.monotonic())
+        self.console.print(
+            Text(
+                f"{run.name} is given up: by its first steps it needs {limit.needed:.0f} s more, and {left:.0f} s are "
+                f"left. No other run of {run.rung} is begun."
+            )
+        )
 
     def model(self, branch: Branch) -> PreTrainedModel:
         """A model of the rung and arm, compiled once for all its seeds if the ladder asks for it."""
@@ -216,6 +325,7 @@ def open_tokens(queue: Queue, settings: ScalingSettings, console: Console) -> Co
         )
     check_corpus(shared, corpus)
     print_corpus(shared, corpus, console)
+    require_same_tokens(queue, corpus)
     for run in queue.runs:
         whole = ladder.run_settings(run)
         epochs = whole.steps * whole.sequences_per_step / len(corpus.train)
@@ -225,6 +335,17 @@ def open_tokens(queue: Queue, settings: ScalingSettings, console: Console) -> Co
                 f"epochs; it must be {MOST_EPOCHS} at most: give more text, or fewer tokens_per_parameter"
             )
     return corpus
+
+
+def require_same_tokens(queue: Queue, corpus: Corpus) -> None:
+    """Raises SettingError where a rung of the queue has results with other tokens."""
+    rungs = {run.rung for run in queue.runs}
+    for result in queue.results():
+        if result.rung in rungs and result.data_hash != corpus.facts.data_hash:
+            raise SettingError(
+                f"data has tokens with the hash {corpus.facts.data_hash}; rung {result.rung} has begun with "
+                f"{result.data_hash}, and all of its runs must have the same"
+            )
 
 
 def tokens_folder(settings: ScalingSettings) -> Path:
@@ -244,5 +365,12 @@ def text_files(queue: Queue, settings: ScalingSettings) -> tuple[list[str], list
         raise SettingError(
             f"data isn't given, and out holds {plural(len(kept), 'folder')} of tokens in {tokens_folder(settings)}; "
             "data must be the folder of the text files, or one of tokens"
+        )
+    tokens = read_meta(kept[0])
+    missing = missing_files(kept[0], tokens) if tokens is not None else []
+    if missing:
+        raise SettingError(
+            f"data is {kept[0]}, which lacks {plural(len(missing), 'file')} of tokens or holds a part of it, such as "
+            f"{missing[0]}; all must be there"
         )
     return [str(kept[0])], []
