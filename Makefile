@@ -7,12 +7,13 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 
 OLDEST_TORCH ?= 2.11.0
 
-.PHONY: help compare bench gpu test test-oldest test-quantized test-serve test-transformers lint format clean
+.PHONY: help compare bench gpu gpu-ladder test test-oldest test-quantized test-serve test-transformers lint format clean
 
 help:
 	@echo "make compare            train dense, static and gqe on this machine and report (ARGS='--preset small ...')"
 	@echo "make bench              time prefill, decoding and training against stock Llama (ARGS='--preset ...')"
 	@echo "make gpu                under ten minutes on a GPU: its tests and the sweep (ARGS=--dry: on a CPU, tiny)"
+	@echo "make gpu-ladder         the ladder's missing runs that fit into 8.5 minutes of a GPU (ARGS='--data FOLDER ...')"
 	@echo "make test               linter, type checker, tests"
 	@echo "make test-oldest        the tests on the oldest supported versions, in an environment of their own"
 	@echo "make test-quantized     quantised loading (bitsandbytes, torchao), in an environment of its own"
@@ -28,6 +29,10 @@ bench: $(VENV)/.installed-study
 
 gpu: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu $(ARGS)
+
+gpu-ladder: $(VENV)/.installed-study
+	$(BIN)/query-experts scaling run benchmarks/ladder/gpu.yaml --device cuda --minutes 8.5 \
+		--out runs/gpu-ladder --collect runs/gpu-ladder/results.json $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

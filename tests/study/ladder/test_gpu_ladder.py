@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 
 from ladder_helpers import HERE, run
 from query_experts.common.errors import SettingError
-from query_experts.data import portion
+from query_experts.data import portion, read_meta
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.ladder import callbacks, worker
 from query_experts.study.ladder.beside import run_beside
@@ -19,6 +22,7 @@ from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import collect_result, read_files
 from query_experts.study.ladder.settings import Run, parameters_without_embeddings, read_ladder
 from query_experts.study.ladder.speed import assumed_seconds, flops_per_s, peak, speed_text
+from query_experts.study.ladder.tokens import write_tokens
 from query_experts.study.ladder.worker import processes, run_queue
 from query_experts.study.results import Piece
 from queue_helpers import refuse, results_of, scaling, wait_until_asked, write_ladder
@@ -27,6 +31,14 @@ from study_helpers import quiet, said
 ROOT = Path(__file__).resolve().parents[3]
 GPU = ROOT / "benchmarks" / "ladder" / "gpu.yaml"
 H100 = "NVIDIA H100 80GB HBM3"
+ABSENT = ["datasets", "lm_eval", "trl", "zstandard", "parameterized"]  # on a machine with what CONTRIBUTING.md names
+BLOCKER = f"""
+from importlib.machinery import PathFinder
+find_spec = PathFinder.find_spec
+def find_unless_absent(cls, name, *rest):
+    return None if name.partition(".")[0] in {ABSENT} else find_spec(name, *rest)
+PathFinder.find_spec = classmethod(find_unless_absent)
+"""
 TWO = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 1}]}
 
 
@@ -229,17 +241,71 @@ def test_results_of_other_tokens_are_refused(tmp_path, monkeypatch):
         Queue.read(file).results()
 
 
+# tokens
+
+
+def test_a_part_of_the_tokens_is_written_for_a_rung_and_says_how_often_it_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(portion, "BLOCK", 16)
+    file, console, part = write_ladder(tmp_path), quiet(), tmp_path / "part"
+    asked = {"data": str(tmp_path), "to": str(part), "tokens": 1000, "shard_megabytes": 0.0005}
+    write_tokens(scaling(file, "tokens", **asked), console)
+    words = said(console)
+    info = read_meta(part).info
+    assert info.train_tokens == 992
+    assert info.data_hash in "".join(words.split())
+    assert "small: 2.6 epochs\nlarge: 5.2 epochs; only 4 are allowed" in words
+    assert max(path.stat().st_size for path in part.glob("*.bin")) <= 500
+    with pytest.raises(SettingError, match=r"rung large would train \d+\.\d epochs; it must be 4 at most"):
+        run_queue(scaling(file, data=str(part), out=str(tmp_path / "fresh")), quiet())
+
+
+def test_tokens_that_have_not_all_come_are_refused_by_name(tmp_path):
+    file, part = write_ladder(tmp_path), tmp_path / "part"
+    write_tokens(scaling(file, "tokens", data=str(tmp_path), to=str(part), shard_megabytes=0.002), quiet())
+    (part / "train-00001.bin").unlink()
+    with pytest.raises(SettingError, match=r"which lacks 1 file of tokens .*, such as train-00001.bin"):
+        run_queue(scaling(file, data=str(part), out=str(tmp_path / "fresh")), quiet())
+
+
+@pytest.mark.parametrize(
+    ("action", "given", "words"),
+    [
+        ("tokens", {}, "to isn't given; it must be a new folder"),
+        ("run", {"to": "x"}, "to is 'x', which belongs to scaling tokens"),
+        ("status", {"collect": "x"}, "collect is 'x', which belongs to scaling run"),
+        ("tokens", {"to": "x", "beside": 2}, "beside is 2, which belongs to scaling run"),
+        ("run", {"beside": 0}, "beside is 0; it must be 1 or more"),
+        ("tokens", {"to": "x", "shard_megabytes": 0.0}, "shard_megabytes is 0.0; it must be a number above 0"),
+    ],
+)
+def test_options_of_another_action_and_values_that_cannot_be_are_refused(tmp_path, action, given, words):
+    with pytest.raises(SettingError) as caught:
+        scaling(tmp_path / "ladder.yaml", action, **given).check()
+    assert words in str(caught.value)
+
+
 # processes beside one another
 
 
-def test_two_processes_take_each_run_once_and_write_one_file(tmp_path):
+def test_a_machine_with_tokens_and_few_packages_takes_each_run_once_in_two_processes(tmp_path):
     plan = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 2}]}
     alone, both = tmp_path / "alone", tmp_path / "both"
     alone.mkdir(), both.mkdir()
     run_queue(scaling(write_ladder(alone, **plan), collect=str(alone / "all.json")), quiet())
-    file, console = write_ladder(both, **plan), quiet()
-    assert run_queue(scaling(file, device="cpu", minutes=5, beside=2, collect=str(both / "all.json")), console)
-    assert "2 processes beside one another." in said(console)
+    file = write_ladder(both, **plan)
+    write_tokens(scaling(file, "tokens", data=str(both), to=str(both / "tokens"), shard_megabytes=0.01), quiet())
+    for text in both.glob("*.txt"):
+        text.unlink()
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)  # in child processes too
+    command = [sys.executable, "-m", "query_experts.cli", "scaling", "run", str(file), "--data", str(both / "tokens"),
+               "--device", "cpu", "--minutes", "5", "--beside", "2", "--collect", str(both / "all.json"),
+               "--out", str(both / "fresh")]  # fmt: skip
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes beside one another." in done.stdout
+    assert done.stdout.count("FLOP/s") == 12
+    assert "tok/s" in done.stderr  # the bars
     one, two = ({r.key: r for r in read_files([folder / "all.json"])} for folder in (alone, both))
     assert one.keys() == two.keys()
     assert {key: r.validation_loss for key, r in one.items()} == {key: r.validation_loss for key, r in two.items()}
