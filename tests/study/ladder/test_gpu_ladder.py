@@ -328,6 +328,12 @@ def test_on_a_cpu_one_process_works_unless_more_are_asked_for(tmp_path):
     assert processes(queue, scaling(queue.file, beside=2)) == 2
 
 
+def test_a_last_run_that_is_alone_counts_as_alone(tmp_path):
+    file = write_ladder(tmp_path, plan=[{"rungs": ["small"], "arms": ["dense"], "seeds": 1}])
+    run_queue(scaling(file, beside=3), quiet())
+    assert {result["beside"] for result in results_of(tmp_path).values()} == {1}
+
+
 def test_a_signal_goes_on_to_the_processes_which_save(tmp_path):
     class WhenReady(StopRequest):
         """Asked as soon as the processes listen."""

@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from query_experts.common.device import check_device, require_one_process, resolve_device
+from query_experts.common.device import check_compiler, check_device, require_one_process, resolve_device
 from query_experts.common.environment import commit, instructions
 from query_experts.common.errors import SettingError
 from query_experts.common.files import write_json
@@ -61,17 +61,17 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
     require_one_process()
     queue = read_queue(settings)
     require_tag(queue)
+    check_compiler(any(queue.ladder.run_settings(run).compile for run in queue.runs), resolve_device(settings.device))
     stop = stop_after(settings.minutes if settings.minutes is not None else settings.hours and 60 * settings.hours)
     corpus = open_tokens(queue, settings, console)
     count = processes(queue, settings)
+    settings = dataclasses.replace(settings, beside=count)
     with stop.listening():
         if count == 1:
             Worker.begin(queue, settings, corpus, stop, console).work()
         else:
             console.print(f"{count} processes beside one another.")
-            statuses = run_beside(
-                work_beside, (dataclasses.replace(settings, beside=count), stop.deadline), count, stop
-            )
+            statuses = run_beside(work_beside, (settings, stop.deadline), count, stop)
             for status in {*statuses} - {0}:
                 console.print(f"{plural(statuses.count(status), 'process')} ended with status {status}.")
     if stop.signal is not None:
