@@ -89,6 +89,7 @@ def test_a_committed_comparison_is_read_and_written_as_it_was(file, tmp_path):
         "validation_files": [],
         "compile": False,
         "instructions": None,
+        "initializer_range": 0.02,
     }
 
     def check(old, new):

@@ -57,6 +57,9 @@ class ModelSize:
     )
     router_aux_loss_coef: NonNegative = field(metadata=help_entry("weight of the balance loss", "training"))
     router_z_loss_coef: NonNegative = field(metadata=help_entry("weight of the router z-loss", "training"))
+    initializer_range: NonNegative = field(
+        default=0.02, metadata=help_entry("standard deviation of initial weights", "model")
+    )
 
     def check(self) -> None:
         """Raises SettingError for heads that don't fit together."""
@@ -97,6 +100,7 @@ def arm_config(arm: str, size: ModelSize) -> LlamaConfig:
         "head_dim": size.head_dim,
         "max_position_embeddings": size.max_position_embeddings,
         "tie_word_embeddings": size.tie_word_embeddings,
+        "initializer_range": size.initializer_range,
         "bos_token_id": None,
         "eos_token_id": None,
     }

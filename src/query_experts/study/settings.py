@@ -83,6 +83,7 @@ class RunSettings(Settings):
     active_query_experts: Count = size_option("active_query_experts", 1)
     head_dim: Count = size_option("head_dim", 32)
     tie_word_embeddings: bool = size_option("tie_word_embeddings", True)
+    initializer_range: NonNegative = size_option("initializer_range", 0.02)
     router_aux_loss_coef: NonNegative = size_option("router_aux_loss_coef", 0.01)
     router_z_loss_coef: NonNegative = size_option("router_z_loss_coef", 0.0)
 
