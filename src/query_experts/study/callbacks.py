@@ -101,10 +101,16 @@ class ZClipCallback(TrainerCallback, ExportableState):
                 p.grad.mul_(target / norm)
 
 
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds of wall-clock time; of the process's own time where it computes on one thread."""
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 class TokenProgress(TrainerCallback, ExportableState):
     """A progress bar with tokens, tokens/s, time left and the last losses, and the time that training steps take.
 
-    `seconds` counts training steps without validation and checkpoints, over all pieces of a resumed run.
+    `seconds` counts training steps without validation and checkpoints, over all pieces of a resumed run; on one thread
+    of a CPU it is the process's own time, which a pause or other work doesn't lengthen.
     `tokens_per_s` leaves out the first steps of each piece, in which the process warms up, unless there are no others.
     The rate in the bar includes validation, because its time left must.
 
@@ -159,10 +165,10 @@ class TokenProgress(TrainerCallback, ExportableState):
         )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = clock(args.device)()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        elapsed = time.perf_counter() - self.started
+        elapsed = clock(args.device)() - self.started
         self.seconds += elapsed
         if state.global_step - self.piece_began_at > self.WARM_UP_STEPS:
             self.warm_steps += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
@@ -39,6 +41,8 @@ from query_experts.study.measure import describe, loss_of, validation_split
 from query_experts.study.results import RunResult, read_result, write_result
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
+
+MOST_COMPILED = 256  # shapes of models in one process
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,9 @@ def new_model(settings: RunSettings, arm: str, seed: int) -> PreTrainedModel:
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed, model.config.initializer_range)
     if settings.compile:
+        # Dynamo counts compilations of one class over all models; past its limit it runs eager without an error
+        torch._dynamo.config.recompile_limit = MOST_COMPILED
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         model.compile(dynamic=False)
     return model
 
@@ -164,10 +171,14 @@ def training_split(settings: RunSettings, corpus: Corpus) -> Subset:
     return Subset(corpus.train, range(whole))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. Deletes newer ones that a kill or a full disk cut short, and prints that."""
+def last_checkpoint(folder: Path, most: float = math.inf) -> Path | None:
+    """The newest complete checkpoint. Deletes newer ones that a kill or a full disk cut short, and prints that.
+
+    Args:
+        most: The last step whose checkpoint counts.
+    """
     numbers = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    found = [path for path, number in numbers.items() if number.isdecimal()]
+    found = [path for path, number in numbers.items() if number.isdecimal() and int(number) <= most]
     for path in sorted(found, key=lambda path: int(numbers[path]), reverse=True):
         if is_complete(path):
             return path

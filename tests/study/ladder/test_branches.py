@@ -174,3 +174,29 @@ def test_a_run_that_diverges_is_a_result_without_a_loss(place, tmp_path):
     assert result.validation_loss is None
     assert result.parts == []
     assert 0 < result.diverged_at_tokens <= branch(place, tmp_path, 0.25).settings.steps * 32
+
+
+def test_a_budget_that_is_added_later_does_not_go_on_from_a_later_stable_part(place, tmp_path):
+    corpus = corpus_of(place[0])
+    alone = trained(branch(place, tmp_path / "alone", 0.5), corpus)
+    for budget in (0.25, 1.0):
+        trained(branch(place, tmp_path / "run", budget), corpus)
+    later = trained(branch(place, tmp_path / "run", 0.5), corpus)
+    assert facts(later[0]) == facts(alone[0])
+
+
+def test_a_stable_part_is_kept_although_a_kill_came_before_its_copy(place, tmp_path, monkeypatch):
+    corpus, own = corpus_of(place[0]), branch(place, tmp_path / "run", 0.25)
+    end = own.settings.steps - own.settings.decay_steps
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(own, corpus)
+    assert not (own.forks / f"checkpoint-{end}").exists()
+    (own.forks / f"copying-checkpoint-{end}").mkdir(parents=True)
+    trained(own, corpus)
+    assert [path.name for path in own.forks.iterdir()] == [f"checkpoint-{end}"]

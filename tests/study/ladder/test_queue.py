@@ -1,5 +1,6 @@
 """The queue of a ladder: its file, its order, several workers, kills, deadlines and what it prints."""
 
+import dataclasses
 import json
 import os
 import random
@@ -11,14 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from query_experts.common.errors import SettingError
+from query_experts.data import prepare
 from query_experts.model import costs
 from query_experts.study.ladder import worker
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.settings import LOGS, parameters_without_embeddings, read_ladder
 from query_experts.study.ladder.status import print_status, status
 from query_experts.study.ladder.worker import run_lock, run_queue
+from query_experts.study.settings import RunSettings
 from query_experts.study.train import new_model
 from queue_helpers import LADDER, RUNG, results_of, scaling, write_ladder
 from study_helpers import quiet, said
@@ -156,7 +160,7 @@ def test_more_than_four_epochs_are_refused(tmp_path):
 def test_a_locked_run_is_left_to_its_worker(tmp_path):
     file = write_ladder(tmp_path, **ONE)
     queue = Queue.read(file)
-    with run_lock(tmp_path / "out", queue.runs[0]):
+    with locked(queue, queue.runs[0]):
         assert not run_queue(scaling(file), quiet())
         assert {name.split("-")[1] for name in results_of(tmp_path)} == {"gqe"}
     assert run_queue(scaling(file), quiet())
@@ -245,7 +249,7 @@ def test_status_counts_what_is_done_running_and_missing(tmp_path):
     run_queue(scaling(file, only=["small", "dense"]), quiet())
     queue = Queue.read(file)
     running = next(run for run in queue.runs if run.name == "small-gqe-seed1")
-    with run_lock(tmp_path / "out", running):
+    with locked(queue, running):
         rows = {(row.rung, row.arm): row for row in status(queue, tmp_path / "out")}
         console = quiet()
         print_status(scaling(file, "status"), console)
@@ -257,6 +261,12 @@ def test_status_counts_what_is_done_running_and_missing(tmp_path):
     assert rows["large", "gqe"].hours_left > rows["small", "gqe"].hours_left > 0
     assert "2 runs done" in said(console)
     assert "5 missing" in said(console)
+
+
+def locked(queue: Queue, run):
+    lock = run_lock(queue, run)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    return lock
 
 
 def command(file: Path, *more: str) -> list[str]:
@@ -282,3 +292,46 @@ def test_two_workers_and_kills_at_random_moments_give_the_results_of_one_quiet_w
             one.wait()
     assert run_queue(scaling(file), quiet())
     assert results_of(killed) == results_of(quiet_one)
+
+
+def test_each_run_of_a_sweep_trains_a_model_with_its_own_values(tmp_path):
+    vary = {"router_aux_loss_coef": [0.0, 10.0]}
+    file = write_ladder(tmp_path, plan=[{"rungs": ["small"], "arms": ["gqe"], "seeds": 1, "vary": vary}])
+    assert run_queue(scaling(file), quiet())
+    results = results_of(tmp_path)
+    none, strong = (results[f"small-router_aux_loss_coef-{value}-gqe-seed0-100.json"] for value in (0, 10))
+    assert none["routing"]["load"] != strong["routing"]["load"]
+    assert (none["settings"]["router_aux_loss_coef"], strong["settings"]["router_aux_loss_coef"]) == (0.0, 10.0)
+
+
+def test_a_routed_run_that_diverges_is_kept_as_such_and_the_queue_goes_on(tmp_path):
+    vary = {"learning_rate": [1e6, 0.002]}
+    file = write_ladder(tmp_path, plan=[{"rungs": ["small"], "arms": ["gqe"], "seeds": 1, "vary": vary}])
+    assert run_queue(scaling(file), quiet())
+    results = results_of(tmp_path)
+    assert len(results) == 6
+    assert all((result["validation_loss"] is None) == ("1e+06" in name) for name, result in results.items())
+
+
+def test_every_model_of_a_worker_is_compiled_however_many_there_are():
+    torch._dynamo.reset()
+    settings = RunSettings(**LADDER["settings"] | RUNG, compile=True)
+    counters = torch._dynamo.utils.counters["stats"]
+    for number in range(10):  # torch's own limit is 8
+        before = counters["unique_graphs"]
+        model = new_model(dataclasses.replace(settings, intermediate_size=16 + 8 * number), "dense", 0)
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+        assert counters["unique_graphs"] > before
+
+
+def test_hours_and_minutes_together_are_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"hours is 1\.0 and minutes 2\.0; one of them must be left out"):
+        run_queue(scaling(write_ladder(tmp_path), hours=1.0, minutes=2.0), quiet())
+
+
+def test_tokens_without_validation_files_are_refused(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    prepare([str(tmp_path / "train.txt")], cache_dir=tmp_path / "cache", seq_len=16, vocab_size=300, progress=False)
+    folder = next((tmp_path / "cache").glob("corpus-*"))
+    with pytest.raises(SettingError, match="tokens without validation files"):
+        run_queue(scaling(file, data=str(folder)), quiet())

@@ -114,12 +114,22 @@ class Branch:
         for callback in more:
             trainer.add_callback(callback)
         with disk_errors_as_os_errors(self.folder), close_progress_bar(trainer), stop.listening():
-            train_from(trainer, last_checkpoint(self.own_folder / "checkpoints") or last_checkpoint(self.forks))
+            train_from(trainer, self.latest_checkpoint(settings))
             if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
                 return None
-            result = self.result(settings, trainer, corpus, sample)
-        shutil.rmtree(self.own_folder)
-        return result
+            return self.result(settings, trainer, corpus, sample)
+
+    def latest_checkpoint(self, settings: RunSettings) -> Path | None:
+        """The branch's own last checkpoint; else the last end of a stable part that isn't beyond its own."""
+        own = last_checkpoint(self.own_folder / "checkpoints")
+        if own is not None:
+            return own
+        stable = settings.steps - settings.decay_steps
+        return last_checkpoint(self.forks, most=stable)
+
+    def clear(self) -> None:
+        """Removes the branch's own checkpoints, once its result is kept."""
+        shutil.rmtree(self.own_folder, ignore_errors=True)
 
     def trainer(
         self, settings: RunSettings, model: PreTrainedModel, corpus: Corpus, sample: Subset, stop: StopRequest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import shutil
 import statistics
 import time
@@ -44,6 +44,8 @@ class RoutingCurve(TrainerCallback):
         training = model.training
         load = routing_load(model, self.sample)
         model.train(training)
+        if not math.isfinite(load.mean_entropy):  # the run has diverged, as its next loss will show
+            return
         point = {
             "tokens": state.global_step * self.tokens_per_step,
             "entropy": round(load.mean_entropy, 5),
@@ -70,14 +72,21 @@ class KeepFork(TrainerCallback):
         self.step = step
         self.folder = folder
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.keep(args, state)  # a kill may have come between the checkpoint and its copy
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step != self.step:
-            return
+        self.keep(args, state)
+
+    def keep(self, args: TrainingArguments, state: TrainerState) -> None:
         name = f"checkpoint-{self.step}"
-        copy = self.folder / f"copying-{name}-{os.getpid()}"
-        shutil.copytree(Path(args.output_dir) / name, copy)
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        copy.rename(self.folder / name)
+        checkpoint, kept = Path(str(args.output_dir)) / name, self.folder / name
+        if state.global_step != self.step or kept.exists() or not checkpoint.exists():
+            return
+        copy = self.folder / f"copying-{name}"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(checkpoint, copy)
+        copy.rename(kept)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _row(queue: Queue, out: Path, rates: Rates, lacking: dict[Run, list[float]],
     first, budgets = next(iter(lacking)), queue.ladder.budgets
     settings = queue.ladder.run_settings(first)
     own = [r for r in results if (r.rung, r.variant, r.arm) == (first.rung, first.variant, first.arm)]
-    running = [run for run in lacking if lacking[run] and is_locked(run_lock(out, run))]
+    running = [run for run in lacking if lacking[run] and is_locked(run_lock(queue, run))]
     left = [rates.seconds(run, lacking[run]) for run in lacking]
     done = [rates.seconds(run, [b for b in budgets if b not in lacking[run]]) for run in lacking]
     return Row(

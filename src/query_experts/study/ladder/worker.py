@@ -25,6 +25,7 @@ from query_experts.common.errors import SettingError
 from query_experts.common.files import write_json
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus, missing_files, prepare, read_meta
+from query_experts.model.arms import ModelSize
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.compare import check_corpus, print_corpus
 from query_experts.study.ladder.beside import run_beside
@@ -57,6 +58,8 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
         SystemExit: After a signal.
     """
     settings.check()
+    if settings.hours is not None and settings.minutes is not None:
+        raise SettingError(f"hours is {settings.hours} and minutes {settings.minutes}; one of them must be left out")
     check_device(settings.device)
     require_one_process()
     queue = read_queue(settings)
@@ -122,7 +125,7 @@ class Worker:
         console: Where it says what it does.
         whole_runs: Whether to begin only runs that end before the deadline.
         beside: Processes on the device, this one included.
-        models: Rung and arm -> a model, compiled once for all seeds.
+        models: Arm and size -> a model, compiled once for all seeds.
         given_up: Rungs that are too slow for the time that is left.
     """
 
@@ -133,7 +136,7 @@ class Worker:
     console: Console
     whole_runs: bool = False
     beside: int = 1
-    models: dict[tuple[str, str], PreTrainedModel] = field(default_factory=dict)
+    models: dict[tuple[str, ModelSize], PreTrainedModel] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
 
     @classmethod
@@ -179,15 +182,17 @@ class Worker:
         seconds = rates.seconds(run, budgets)
         if seconds is None:
             return True
-        warm_up = 0.0 if (run.rung, run.arm) in self.models else rates.warm_up(run)
+        known = (run.arm, self.queue.ladder.run_settings(run).model_size()) in self.models
+        warm_up = 0.0 if known else rates.warm_up(run)
         return MARGIN * seconds + warm_up < self.stop.deadline - time.monotonic()
 
     @contextmanager
     def claimed(self, run: Run) -> Iterator[bool]:
         """Locks a run for this process; whether that succeeded and the run is still missing."""
-        lock = run_lock(self.out, run)
+        lock = run_lock(self.queue, run)
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)  # scaling status holds it for a moment
         except Timeout:
             yield False
             return
@@ -212,6 +217,7 @@ class Worker:
                 return
             result = dataclasses.replace(result, beside=self.beside)
             self.queue.write(result)
+            branch.clear()
             self.console.print(Text(f"{run.name}, {budget:.1%}: {loss_text(result)}, {speed_text(result)}"))
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -219,7 +225,8 @@ class Worker:
         """Removes checkpoints that were made with other settings, tokens or code than the run has now."""
         ladder, marker = self.queue.ladder, folder / "settings.json"
         now = recorded_settings(ladder.run_settings(run), ladder)
-        now |= {"data_hash": self.corpus.facts.data_hash, "tag": ladder.tag}
+        now |= {"budgets": ladder.budgets, "data_hash": self.corpus.facts.data_hash}
+        now |= {"tag": ladder.tag, "commit": ladder.commit}
         kept = json.loads(marker.read_text()) if marker.exists() else {}
         if folder.exists() and kept != now:
             changed = sorted(name for name in kept.keys() | now.keys() if kept.get(name) != now.get(name))
@@ -258,7 +265,7 @@ class Worker:
 
     def model(self, branch: Branch) -> PreTrainedModel:
         """A model of the rung and arm, compiled once for all its seeds if the ladder asks for it."""
-        key = branch.run.rung, branch.run.arm
+        key = branch.run.arm, branch.settings.model_size()
         if key not in self.models:
             self.models[key] = new_model(branch.settings, branch.run.arm, branch.run.seed)
         return self.models[key]
@@ -278,11 +285,9 @@ def run_folder(out: Path, run: Run) -> Path:
     return out / "runs" / run.name
 
 
-def run_lock(out: Path, run: Run) -> FileLock:
-    """The lock of a run, beside its folder. Creates that one's parent."""
-    folder = run_folder(out, run)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_name(f"{folder.name}.lock"))
+def run_lock(queue: Queue, run: Run) -> FileLock:
+    """The lock of a run, beside the results, which all workers share."""
+    return FileLock(queue.results_folder / ".running" / f"{run.name}.lock")
 
 
 def require_tag(queue: Queue) -> None:
@@ -323,6 +328,8 @@ def open_tokens(queue: Queue, settings: ScalingSettings, console: Console) -> Co
             f"data has tokens with the hash {corpus.facts.data_hash}; ladder {queue.file} has data_hash "
             f"{ladder.data_hash}: they must be the same"
         )
+    if not corpus.validation_parts:
+        raise SettingError(f"data is {data[0]}, tokens without validation files; they must have those of {queue.file}")
     check_corpus(shared, corpus)
     print_corpus(shared, corpus, console)
     require_same_tokens(queue, corpus)
