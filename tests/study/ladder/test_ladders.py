@@ -1,0 +1,47 @@
+"""The committed ladders: their rungs follow one rule, and their results hold no paths."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from query_experts.study.ladder.results import absolute_paths, read_results
+from query_experts.study.ladder.settings import Run, parameters_without_embeddings, read_ladder
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+FILES = sorted((BENCHMARKS / "ladder").glob("*.yaml"))
+SMALLEST = 117_056  # parameters of dense at D = 64, without embeddings
+NARROWER = {"d512": 1344}  # so that four epochs suffice
+
+
+@pytest.mark.parametrize(
+    ("file", "rung"),
+    [(file, rung) for file in FILES if file.stem in ("cpu", "gpu") for rung in yaml.safe_load(file.read_text())["rungs"]],
+    ids=lambda value: value if isinstance(value, str) else value.stem,
+)  # fmt: skip
+def test_rungs_follow_the_rule(file, rung):
+    ladder = read_ladder(file)
+    settings = ladder.run_settings(Run(rung, "dense", 0))
+    width, ratio = settings.hidden_size, parameters_without_embeddings(settings.model_size()) / SMALLEST
+    assert settings.intermediate_size == NARROWER.get(rung, 2.75 * width)
+    assert settings.num_hidden_layers == max(2, width // 64)
+    assert (settings.num_attention_heads, settings.num_key_value_heads) == (8, 4)
+    assert settings.head_dim == max(16, width // 8)
+    assert settings.initializer_range == pytest.approx(0.02 * (768 / width) ** 0.5, rel=0.03)
+    assert settings.learning_rate == pytest.approx(0.003 * ratio ** (-1 / 3), rel=0.03)
+    assert settings.tokens_per_step == pytest.approx(2048 * ratio ** (2 / 3), rel=0.08)
+    assert ladder.tokens_per_parameter == 20
+    assert ladder.budgets == [0.25, 0.5, 1]
+
+
+def test_all_ladders_have_the_same_text_and_tokenizer():
+    ladders = [read_ladder(file) for file in FILES]
+    assert len(FILES) == 4
+    assert len({(*ladder.data, *ladder.validation, ladder.settings["vocab_size"]) for ladder in ladders}) == 1
+
+
+@pytest.mark.parametrize("folder", sorted(BENCHMARKS.glob("results/ladder*/")), ids=lambda folder: folder.name)
+def test_committed_results_hold_no_paths_and_no_key_twice(folder):
+    for file in folder.glob("*.json"):
+        assert absolute_paths(yaml.safe_load(file.read_text())) == []
+    assert read_results(folder)
