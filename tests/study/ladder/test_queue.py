@@ -1,4 +1,4 @@
-"""The queue of a ladder: its file, its order, several workers, kills, deadlines and what it prints."""
+"""The queue of a ladder: its runs, several workers, kills, deadlines and what it prints."""
 
 import dataclasses
 import json
@@ -19,7 +19,6 @@ from query_experts.data import prepare
 from query_experts.model import costs
 from query_experts.study.ladder import worker
 from query_experts.study.ladder.queue import Queue, Rates
-from query_experts.study.ladder.settings import LOGS, parameters_without_embeddings, read_ladder
 from query_experts.study.ladder.status import print_status, status
 from query_experts.study.ladder.worker import run_lock, run_queue
 from query_experts.study.settings import RunSettings
@@ -28,82 +27,6 @@ from queue_helpers import LADDER, RUNG, results_of, scaling, write_ladder
 from study_helpers import quiet, said
 
 ONE = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 1}]}
-
-
-def refusal(file: Path) -> str:
-    with pytest.raises(SettingError) as caught:
-        read_ladder(file)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_runs_come_smallest_rung_first_and_seed_by_seed(tmp_path):
-    extra = {"rungs": ["small"], "arms": ["dense", "frozen"], "seeds": 1, "vary": {"learning_rate": [0.1, 0.2]}}
-    ladder = read_ladder(write_ladder(tmp_path, plan=[*LADDER["plan"], extra]))
-    assert [run.name for run in ladder.runs()] == [
-        "small-dense-seed0", "small-gqe-seed0", "small-dense-seed1", "small-gqe-seed1",
-        "large-dense-seed0", "large-gqe-seed0", "large-dense-seed1", "large-gqe-seed1",
-        "small-learning_rate-0.1-dense-seed0", "small-learning_rate-0.1-frozen-seed0",
-        "small-learning_rate-0.2-dense-seed0", "small-learning_rate-0.2-frozen-seed0",
-    ]  # fmt: skip
-
-
-def test_tokens_follow_the_parameters_of_dense_without_embeddings(tmp_path):
-    ladder = read_ladder(write_ladder(tmp_path, tokens_per_parameter=20))
-    for run in ladder.runs():
-        settings = ladder.run_settings(run)
-        counts = costs.parameters(new_model(settings, "dense", 0))
-        wanted = 20 * (counts["total"] - counts["embedding"])
-        assert parameters_without_embeddings(settings.model_size()) * 20 == wanted
-        assert abs(settings.steps * settings.tokens_per_step - wanted) <= LOGS / 2 * settings.tokens_per_step
-        assert settings.steps % LOGS == 0
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"budgets": [0.5, 0.25, 1]}, "budgets are [0.5, 0.25, 1.0]; they must rise"),
-        ({"budgets": [0.25, 0.5]}, "the last must be 1"),
-        ({"budgets": [0.3, 1]}, "budgets hold 0.3; each must be a multiple of 0.125"),
-        ({"settings": {"steps": 5}}, "settings holds 'steps'; it must hold some of"),
-        ({"settings": {"out": "x"}}, "settings holds 'out'"),
-        ({"rungs": {"small": {"hidden": 1}, "large": {}}}, "rungs.small holds 'hidden'"),
-        ({"rungs": {"small": RUNG, "large": RUNG | {"num_attention_heads": 3}}}, "run large-dense-seed0 can't be"),
-        ({"rungs": {"small": RUNG | {"learning_rate": -1.0}, "large": RUNG}}, "learning_rate is -1.0"),
-        ({"plan": [{"rungs": ["tiny"], "arms": ["dense"], "seeds": 1}]}, "holds 'tiny'; it must be one of small"),
-        ({"plan": [{"rungs": ["small"], "arms": ["densest"], "seeds": 1}]}, "holds 'densest'; it must be one of dense"),
-        ({"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": 0}]}, "seeds"),
-        ({"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": 1, "vary": {"seed": [1]}}]}, "holds 'seed'"),
-        ({"surprise": 1}, "surprise"),
-        ({"tokens_per_parameter": 0}, "tokens_per_parameter"),
-        ({"threads": 0}, "threads"),
-        ({"tag": "one"}, "tag is 'one' and commit None; both must be given, or neither"),
-        ({"validation": []}, "validation"),
-    ],
-)  # fmt: skip
-def test_a_ladder_that_can_not_be_run_is_refused_in_a_sentence(tmp_path, changes, words):
-    assert words in refusal(write_ladder(tmp_path, **changes))
-
-
-def test_a_file_that_is_no_ladder_is_refused_in_a_sentence(tmp_path):
-    (tmp_path / "a.yaml").write_text("- 1")
-    (tmp_path / "b.yaml").write_text("a: [")
-    for name in ("a.yaml", "b.yaml", "c.yaml"):
-        assert str(tmp_path / name) in refusal(tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    ("action", "more", "words"),
-    [
-        ("status", {"data": "x"}, "data is 'x', which belongs to scaling run"),
-        ("fit", {"hours": 1.0}, "hours is 1.0, which belongs to scaling run"),
-        ("report", {"only": ["small"]}, "only is ['small'], which belongs to scaling run and status"),
-        ("walk", {}, "action is 'walk'"),
-    ],
-)
-def test_options_of_another_action_are_refused(tmp_path, action, more, words):
-    with pytest.raises(SettingError, match=".*".join(map(str, [words.replace("[", r"\[").replace("]", r"\]")]))):
-        scaling(write_ladder(tmp_path), action, **more).check()
 
 
 def test_only_takes_rungs_and_arms_and_refuses_other_names(tmp_path):
@@ -124,12 +47,12 @@ def test_a_worker_takes_only_the_rungs_of_its_device(tmp_path):
 def test_the_queue_trains_what_is_missing_and_nothing_twice(tmp_path):
     file, console = write_ladder(tmp_path, **ONE), quiet()
     assert run_queue(scaling(file), console)
-    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*.json")}
     assert len(first) == 6
     assert "small-gqe-seed0, 50.0%: " in said(console)
     (tmp_path / "results" / "small-gqe-seed0-050.json").rename(tmp_path / "kept.json")
     assert run_queue(scaling(file), quiet())
-    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*.json")}
     assert {name for name in again if again[name] != first[name]} == {"small-gqe-seed0-050.json"}
     kept = json.loads((tmp_path / "kept.json").read_text())
     new = results_of(tmp_path)["small-gqe-seed0-050.json"]

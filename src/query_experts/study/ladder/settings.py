@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,6 +27,7 @@ from query_experts.common.fields import (
     option,
 )
 from query_experts.common.settings import validate
+from query_experts.common.yaml_reader import read_yaml
 from query_experts.model import costs
 from query_experts.model.arms import ARMS, ModelSize, arm_config, build, check_arms, in_order
 from query_experts.study.results import first_fault
@@ -34,8 +36,17 @@ from query_experts.study.settings import RunSettings
 WARMUP, DECAY = 0.1, 0.2  # of the smallest budget; of each budget
 LOGS = 40  # in a whole run, whose steps are a multiple of it
 LEAST_BUDGET = 0.125  # a budget's end and the start of its decay then fall on logs
-# the queue sets these for each run
-BY_THE_QUEUE = {"out", "cache_dir", "stop_after_minutes", "steps", "warmup_fraction", "decay_fraction", "evaluations"}
+MOST_STEPS = 10_000_000
+MOST_OF_A_NUMBER = 1_000_000  # of whole ones, so that no product overflows
+RUNG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,39}")  # hyphens stand between the parts of a result's file name
+DEFAULTS = {"device": "cpu", "validation_sequences": None}  # where they differ from those of `train`
+# the ladder or the queue sets these for each run
+SET_FOR_A_RUN = {
+    "data", "validation", "max_bytes", "out", "cache_dir", "stop_after_minutes", "steps", "warmup_fraction",
+    "decay_fraction", "evaluations",
+}  # fmt: skip
+OF_ALL_RUNGS = {"seq_len", "vocab_size", "text_field", "tokenizer", "validation_sequences"}  # they make the tokens
+ALLOWED = {f.name for f in dataclasses.fields(RunSettings)} - SET_FOR_A_RUN
 BELONGS_TO = {
     "data": ["run", "tokens"], "only": ["run", "status", "tokens"], "hours": ["run"], "minutes": ["run"],
     "beside": ["run"], "collect": ["run"], "tokens": ["tokens"], "shard_megabytes": ["tokens"], "to": ["tokens"],
@@ -109,15 +120,15 @@ class Entry:
         rungs: Names of rungs.
         arms: Arms of the study.
         seeds: How many seeds, from 0 on.
-        vary: Setting -> values with each of which every run is made, as in a sweep of the learning rate.
+        vary: Setting -> numbers with each of which every run is made, as in a sweep of the learning rate.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     rungs: Annotated[list[str], Distinct()]
     arms: Annotated[list[str], Distinct()]
-    seeds: Count
-    vary: dict[str, list[float]] = field(default_factory=dict)
+    seeds: Annotated[int, Bounds(least=1, most=1000)]
+    vary: dict[str, Any] = field(default_factory=dict)
 
     def variants(self) -> list[tuple[tuple[str, float], ...]]:
         return [((name, value),) for name, values in self.vary.items() for value in values] or [()]
@@ -139,7 +150,7 @@ class Run:
     @property
     def variant(self) -> str:
         """The varied setting as text, such as `learning_rate=0.004`; empty for none."""
-        return ",".join(f"{name}={value:g}" for name, value in self.varied)
+        return ",".join(f"{name}={value!r}" for name, value in self.varied)
 
     @property
     def key(self) -> tuple[str, str, str, int]:
@@ -164,8 +175,9 @@ class Ladder:
         tokens_per_parameter: Training tokens for each parameter of the dense arm, embeddings not counted.
         budgets: Shares of a rung's tokens for which there are results, rising, the last is 1.
         threads: Threads of a worker on a CPU.
-        settings: Settings of every run, as `query-experts train` has them.
-        rungs: Name -> settings in which a rung differs.
+        settings: Settings of every run, as `query-experts train` has them. `device` is cpu by default, and the
+            validation loss takes all held-out text. `dtype` must be given, here or by each rung.
+        rungs: Name -> settings in which a rung differs, none of those that make the tokens.
         plan: What to run, in this order.
     """
 
@@ -207,7 +219,10 @@ class Ladder:
 
     def device(self, rung: str) -> str:
         """cpu or cuda, for which a rung is made."""
-        return {"device": "cpu", **self.settings, **self.rungs[rung]}["device"]
+        return self._given(rung)["device"]
+
+    def _given(self, rung: str) -> dict[str, Any]:
+        return DEFAULTS | self.settings | self.rungs[rung]
 
     def flops_per_token(self, run: Run) -> float:
         """Active FLOPs of training, for a token."""
@@ -215,18 +230,41 @@ class Ladder:
         return 3 * costs.flops_per_token(arm_config(run.arm, settings.model_size()), settings.seq_len)
 
     def run_settings(self, run: Run) -> RunSettings:
-        """The settings of a whole run: the ladder's, the rung's, the varied ones, and steps by the rule.
-
-        Raises SettingError for a setting that can't be used.
-        """
-        given = self.settings | self.rungs[run.rung] | dict(run.varied)
-        settings = RunSettings(**given, data=[*self.data], validation=[*self.validation], max_bytes=None)
+        """The settings of a whole run: the ladder's, the rung's, the varied ones, and steps by the rule."""
+        settings = self._without_steps(run)
         return dataclasses.replace(settings, steps=self.steps(settings))
+
+    def _without_steps(self, run: Run) -> RunSettings:
+        given = self._given(run.rung) | dict(run.varied)
+        return RunSettings(**given, data=[*self.data], validation=[*self.validation], max_bytes=None)
 
     def steps(self, settings: RunSettings) -> int:
         """`tokens_per_parameter` for each parameter of the dense arm without embeddings, in multiples of 40 steps."""
+        return max(1, round(self._exact_steps(settings) / LOGS)) * LOGS
+
+    def _exact_steps(self, settings: RunSettings) -> float:
         tokens = self.tokens_per_parameter * parameters_without_embeddings(settings.model_size())
-        return max(1, round(tokens / settings.tokens_per_step / LOGS)) * LOGS
+        return tokens / settings.tokens_per_step
+
+    def check_run(self, run: Run) -> None:
+        """Raises SettingError for a setting of a run that can't be used."""
+        given = self._given(run.rung) | dict(run.varied)
+        for name, allowed in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16"))):
+            value = given.get(name, "auto")
+            if value not in allowed:
+                raise SettingError(f"{name} is {value!r}; it must be {' or '.join(allowed)}, whatever the machine has")
+        for name, value in given.items():
+            if isinstance(value, int) and value > MOST_OF_A_NUMBER:
+                raise SettingError(f"{name} is {value}; it must be {MOST_OF_A_NUMBER:,} or less")
+        settings = self._without_steps(run)
+        validate(settings)
+        _check_arm(run.arm, settings.model_size())
+        steps = self._exact_steps(settings)
+        if steps > MOST_STEPS:
+            raise SettingError(
+                f"tokens_per_parameter is {self.tokens_per_parameter:g}, which makes {steps:.3g} steps; they must be "
+                f"{MOST_STEPS:,} or fewer"
+            )
 
     def branch_settings(self, settings: RunSettings, budget: float) -> RunSettings:
         """The settings of a straight run of a share of the tokens.
@@ -257,44 +295,84 @@ def _check_arm(arm: str, size: ModelSize) -> None:
 def read_ladder(file: Path) -> Ladder:
     """Reads and checks a ladder's file. Raises SettingError, naming the field, what it held and what is allowed."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise SettingError(f"ladder is {file}, which can't be read ({reason}); it must be a YAML file") from error
     try:
         ladder = TypeAdapter(Ladder).validate_python(content)
     except ValidationError as error:
         raise SettingError(f"ladder is {file}, whose {first_fault(error)}") from error
-    _check(file, ladder)
+    try:
+        _check_budgets(ladder)
+        _check_names(ladder)
+        _check_settings(ladder)
+        _check_plan(ladder)
+        _check_results(file, ladder)
+    except SettingError as error:
+        raise SettingError(f"ladder is {file}, whose {error}") from error
     return ladder
 
 
-def _check(file: Path, ladder: Ladder) -> None:
-    def refuse(what: str, allowed: str) -> SettingError:
-        return SettingError(f"ladder is {file}, whose {what}; {allowed}")
-
+def _check_budgets(ladder: Ladder) -> None:
     if not ladder.budgets or ladder.budgets != sorted({*ladder.budgets}) or ladder.budgets[-1] != 1:
-        raise refuse(f"budgets are {ladder.budgets}", "they must rise, and the last must be 1")
+        raise SettingError(f"budgets are {ladder.budgets}; they must rise, and the last must be 1")
     for share in ladder.budgets:
         if share % LEAST_BUDGET:
-            raise refuse(f"budgets hold {share}", f"each must be a multiple of {LEAST_BUDGET}")
+            raise SettingError(f"budgets hold {share}; each must be a multiple of {LEAST_BUDGET}")
+
+
+def _check_names(ladder: Ladder) -> None:
     if (ladder.tag is None) != (ladder.commit is None):
-        raise refuse(f"tag is {ladder.tag!r} and commit {ladder.commit!r}", "both must be given, or neither")
-    known = {f.name for f in dataclasses.fields(RunSettings)} - BY_THE_QUEUE - {"data", "validation", "max_bytes"}
+        raise SettingError(f"tag is {ladder.tag!r} and commit {ladder.commit!r}; both must be given, or neither")
+    if not ladder.rungs:
+        raise SettingError("rungs are empty; they must hold one")
+    for name in ladder.rungs:
+        if not RUNG_NAME.fullmatch(name):
+            raise SettingError(
+                f"rungs hold {name!r}; a name must be 1 to 40 letters, digits, dots and underscores, and begin with a "
+                "letter or digit"
+            )
+        if name in ARMS:
+            raise SettingError(f"rungs hold {name!r}, which is the name of an arm; it must be another")
+
+
+def _check_settings(ladder: Ladder) -> None:
     places = {"settings": ladder.settings} | {f"rungs.{name}": values for name, values in ladder.rungs.items()}
     places |= {f"plan.{number}.vary": entry.vary for number, entry in enumerate(ladder.plan)}
     for place, values in places.items():
-        for name in values.keys() - known:
-            raise refuse(f"{place} holds {name!r}", f"it must hold some of {', '.join(sorted(known))}")
+        allowed = ALLOWED if place == "settings" else ALLOWED - OF_ALL_RUNGS
+        for name in values:
+            if name in OF_ALL_RUNGS - allowed:
+                raise SettingError(f"{place} holds {name!r}; it must stand in settings, as all rungs share the tokens")
+            if name not in allowed:
+                raise SettingError(f"{place} holds {name!r}; it must hold some of {', '.join(sorted(allowed))}")
+
+
+def _check_plan(ladder: Ladder) -> None:
+    if not ladder.plan:
+        raise SettingError("plan is empty; it must hold an entry")
     for number, entry in enumerate(ladder.plan):
         for names, allowed in ((entry.rungs, ladder.rungs), (entry.arms, ARMS)):
             for name in names:
                 if name not in allowed:
-                    raise refuse(f"plan.{number} holds {name!r}", f"it must be one of {', '.join(allowed)}")
-    for run in ladder.runs():
+                    raise SettingError(f"plan.{number} holds {name!r}; it must be one of {', '.join(allowed)}")
+        for name, values in entry.vary.items():
+            if not _are_distinct_numbers(values):
+                raise SettingError(f"plan.{number}.vary.{name} is {values!r}; it must be a list of numbers, each once")
+    for run in (run for run in ladder.runs() if run.seed == 0):  # other seeds have the same settings
         try:
-            settings = ladder.run_settings(run)
-            validate(settings)
-            _check_arm(run.arm, settings.model_size())
+            ladder.check_run(run)
         except SettingError as error:
-            raise refuse(f"run {run.name} can't be trained", str(error)) from error
+            raise SettingError(f"run {run.name} can't be trained; {error}") from error
+
+
+def _are_distinct_numbers(values: Any) -> bool:
+    return isinstance(values, list) and {*map(type, values)} <= {int, float} and len(values) == len({*values}) > 0
+
+
+def _check_results(file: Path, ladder: Ladder) -> None:
+    folder = file.parent / ladder.results
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise SettingError(f"results is {ladder.results!r}, but {there} is a file; it must be a folder")
