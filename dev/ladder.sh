@@ -1,44 +1,101 @@
 #!/usr/bin/env bash
 # Keeps the ladder's queue running in the background, with the code of the ladder's tag in a worktree of its own.
-#   dev/ladder.sh start [WORKERS] [options of scaling run]   begin; text files once by --data FOLDER
+#   dev/ladder.sh start [WORKERS] [options of scaling run]   add workers; text files once by --data FOLDER
 #   dev/ladder.sh pause | resume                             before and after anything is timed
-#   dev/ladder.sh stop                                       save and end
-#   dev/ladder.sh status | fit | report
+#   dev/ladder.sh stop                                       save and end; returns when all have
+#   dev/ladder.sh status | fit | report [options]
 #   dev/ladder.sh harvest                                    commit finished results
 # LADDER is the ladder's file; by default benchmarks/ladder/cpu.yaml. On a machine with a GPU, add --device cuda.
+# Without a tag in the ladder, the code is that of this working tree.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-ladder=$(realpath "${LADDER:-benchmarks/ladder/cpu.yaml}")
+ladder=${LADDER:-benchmarks/ladder/cpu.yaml}
 out=$PWD/runs/ladder
-field() { sed -n "s/^$1: *//p" "$ladder"; }
-code=$out/code-$(field tag)
-workers() { cat "$out"/worker-*.pid 2>/dev/null || true; }
-signal() { for pid in $(workers); do kill "-$1" "$pid" 2>/dev/null || true; done; }
+fail() { echo "$1" >&2; exit 2; }
 
-prepare() {  # the tag's code and its environment
-    [ -d "$code/.git" ] || [ -f "$code/.git" ] || git worktree add --force --detach "$code" "$(field commit)"
+field() {  # the value of a key of the ladder's file; empty for none
+    local program='import sys, yaml; print(yaml.safe_load(open(sys.argv[1])).get(sys.argv[2]) or "")'
+    .venv/bin/python -c "$program" "$ladder" "$1" 2>/dev/null || fail "LADDER is $ladder; it must be a ladder's file"
+}
+
+# Workers: worker-N.pid holds the process id of one as long as it lives; stopping-PID says that it was asked to end
+
+is_worker() {  # a process id that another program has by now doesn't count
+    [[ "$(ps -ww -o args= -p "$1" 2>/dev/null || true) " == *" scaling run "*" --out $out "* ]]
+}
+
+workers() {
+    local file pid
+    for file in "$out"/worker-*.pid; do
+        [ -f "$file" ] || continue
+        pid=$(<"$file")
+        if is_worker "$pid"; then echo "$pid"; else rm -f "$file" "$out/stopping-$pid"; fi
+    done
+}
+
+signal() { local pid; for pid in $(workers); do kill "-$1" -- "-$pid" || true; done; }  # and the processes of each
+
+prepare() {  # sets code to the folder of the code that runs, with its environment
+    make --silent .venv/.installed-study
+    [ -f "$ladder" ] || fail "LADDER is $ladder, which doesn't exist; it must be a ladder's file"
+    ladder=$(realpath "$ladder")
+    local tag commit
+    tag=$(field tag)
+    commit=$(field commit)
+    code=$PWD
+    [ -n "$tag" ] || return 0
+    code=$out/code-$tag
+    git cat-file -e "$commit^{commit}" 2>/dev/null || fail "commit of $ladder is '$commit', which this repository lacks"
+    [ -e "$code/.git" ] || git worktree add --quiet --force --detach "$code" "$commit"
     make --silent -C "$code" .venv/.installed-study
 }
 
 start() {
-    count=1
+    local count=1 number=1
+    # Linux weighs a session against others by a nice value of the session's own
+    local run='[ ! -e /proc/self/autogroup ] || (echo 19 >/proc/self/autogroup) 2>/dev/null; exec nice -n 19 "$@"'
     if [[ ${1:-} =~ ^[0-9]+$ ]]; then count=$1; shift; fi
     prepare
-    for number in $(seq "$count"); do
-        OMP_NUM_THREADS=1 setsid nice -n 19 "$code/.venv/bin/query-experts" scaling run "$ladder" --out "$out" "$@" \
-            >"$out/worker-$number.log" 2>&1 &
+    mkdir -p "$out"
+    workers >/dev/null  # removes what dead ones left
+    for _ in $(seq "$count"); do
+        while [ -e "$out/worker-$number.pid" ]; do number=$((number + 1)); done
+        OMP_NUM_THREADS=1 setsid bash -c "$run" run "$code/.venv/bin/query-experts" scaling run "$ladder" --out "$out" \
+            "$@" >"$out/worker-$number.log" 2>&1 &
         echo $! >"$out/worker-$number.pid"
     done
-    echo "$count at work; their words are in $out/worker-*.log"
+    echo "$count added; the words of all are in $out/worker-*.log"
+}
+
+stop() {
+    signal CONT
+    local pid
+    for pid in $(workers); do
+        [ ! -e "$out/stopping-$pid" ] || continue  # a second signal would end it before it has saved
+        touch "$out/stopping-$pid"
+        kill -TERM "$pid" || true  # it passes it on to its own processes
+    done
+    echo "Waiting until $(workers | wc -l) have saved."
+    while [ -n "$(workers)" ]; do sleep 0.5; done
+}
+
+harvest() {
+    prepare
+    local results
+    results=$(dirname "$ladder")/$(field results)
+    [ -d "$results" ] || fail "results is $results, where no run has finished yet"
+    git add "$results"
+    if git diff --cached --quiet -- "$results"; then echo "No new results."; return; fi
+    git commit --quiet --message "Results of the ladder" -- "$results"
+    git log -1 --oneline
 }
 
 case ${1:-} in
     start) shift; start "$@" ;;
     pause) signal STOP ;;
     resume) signal CONT ;;
-    stop) signal CONT; signal TERM; rm -f "$out"/worker-*.pid ;;
-    status | fit | report) prepare; "$code/.venv/bin/query-experts" scaling "$1" "$ladder" --out "$out" ;;
-    harvest) results=$(dirname "$ladder")/$(field results)
-        git add "$results"; git commit --quiet --message "Results of the ladder" -- "$results" && git log -1 --oneline ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    stop) stop ;;
+    status | fit | report) prepare; "$code/.venv/bin/query-experts" scaling "$1" "$ladder" --out "$out" "${@:2}" ;;
+    harvest) harvest ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac
