@@ -33,7 +33,7 @@ EXAMPLES = {
     "evaluate": "query-experts evaluate runs/mine/runs/gqe-seed0/model --tasks hellaswag,arc_easy,piqa",
     "bench": "query-experts bench --lengths 2048 8192 --arms dense static gqe",
     "report": "query-experts report runs/mine",
-    "scaling": "query-experts scaling run benchmarks/ladder.yaml --data my-texts/ --hours 2",
+    "scaling": "query-experts scaling run benchmarks/ladder/cpu.yaml --data my-texts/ --hours 2",
 }
 TRAINING = ("accelerate", "filelock", "pydantic", "rich", "tqdm")
 REPORTING = ("jinja2", "matplotlib", "pydantic", "rich", "scipy")

@@ -239,7 +239,7 @@ class StopRequest:
                 return
             self.signal = number
             with suppress(OSError):  # Ctrl-C also ends the program that reads the pipe
-                print("\nSaving within a few steps, then stopping; once more stops at once.", file=sys.stderr)
+                print("\nSaving within 1/40 of the run, then stopping; once more stops at once.", file=sys.stderr)
 
         for number, handler in before.items():
             if handler != signal.SIG_IGN:

@@ -20,7 +20,7 @@ from query_experts.study.ladder.beside import run_beside
 from query_experts.study.ladder.callbacks import EndInTime
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import collect_result, read_files
-from query_experts.study.ladder.settings import Run, parameters_without_embeddings, read_ladder
+from query_experts.study.ladder.settings import Run, read_ladder
 from query_experts.study.ladder.speed import assumed_seconds, flops_per_s, peak, speed_text
 from query_experts.study.ladder.tokens import write_tokens
 from query_experts.study.ladder.worker import processes, run_queue

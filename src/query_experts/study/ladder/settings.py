@@ -74,8 +74,9 @@ class ScalingSettings(Settings):
     )
     only: list[str] = option([], "run, status: only these rungs and arms", "what to run", metavar="NAME")
     hours: NonNegative | None = option(
-        None, "run: save and stop after X hours; the same command goes on from there", "what to run"
-    )
+        None, "run: save and stop after X hours and up to 1/40 of a run; the same command goes on from there",
+        "what to run",
+    )  # fmt: skip
     minutes: NonNegative | None = option(
         None, "run: begin only runs that end within X minutes from now, at the rate measured on this device; one "
               "whose first steps show that it won't is given up", "what to run",

@@ -1,4 +1,4 @@
-"""`query-experts scaling status`: what is done, running and missing, and the core-hours that it took and will take."""
+"""`query-experts scaling status`: what is done, running and missing, and about how many core-hours it takes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def print_status(settings: ScalingSettings, console: Console) -> None:
     rows = status(queue, Path(settings.out))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
                   title=f"Ladder {queue.name}")  # fmt: skip
-    for heading in ("rung", "arm", "tokens", "done", "running", "missing", "tok/s", "hours", "left"):
+    for heading in ("rung", "arm", "tokens", "done", "running", "missing", "tok/s", "about hours", "about left"):
         table.add_column(heading, justify="left" if heading in ("rung", "arm", "running") else "right")
     for row in rows:
         table.add_row(
@@ -57,9 +57,9 @@ def print_status(settings: ScalingSettings, console: Console) -> None:
     more = f", and rungs {', '.join(sorted(unknown))}, whose rate isn't known" if unknown else ""
     console.print(
         Text(
-            f"{sum(row.done for row in rows)} runs done in {sum(row.hours_done for row in rows):.1f} core-hours; "
-            f"{sum(row.missing for row in rows)} missing, {left:.1f} core-hours at the measured rates{more}. A core "
-            "is a worker: one thread, or one GPU."
+            f"{sum(row.done for row in rows)} runs done in about {sum(row.hours_done for row in rows):.1f} core-hours; "
+            f"{sum(row.missing for row in rows)} missing, about {left:.1f} core-hours at the measured rates{more}. "
+            "A core is a worker: one thread, or one GPU."
         )
     )
 
