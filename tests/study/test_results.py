@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from query_experts.cli import main
 from query_experts.common.environment import Environment
 from query_experts.common.errors import SettingError
 from query_experts.study import report
+from query_experts.study.ladder.settings import Ladder
 from query_experts.study.results import (
     Comparison,
     ParameterCounts,
@@ -19,6 +21,7 @@ from query_experts.study.results import (
     PrefillTimes,
     RoutingLoad,
     RunResult,
+    first_fault,
     parse_comparison,
     read_comparison,
     read_result,
@@ -223,3 +226,23 @@ def test_a_run_that_diverged_long_after_the_others_ended_is_drawn(tmp_path):
     late = dataclasses.replace(first, diverged_at_tokens=10**9, validation_loss=None, train_curve=[(10**9, 5.0)])
     report.write_report(dataclasses.replace(comparison, runs=[late, *rest]), tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"validation": []}, "validation holds []; it must hold one or more, each once"),
+        ({"validation": ["a", "a"]}, "validation holds ['a', 'a']; it must hold each once"),
+        ({"threads": 0}, "threads is 0; it must be 1 or more"),
+        ({"tokens_per_parameter": 0}, "tokens_per_parameter is 0; it must be a number above 0"),
+        ({"budgets": [0.5, 2]}, "budgets.1 is 2; it must be a number above 0 and at most 1"),
+        ({"plan": [{"rungs": ["a"], "arms": [], "seeds": 1}]}, "plan.0.arms holds []; it must hold one or more, each"),
+        ({"threads": "x"}, "threads: Input should be a valid integer"),
+    ],
+)
+def test_the_first_fault_of_a_file_is_a_sentence(changes, sentence):
+    whole = {"results": "r", "data": ["a"], "validation": ["b"], "tokens_per_parameter": 20, "budgets": [1],
+             "settings": {}, "rungs": {}, "plan": []}  # fmt: skip
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(Ladder).validate_python(whole | changes)
+    assert first_fault(caught.value).startswith(sentence)

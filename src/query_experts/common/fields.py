@@ -61,7 +61,7 @@ class Bounds(Limit):
 
     def range(self, number: bool) -> str:
         if self.above > -math.inf:
-            return f"a number above {self.above}"
+            return f"a number above {self.above}" + f" and at most {self.most}" * (self.most < math.inf)
         if self.most < math.inf:
             return f"{self.least} to {self.most}"
         if self.below < math.inf:

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from query_experts.common.environment import Environment
 from query_experts.common.errors import SettingError
+from query_experts.common.fields import OutOfLimits
 from query_experts.common.files import read_json, write_json
 from query_experts.model.arms import ARMS
 from query_experts.study.settings import CompareSettings
@@ -249,7 +250,10 @@ def first_fault(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     fault = error.errors()[0]
-    return ": ".join(filter(None, [".".join(map(str, fault["loc"])), fault["msg"]]))
+    place, cause = ".".join(map(str, fault["loc"])), fault.get("ctx", {}).get("error")
+    if isinstance(cause, OutOfLimits):
+        return cause.limit.sentence(place, fault["input"], fault["input"])
+    return ": ".join(filter(None, [place, fault["msg"]]))
 
 
 _RUN = TypeAdapter(RunResult)
