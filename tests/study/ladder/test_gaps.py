@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
-from ladder_helpers import ladder, run
+from ladder_helpers import HERE, ladder, run
+from query_experts.study.ladder.fit import fit_ladder
 from query_experts.study.ladder.gaps import cells_of, compared, rungs_by_size, what_is_known
+from query_experts.study.ladder.limits import limits
+from query_experts.study.results import Piece
 
 
 def pairs(gap=-0.02, seeds=4, **fields):
@@ -39,6 +42,26 @@ def test_runs_of_different_tags_make_no_pair():
     gap = gap_of(results)
     assert gap.other_tag == [3]
     assert sorted(gap.difference.differences) == [0, 1, 2]
+
+
+def test_runs_of_different_tokens_make_no_pair():
+    results = pairs()
+    results[-1] = dataclasses.replace(results[-1], data_hash="sha256:def")
+    gap = gap_of(results)
+    assert gap.other_tokens == [3]
+    assert gap.other_tag == []
+    assert sorted(gap.difference.differences) == [0, 1, 2]
+    assert "1 pair left out, as the tokens of the two runs have different hashes." in limits(fit_ladder(results))
+
+
+@pytest.mark.parametrize("versions", [["2.12.0"], ["2.13.0", "2.12.0"]])
+def test_a_pair_of_different_versions_of_torch_is_kept_and_marked(versions):
+    results = pairs()
+    pieces = [Piece(first_step=10 * i, **HERE | {"torch": version}) for i, version in enumerate(versions)]
+    results[5] = dataclasses.replace(results[5], pieces=pieces)
+    gap = gap_of(results)
+    assert gap.marked == [1]
+    assert gap.pairs == 4
 
 
 def test_a_rung_wholly_on_another_tag_has_pairs():

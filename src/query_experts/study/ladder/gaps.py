@@ -1,7 +1,7 @@
 """Computes the mean loss of each arm at each rung and budget, and its paired differences from the baselines.
 
-A pair is two runs of one rung, budget and seed whose code has the same tag. A pair whose runs used different
-processor instructions is kept and marked, because kernels alone move a run.
+A pair is two runs of one rung, budget and seed whose code has the same tag and whose tokens have the same hash. A pair
+whose runs used different processor instructions or versions of torch is kept and marked, as kernels alone move a run.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ class Gap:
 
     Args:
         difference: Over the pairs; None without one.
-        marked: Seeds of the pairs whose runs used different processor instructions.
+        marked: Seeds of the pairs whose runs used different processor instructions or versions of torch.
         other_tag: Seeds that have both runs but no pair, as their code has different tags.
+        other_tokens: The same, as their tokens have different hashes.
     """
 
     arm: str
@@ -43,6 +44,7 @@ class Gap:
     difference: PairedDifference | None
     marked: list[int]
     other_tag: list[int]
+    other_tokens: list[int]
 
     @property
     def pairs(self) -> int:
@@ -175,7 +177,7 @@ def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]]) -> ArmCe
         active_flops=max(run.active_flops for run in finished or own),
         train_seconds=statistics.median(run.train_seconds for run in finished) if finished else None,
         routing=_routing(finished),
-        gaps={base: _gap(arm, base, runs[arm], runs[base]) for base in _bases_of(arm) if base in runs},
+        gaps={base: gap_between(arm, base, runs[arm], runs[base]) for base in _bases_of(arm) if base in runs},
     )
 
 
@@ -195,18 +197,23 @@ def _losses(runs: Mapping[int, LadderResult]) -> dict[int, float]:
     return {seed: loss for seed, loss in losses.items() if loss is not None}
 
 
-def _gap(arm: str, base: str, own: Mapping[int, LadderResult], other: Mapping[int, LadderResult]) -> Gap:
+def gap_between(arm: str, base: str, own: Mapping[int, LadderResult], other: Mapping[int, LadderResult]) -> Gap:
+    """The gap of two groups of runs, each by seed, of one rung and budget."""
     a, b = _losses(own), _losses(other)
     both = [seed for seed in a if seed in b]
-    paired = [seed for seed in both if own[seed].tag == other[seed].tag]
+    other_tag = [seed for seed in both if own[seed].tag != other[seed].tag]
+    other_tokens = [seed for seed in both if seed not in other_tag and own[seed].data_hash != other[seed].data_hash]
+    paired = [seed for seed in both if seed not in {*other_tag, *other_tokens}]
     return Gap(
         arm,
         base,
         paired_difference({seed: a[seed] for seed in paired}, b),
-        marked=[seed for seed in paired if _differ(own[seed].instructions, other[seed].instructions)],
-        other_tag=[seed for seed in both if seed not in paired],
+        marked=[seed for seed in paired if _kernels_differ(own[seed], other[seed])],
+        other_tag=other_tag,
+        other_tokens=other_tokens,
     )
 
 
-def _differ(a: str, b: str) -> bool:
-    return a != b or a == MIXED
+def _kernels_differ(a: LadderResult, b: LadderResult) -> bool:
+    versions = {piece.torch for piece in [*a.pieces, *b.pieces]}
+    return a.instructions != b.instructions or a.instructions == MIXED or len(versions) > 1

@@ -39,11 +39,17 @@ def _divergences(fit: Fit) -> Iterator[str]:
 def _pairs(fit: Fit) -> Iterator[str]:
     gaps = _gaps(fit)
     pairs, marked = sum(gap.pairs for gap in gaps), sum(len(gap.marked) for gap in gaps)
-    unpaired = sum(len(gap.other_tag) for gap in gaps)
     if marked:
-        yield f"{marked:,} of {text.plural(pairs, 'pair')} used different processor instructions in their two runs."
-    if unpaired:
-        yield f"{text.plural(unpaired, 'pair')} left out, as the code of the two runs has different tags."
+        yield (
+            f"{marked:,} of {text.plural(pairs, 'pair')} used different processor instructions or versions of torch in "
+            "their two runs."
+        )
+    for count, why in (
+        (sum(len(gap.other_tag) for gap in gaps), "the code of the two runs has different tags"),
+        (sum(len(gap.other_tokens) for gap in gaps), "the tokens of the two runs have different hashes"),
+    ):
+        if count:
+            yield f"{text.plural(count, 'pair')} left out, as {why}."
 
 
 def _chance(fit: Fit) -> Iterator[str]:

@@ -59,10 +59,10 @@ def _largest(fit: Fit, arm: str) -> Cell | None:
 def _finding(fit: Fit, gap: Gap | None) -> str:
     """What is known of a gap, its numbers, and what is known of its trend, a line each."""
     if gap is None or gap.difference is None:
-        return _difference(gap)
+        return difference_text(gap)
     line = fit.line(gap.arm, gap.base)
     trend = [] if line is None else [f"trend {_direction(line.trend)}"]
-    return "\n".join([gap.known, _difference(gap), *trend])
+    return "\n".join([gap.known, difference_text(gap), *trend])
 
 
 def _direction(slope: Estimate) -> str:
@@ -74,10 +74,10 @@ def _estimate(estimate: Estimate) -> str:
     return "\n".join([text.signed(estimate.value), *([bracket] if bracket else [])])
 
 
-def _difference(gap: Gap | None) -> str:
+def difference_text(gap: Gap | None) -> str:
     """The mean, its interval, and the pairs with what is to be known about them, a line each."""
     if gap is None or gap.difference is None:
-        return "other tag" if gap is not None and gap.other_tag else text.MISSING
+        return text.MISSING if gap is None else "\n".join(_unpaired(gap)) or text.MISSING
     bracket = text.interval(gap.difference.low, gap.difference.high)
     return "\n".join([text.signed(gap.difference.mean), *([bracket] if bracket else []), *_pairs(gap)])
 
@@ -86,9 +86,12 @@ def _pairs(gap: Gap) -> list[str]:
     lines = [text.plural(gap.pairs, "pair")]
     if gap.marked:
         lines.append(f"{len(gap.marked)} marked")
-    if gap.other_tag:
-        lines.append(f"{len(gap.other_tag)} other tag")
-    return lines
+    return [*lines, *_unpaired(gap)]
+
+
+def _unpaired(gap: Gap) -> list[str]:
+    counts = {"other tag": len(gap.other_tag), "other tokens": len(gap.other_tokens)}
+    return [f"{count} {name}" for name, count in counts.items() if count]
 
 
 def runs_table(fit: Fit) -> Table:
@@ -125,7 +128,8 @@ def gap_table(cell: Cell) -> Table:
         f"token, bits per byte, and the number of seeds; x: diverged. {_warnings(cell)}".rstrip(),
         head=["arm", "loss", *(f"from {base}" for base in bases)],
         body=[
-            [arm, _loss(own), *(_difference(own.gaps.get(base)) for base in bases)] for arm, own in cell.arms.items()
+            [arm, _loss(own), *(difference_text(own.gaps.get(base)) for base in bases)]
+            for arm, own in cell.arms.items()
         ],
     )
 
@@ -140,13 +144,22 @@ def _seeds(own: ArmCell) -> str:
 
 
 def _warnings(cell: Cell) -> str:
-    gaps = [gap for own in cell.arms.values() for gap in own.gaps.values()]
+    return " ".join(gap_warnings([gap for own in cell.arms.values() for gap in own.gaps.values()]))
+
+
+def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
+    """What marks of gaps in a table mean, a sentence each."""
     lines = []
     if any(gap.marked for gap in gaps):
-        lines.append("Marked: the two runs of a pair used different processor instructions, which alone move a loss.")
+        lines.append(
+            "Marked: the two runs of a pair used different processor instructions or versions of torch, which alone "
+            "move a loss."
+        )
     if any(gap.other_tag for gap in gaps):
         lines.append("Other tag: the two runs used code of different tags, so they make no pair.")
-    return " ".join(lines)
+    if any(gap.other_tokens for gap in gaps):
+        lines.append("Other tokens: the two runs used tokens of different hashes, so they make no pair.")
+    return lines
 
 
 def cost_table(fit: Fit) -> Table:
