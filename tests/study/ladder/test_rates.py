@@ -1,12 +1,14 @@
 """The best learning rate of a sweep."""
 
+import dataclasses
 import io
 
 import pytest
 from rich.console import Console
 
 from ladder_helpers import run
-from query_experts.study.ladder.rates import best_rate, print_rates
+from query_experts.study.ladder.rates import best_rate, rates_table
+from query_experts.study.report.table import print_table
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -17,7 +19,7 @@ def sweep(best, arm="gqe", rates=RATES, seeds=(0, 1), budget=1.0, curvature=0.05
 
     return [
         run(arm, seed=seed, budget=budget, loss=4 + curvature * (log2(rate) - log2(best[seed])) ** 2,
-            settings={"learning_rate": rate})
+            variant=f"learning_rate={rate:g}")
         for seed in seeds
         for rate in rates
     ]  # fmt: skip
@@ -46,7 +48,7 @@ def test_an_optimum_beyond_the_grid_is_outside(best):
 
 
 def test_runs_that_diverged_are_counted_and_left_out():
-    results = [*sweep([2e-3, 2e-3]), run(seed=0, loss=None, settings={"learning_rate": 1.6e-2})]
+    results = [*sweep([2e-3, 2e-3]), run(seed=0, loss=None, variant="learning_rate=0.016")]
     (found,) = best_rate(results)
     assert found.diverged == {1.6e-2: 1}
     assert found.optimum == pytest.approx(2e-3, rel=1e-3)
@@ -64,14 +66,50 @@ def test_the_largest_budget_counts():
     assert found.optimum == pytest.approx(2e-3, rel=1e-3)
 
 
-def test_results_without_a_rate_are_left_out():
-    assert best_rate([run(settings={})]) == []
+def test_only_a_sweep_of_the_rate_counts():
+    """Every result's settings hold a learning rate, those of other sweeps and of no sweep too."""
+    others = [run(loss=1.0), run(loss=1.0, variant="router_aux_loss_coef=0.1")]
+    (found,) = best_rate([*sweep([2e-3, 2e-3]), *others])
+    assert found.optimum == pytest.approx(2e-3, rel=1e-3)
+    assert min(found.losses.values()) > 3
+    assert best_rate(others) == []
+
+
+def test_a_rate_at_which_a_run_diverged_is_never_best():
+    results = [
+        run("gqe", seed=result.seed, loss=None, variant=result.variant) if (result.seed, result.swept_to) == (1, 2e-3)
+        else result for result in sweep([2e-3, 2e-3])
+    ]  # fmt: skip
+    (found,) = best_rate(results)
+    assert found.diverged == {2e-3: 1}
+    assert 2e-3 not in found.losses
+    assert found.losses.keys() == {5e-4, 1e-3, 4e-3, 8e-3}
+    assert set(found.by_seed) == {0, 1}
+
+
+def test_a_rate_that_only_good_seeds_finished_is_not_best_for_that():
+    """Seed 1 is worse by a nat at every rate and lacks one rate: means over unequal seeds would prefer that."""
+    results = [
+        dataclasses.replace(result, validation_loss=result.validation_loss + result.seed)
+        for result in sweep([2e-3, 2e-3])
+        if (result.seed, result.swept_to) != (1, 4e-3)
+    ]
+    (found,) = best_rate(results)
+    assert list(found.by_seed) == [0]
+    assert found.optimum == pytest.approx(2e-3, rel=1e-3)
+
+
+def test_without_a_seed_that_finished_at_every_rate_there_is_no_optimum():
+    results = [result for result in sweep([2e-3, 2e-3]) if result.swept_to != RATES[2 * result.seed]]
+    (found,) = best_rate(results)
+    assert found.optimum is None
+    assert "0.002" in rates_table([found]).body[0][2]
 
 
 def test_the_table_says_whether_arms_differ_by_more_than_seeds():
     printed = io.StringIO()
     found = best_rate([*sweep([1.9e-3, 2.1e-3]), *sweep([1e-3, 1.05e-3], arm="dense"), *sweep([1e-5] * 2, "static")])
-    print_rates(found, Console(file=printed, width=80))
+    print_table(rates_table(found), Console(file=printed, width=80))
     words = " ".join(printed.getvalue().split())
     assert "lie within 0.96 doublings, more than those of one arm's seeds (0.14)" in words
     assert "outside" in words

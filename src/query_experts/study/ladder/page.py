@@ -57,22 +57,32 @@ class Page:
     rungs: list[RungTables]
     no_law: str | None
     fits: list[Table]
+    sweeps: list[Table]
     charts: list[Chart]
     trained_on: list[str]
 
 
-def write_page(results: Sequence[LadderResult], fit: Fit, path: Path, missing: Sequence[str] = ()) -> None:
+def write_page(
+    results: Sequence[LadderResult],
+    fit: Fit,
+    path: Path,
+    missing: Sequence[str] = (),
+    sweeps: Sequence[Table] = (),
+) -> None:
     """Writes the page of a fit and of the results that it came from.
 
     Args:
         missing: What the ladder still has to run, a sentence each.
+        sweeps: What the sweeps of settings say.
     """
-    template.write_page("ladder.html.j2", page_of(results, fit, missing), path)
+    template.write_page("ladder.html.j2", page_of(results, fit, missing, sweeps), path)
 
 
-def page_of(results: Sequence[LadderResult], fit: Fit, missing: Sequence[str] = ()) -> Page:
+def page_of(
+    results: Sequence[LadderResult], fit: Fit, missing: Sequence[str] = (), sweeps: Sequence[Table] = ()
+) -> Page:
     return Page(
-        overview=_overview(results, fit),
+        overview=_overview(results, fit, sweeps),
         findings=findings_table(fit),
         missing=list(missing),
         limits=limits(fit),
@@ -83,14 +93,15 @@ def page_of(results: Sequence[LadderResult], fit: Fit, missing: Sequence[str] = 
         rungs=[_rung_tables(fit, rung) for rung in reversed(fit.rungs)],
         no_law=fit.law.why if isinstance(fit.law, NoLaw) else None,
         fits=tables(fit),
+        sweeps=list(sweeps),
         charts=_charts(results, fit),
         trained_on=_trained_on(results),
     )
 
 
-def _overview(results: Sequence[LadderResult], fit: Fit) -> str:
+def _overview(results: Sequence[LadderResult], fit: Fit, sweeps: Sequence[Table]) -> str:
     if not results:
-        return "Nothing has run yet."
+        return "Only sweeps have run yet." if sweeps else "Nothing has run yet."
     seeds = {result.seed for result in results}
     trained = {result.key[:-1] for result in results}
     return (

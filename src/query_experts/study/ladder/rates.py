@@ -1,8 +1,11 @@
 """Finds the best learning rate of each rung and arm from the results of a sweep.
 
-The results of a sweep are those of any other run; their settings hold `learning_rate`. Near its minimum the loss is
-about a parabola in the logarithm of the rate, so the optimum is the vertex of the parabola through the mean losses of
-the best rate of the grid and its two neighbours. The same for each seed alone gives the spread of the optimum.
+The results of a sweep are those whose variant is a learning rate. Near its minimum the loss is about a parabola in the
+logarithm of the rate, so the optimum is the vertex of the parabola through the mean losses of the best rate of the grid
+and its two neighbours. The same for each seed alone gives the spread of the optimum.
+
+Seeds differ by as much as rates do. So a mean is taken over the same seeds at every rate: those that finished at all
+rates at which no run diverged. A rate at which one diverged is never the best and no neighbour of it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,10 +21,7 @@ from query_experts.common import formatting as text
 from query_experts.model.arms import in_order
 from query_experts.study.ladder.gaps import rungs_by_size
 from query_experts.study.ladder.results import LadderResult
-from query_experts.study.report.table import Table, print_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from query_experts.study.report.table import Table
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,12 @@ class BestRate:
 
     Args:
         budget: The largest that was swept.
-        losses: Mean validation loss by rate, over the seeds that didn't diverge.
+        losses: Mean validation loss by rate, over the seeds of `by_seed`; without the rates where one of them lacks it.
         diverged: Number of runs that diverged, by rate; only of those rates that have any.
-        optimum: The vertex of the parabola; None where the best rate is an end of the grid.
-        by_seed: The vertex for each seed alone, with None for the same reason.
+        rates: All at which a run finished.
+        optimum: The vertex of the parabola; None where the best rate is an end of those at which no run diverged.
+        by_seed: The vertex for each seed alone, with None for the same reason. Only of the seeds that finished at
+            every rate at which no run diverged.
     """
 
     rung: str
@@ -42,6 +43,7 @@ class BestRate:
     budget: float
     losses: dict[float, float]
     diverged: dict[float, int]
+    rates: list[float]
     optimum: float | None
     by_seed: dict[int, float | None]
 
@@ -58,11 +60,11 @@ class BestRate:
 
 
 def best_rate(results: Sequence[LadderResult]) -> list[BestRate]:
-    """The best rate of every rung and arm that was swept, the smallest rung first.
+    """The best rate of every rung and arm whose learning rate was swept, the smallest rung first.
 
-    Results whose settings hold no learning rate are left out.
+    Other results are left out: those of rungs' own settings, and of sweeps of another setting.
     """
-    swept = [result for result in results if result.learning_rate is not None]
+    swept = [result for result in results if result.swept == "learning_rate"]
     found = []
     for rung in rungs_by_size(swept):
         own = [result for result in swept if result.rung == rung]
@@ -76,17 +78,21 @@ def _best(rung: str, arm: str, results: Sequence[LadderResult]) -> BestRate:
     losses: dict[int, dict[float, float]] = {}  # by seed and rate
     diverged: dict[float, int] = {}
     for result in results:
-        rate = result.learning_rate
-        if rate is None or result.budget != budget:
+        if result.budget != budget:
             continue
+        own = losses.setdefault(result.seed, {})
         if result.validation_loss is not None and not result.diverged:
-            losses.setdefault(result.seed, {})[rate] = result.validation_loss
+            own[result.swept_to] = result.validation_loss
         else:
-            diverged[rate] = diverged.get(rate, 0) + 1
+            diverged[result.swept_to] = diverged.get(result.swept_to, 0) + 1
     rates = sorted({rate for own in losses.values() for rate in own})
-    means = {rate: statistics.fmean(own[rate] for own in losses.values() if rate in own) for rate in rates}
-    by_seed = {seed: _vertex(losses[seed]) for seed in sorted(losses)}
-    return BestRate(rung, arm, budget, means, dict(sorted(diverged.items())), _vertex(means), by_seed)
+    sound = [rate for rate in rates if rate not in diverged]
+    seeds = [seed for seed in sorted(losses) if losses[seed].keys() >= {*sound}]
+    means = {rate: statistics.fmean(losses[seed][rate] for seed in seeds)
+             for rate in rates if seeds and all(rate in losses[seed] for seed in seeds)}  # fmt: skip
+    by_seed = {seed: _vertex({rate: losses[seed][rate] for rate in sound}) for seed in seeds}
+    optimum = _vertex({rate: means[rate] for rate in sound}) if seeds else None
+    return BestRate(rung, arm, budget, means, dict(sorted(diverged.items())), rates, optimum, by_seed)
 
 
 def _vertex(losses: Mapping[float, float]) -> float | None:
@@ -101,19 +107,14 @@ def _vertex(losses: Mapping[float, float]) -> float | None:
     return float(near[1] * 2 ** (-slope / (2 * curvature))) if curvature > 0 else near[1]
 
 
-def print_rates(found: Sequence[BestRate], console: Console) -> None:
-    """Prints the best rates as a table; fits 80 columns."""
-    print_table(rates_table(found), console)
-
-
 def rates_table(found: Sequence[BestRate]) -> Table:
     return Table(
         title="Learning rates",
         note=" ".join(
             [
-                "Loss: mean over seeds at each rate; x: diverged. Optimum: of a parabola in the logarithm of the rate "
-                "through the three rates around the lowest mean; outside: the lowest is an end of the grid, which has "
-                "to grow.",
+                "Loss: mean over the seeds that finished at every rate where no run diverged; x: diverged. Optimum: of "
+                "a parabola in the logarithm of the rate through the three such rates around the lowest mean; outside: "
+                "the lowest is an end of them, so the grid has to grow or hold more rates there.",
                 *_comparisons(found),
             ]
         ),
@@ -124,7 +125,7 @@ def rates_table(found: Sequence[BestRate]) -> Table:
 
 
 def _grid(best: BestRate) -> str:
-    rates = sorted({*best.losses, *best.diverged})
+    rates = sorted({*best.rates, *best.diverged})
     return "\n".join(
         f"{rate:.3g}  {text.fixed(best.losses.get(rate))}"
         + (f" ({best.diverged[rate]}x)" if rate in best.diverged else "")

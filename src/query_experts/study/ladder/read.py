@@ -11,26 +11,25 @@ from rich.text import Text
 
 from query_experts.common.errors import SettingError
 from query_experts.common.formatting import plural
-from query_experts.study.ladder.fit import fit_ladder
+from query_experts.study.ladder.fit import Fit, fit_ladder
 from query_experts.study.ladder.page import write_page
 from query_experts.study.ladder.queue import Queue
-from query_experts.study.ladder.rates import best_rate, print_rates
+from query_experts.study.ladder.rates import best_rate, rates_table
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.ladder.settings import ScalingSettings
+from query_experts.study.ladder.sweeps import sweep_tables, swept_values
 from query_experts.study.ladder.terminal import print_fit
+from query_experts.study.report.table import Table, print_table
 
 
 def print_laws(settings: ScalingSettings, console: Console) -> None:
-    """Prints gaps and laws, and the best learning rates where they were swept.
+    """Prints gaps and laws, and what the sweeps say.
 
     Raises SettingError for a ladder without results, or with results of something else.
     """
     _, results = _read(settings)
-    swept = [result for result in results if result.variant]
-    if len(swept) < len(results):
-        print_fit(fit_ladder(at_own_settings(results)), console)
-    if any(result.variant.startswith("learning_rate=") for result in swept):
-        print_rates(best_rate(swept), console)
+    own, sweeps = at_own_settings(results), tables_of_sweeps(results)
+    _print(fit_ladder(own), sweeps, console)
 
 
 def at_own_settings(results: Sequence[LadderResult]) -> list[LadderResult]:
@@ -38,15 +37,28 @@ def at_own_settings(results: Sequence[LadderResult]) -> list[LadderResult]:
     return [result for result in results if not result.variant]
 
 
+def tables_of_sweeps(results: Sequence[LadderResult]) -> list[Table]:
+    """The best learning rates, and a table for each other setting that was swept."""
+    rates = best_rate(results)
+    return [*([rates_table(rates)] if rates else []), *sweep_tables(swept_values(results))]
+
+
 def report(settings: ScalingSettings, console: Console) -> None:
     """Writes the page ladder.html into `out`, and prints the same; raises as `print_laws`."""
     queue, results = _read(settings)
-    results = at_own_settings(results)
-    fit = fit_ladder(results)
+    own, sweeps = at_own_settings(results), tables_of_sweeps(results)
+    fit = fit_ladder(own)
     page = Path(settings.out) / "ladder.html"
-    write_page(results, fit, page, missing_words(queue))
-    print_fit(fit, console)
+    write_page(own, fit, page, missing_words(queue), sweeps)
+    _print(fit, sweeps, console)
     console.print(Text(f"Page: {page}"))
+
+
+def _print(fit: Fit, sweeps: Sequence[Table], console: Console) -> None:
+    if fit.cells:
+        print_fit(fit, console)
+    for table in sweeps:
+        print_table(table, console)
 
 
 def missing_words(queue: Queue) -> list[str]:

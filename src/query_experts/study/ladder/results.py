@@ -118,6 +118,16 @@ class LadderResult:
         return self.rung, self.variant, self.arm, self.seed, self.budget
 
     @property
+    def swept(self) -> str:
+        """Name of the setting that a sweep varies; empty outside of sweeps."""
+        return self.variant.partition("=")[0]
+
+    @property
+    def swept_to(self) -> float:
+        """The value that a sweep gives that setting. Raises ValueError outside of sweeps."""
+        return float(self.variant.partition("=")[2])
+
+    @property
     def learning_rate(self) -> float | None:
         """The highest learning rate; None where the settings hold none."""
         return self.settings.get("learning_rate")
