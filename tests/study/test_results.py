@@ -166,7 +166,7 @@ LOOK_UPS = {  # allowed in a file; a larger number needs a reason
     "callbacks.py": 2,  # what the Trainer passes to a callback
     "measure.py": 5,  # sequences of a data set, the log of the Trainer, and the output of a model
     "prefill.py": 1,  # an arm, by its name
-    "results.py": 3,  # a teacher's loss that isn't there, and a fault of pydantic
+    "results.py": 5,  # a teacher's loss that isn't there; of a fault of pydantic its place, words, value and cause
     "conversion.py": 1,  # sequences of a data set
     "conversion_tables.py": 2,  # a case by its name, and a setting that few cases have
 }

@@ -250,9 +250,9 @@ def first_fault(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     fault = error.errors()[0]
-    place, cause = ".".join(map(str, fault["loc"])), fault.get("ctx", {}).get("error")
+    place, held, cause = ".".join(map(str, fault["loc"])), fault["input"], fault.get("ctx", {}).get("error")
     if isinstance(cause, OutOfLimits):
-        return cause.limit.sentence(place, fault["input"], fault["input"])
+        return cause.limit.sentence(place, held, held)
     return ": ".join(filter(None, [place, fault["msg"]]))
 
 

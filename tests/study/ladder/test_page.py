@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
-from ladder_helpers import ladder, run
+from ladder_helpers import SEEDS, ladder, run
 from query_experts.common.plots import ARM_COLOURS
 from query_experts.model.arms import ARMS
 from query_experts.study.ladder import charts
@@ -26,7 +26,7 @@ FEW = {
     "one rung": ladder(ARMS_SHOWN, rungs={"d64": 3}),
     "no baseline": ladder({"gqe": 0.0, "hard": 0.0}, rungs={"d64": 3, "d96": 3, "d128": 3}),
     "an arm missing on a rung": [*ladder({"dense": 0.0, "gqe": 0.0}, rungs={"d64": 3}), run("gqe", "d96")],
-    "only a quarter": ladder(ARMS_SHOWN, rungs={"d64": 3, "d96": 3, "d128": 3}, budgets=(0.25,)),
+    "only a quarter": ladder(ARMS_SHOWN, rungs=dict.fromkeys(SEEDS, 3), budgets=(0.25,)),
     "all diverged": [run(arm, loss=None, seed=seed) for arm in ("dense", "gqe") for seed in range(3)],
 }
 
@@ -49,7 +49,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def fit(results):
-    return fit_ladder(results, draws=20)
+    return fit_ladder(results)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_same_results_give_the_same_bytes(results, fit, page, tmp_path):
 
 @pytest.mark.parametrize("name", FEW)
 def test_terminal_and_page_work_on_whatever_there_is(name, tmp_path):
-    few = fit_ladder(FEW[name], draws=5)
+    few = fit_ladder(FEW[name])
     write_page(FEW[name], few, tmp_path / "ladder.html")
     page = (tmp_path / "ladder.html").read_text(encoding="utf-8")
     assert "What it says" in page
@@ -156,7 +156,7 @@ def test_what_limits_the_fit_is_counted(fit):
     assert "3 results of runs that diverged, left out of means and fits: half at d64, seed 4." in lines
     assert "9 of " in lines  # gqe on other instructions, against three baselines at three budgets; dense has none
     assert "9 pairs left out, as the code of the two runs has different tags." in lines
-    assert "48 times fewer parameters than the paper's 250M" in lines
+    assert "about 250M parameters, 48 times as many" in lines
 
 
 def test_marked_and_unpaired_seeds_stand_in_their_cell(fit):
@@ -170,7 +170,7 @@ def test_marked_and_unpaired_seeds_stand_in_their_cell(fit):
 
 
 def test_a_missing_law_is_explained_in_terminal_and_page():
-    few = fit_ladder(FEW["only a quarter"], draws=5)
+    few = fit_ladder(FEW["only a quarter"])
     assert "No law: A law needs two budgets" in printed(few)
     assert page_of([], few).no_law.startswith("A law needs two budgets")
 
@@ -178,13 +178,13 @@ def test_a_missing_law_is_explained_in_terminal_and_page():
 def test_the_law_table_says_what_is_shared_and_how_much_is_missed(fit):
     (table,) = [table for table in tables(fit) if table.title == "Scaling law"]
     assert "Exponents: shared by all arms." in table.note
-    assert "over seeds and rungs" in table.note
+    assert "Student's t on 3" in table.note
     assert [row[0] for row in table.body] == list(ARMS_SHOWN)
 
 
 def test_cost_and_routing_stand_beside_each_other(fit):
     rows = {(row[0], row[1]): row[2:] for row in cost_table(fit).body}
-    assert rows["gqe", "d64"] == ["340k", "5", "0.015", "0.0143", "1.0", "0.55", "0.99", "1"]
+    assert rows["gqe", "d64"] == ["471k", "5", "0.015", "0.0143", "1.0", "0.55", "0.99", "1"]
     assert rows["dense", "d64"][-3:] == ["\N{EN DASH}"] * 3
     assert len(rows) == 4 * len(ARMS_SHOWN)
 
@@ -194,13 +194,19 @@ def test_every_arm_has_a_colour():
 
 
 def test_the_charts_hold_every_mean(fit):
-    laws, gaps, costs = charts.law_figure(fit), charts.gap_figure(fit, "flops"), charts.cost_figure(fit)
+    laws, gaps, costs = charts.law_figure(fit), charts.gap_figure(fit, "compute"), charts.cost_figure(fit)
     means = [own.mean for cell in fit.cells for own in cell.arms.values()]
     drawn = [float(line.get_ydata()[0]) for line in laws.axes[0].lines if len(line.get_ydata()) == 1]
     assert sorted(drawn) == sorted(means)
     assert [axes.get_title(loc="left") for axes in gaps.axes] == [f"difference from {base}" for base in
                                                                  ("dense", "static", "half")]  # fmt: skip
     assert len(costs.axes) == 8
+
+
+def test_against_compute_stand_whole_runs_alone_and_against_tokens_all(fit):
+    points = [figure.axes[0] for figure in (charts.gap_figure(fit, "compute"), charts.gap_figure(fit, "tokens"))]
+    marked = [[line for line in axes.lines if line.get_marker() not in ("None", None)] for axes in points]
+    assert [len(lines) for lines in marked] == [4 * (len(ARMS_SHOWN) - 1), 12 * (len(ARMS_SHOWN) - 1)]
 
 
 def test_routing_over_training_is_the_mean_over_seeds():

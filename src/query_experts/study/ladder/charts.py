@@ -13,7 +13,7 @@ from query_experts.common.plots import ARM_COLOURS, FAINT, INK, LEGEND, MARKERS,
 from query_experts.model.arms import in_order
 from query_experts.study.ladder.fit import Fit
 from query_experts.study.ladder.gaps import BASELINES, Cell, compared
-from query_experts.study.ladder.law import Law, size_of
+from query_experts.study.ladder.law import Law
 from query_experts.study.ladder.line import GapPoint, gap_points
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.report.charts import SEED_STYLES
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 LINE_POINTS = 30
 NUDGE = 1.035  # ratio of the positions of neighbouring arms, so that intervals don't cover one another
-Axis = Literal["flops", "tokens"]
-AXIS_NAMES: dict[Axis, str] = {"flops": "training FLOPs of the baseline", "tokens": "training tokens"}
+Axis = Literal["compute", "tokens"]
+AXIS_NAMES: dict[Axis, str] = {"compute": "training compute, 6 N D (FLOPs)", "tokens": "training tokens"}
 
 
 def law_figure(fit: Fit) -> Figure | None:
@@ -44,7 +44,7 @@ def law_figure(fit: Fit) -> Figure | None:
         look = _look(own.arm, cell)
         panels[0].plot([own.flops], [mean], linestyle="none", **look)
         if law is not None and reference is not None:
-            expected = law.best.loss(reference, size_of(own, law.count), own.train_tokens)
+            expected = law.best.loss(reference, own.size, own.train_tokens)
             panels[1].plot([own.flops], [mean - expected], linestyle="none", **look)
     panels[0].set_ylabel("validation loss")
     panels[-1].set_xlabel("training FLOPs")
@@ -75,7 +75,7 @@ def _draw_law(panels: Sequence[Axes], fit: Fit, law: Law) -> None:
         own = [cell.arms[first] for cell in fit.cells if cell.rung == rung and first in cell.arms]
         if not own:
             continue
-        last, parameters = own[-1], size_of(own[-1], law.count)
+        last, parameters = own[-1], own[-1].size
         tokens = np.geomspace(0.8 * own[0].train_tokens, 1.25 * last.train_tokens, LINE_POINTS)
         flops = tokens * last.flops / last.train_tokens
         look: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.7}
@@ -99,9 +99,10 @@ def _legend(figure: Figure, arms: Sequence[str]) -> None:
 def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
     """Draws each arm's difference from each baseline with its interval, against compute or tokens.
 
-    Against compute, the fitted lines are drawn with their intervals.
+    Against compute, those at all tokens of a rung, and the fitted lines with their intervals. Against tokens, all,
+    those of a rung joined.
     """
-    bases = [base for base in BASELINES if any(_points(fit, arm, base) for arm in fit.arms)]
+    bases = [base for base in BASELINES if any(_points(fit, arm, base, axis) for arm in fit.arms)]
     if not bases:
         return None
     figure = new_figure(0.8 + 2.2 * len(bases))
@@ -115,17 +116,20 @@ def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
         arms = [arm for arm, other in compared(fit.arms) if other == base]
         for position, arm in enumerate(arms):
             nudge = NUDGE ** (position - (len(arms) - 1) / 2)
-            _draw_gaps(axes, arm, _points(fit, arm, base), axis, nudge)
-            if axis == "flops":
+            _draw_gaps(axes, arm, _points(fit, arm, base, axis), axis, nudge)
+            if axis == "compute":
                 _draw_line(axes, fit, arm, base)
-        _frame(axes, [point for arm in arms for point in _points(fit, arm, base)])
+            else:
+                _join_rungs(axes, arm, _points(fit, arm, base, axis), nudge)
+        _frame(axes, [point for arm in arms for point in _points(fit, arm, base, axis)])
     panels[-1].set_xlabel(AXIS_NAMES[axis])
-    _legend(figure, [arm for arm in fit.arms if any(_points(fit, arm, base) for base in bases)])
+    _legend(figure, [arm for arm in fit.arms if any(_points(fit, arm, base, axis) for base in bases)])
     return figure
 
 
-def _points(fit: Fit, arm: str, base: str) -> list[GapPoint]:
-    return gap_points(fit.cells, arm, base) if (arm, base) in compared(fit.arms) else []
+def _points(fit: Fit, arm: str, base: str, axis: Axis) -> list[GapPoint]:
+    points = gap_points(fit.cells, arm, base) if (arm, base) in compared(fit.arms) else []
+    return [point for point in points if axis == "tokens" or point.budget == 1]
 
 
 def _draw_gaps(axes: Axes, arm: str, points: Sequence[GapPoint], axis: Axis, nudge: float) -> None:
@@ -133,11 +137,18 @@ def _draw_gaps(axes: Axes, arm: str, points: Sequence[GapPoint], axis: Axis, nud
         difference, colour = point.gap.difference, ARM_COLOURS[arm]
         if difference is None:
             continue
-        x = nudge * (point.flops if axis == "flops" else point.tokens)
+        x = nudge * (point.compute if axis == "compute" else point.tokens)
         if difference.low is not None and difference.high is not None:
             axes.plot([x, x], [difference.low, difference.high], color=colour, linewidth=1.2, alpha=0.55)
         axes.plot([x], [difference.mean], marker=MARKERS[arm], markersize=5, color=colour, linestyle="none",
                   markerfacecolor=colour if point.budget == 1 else "none")  # fmt: skip
+
+
+def _join_rungs(axes: Axes, arm: str, points: Sequence[GapPoint], nudge: float) -> None:
+    for rung in dict.fromkeys(point.rung for point in points):
+        own = [(nudge * point.tokens, point.gap.difference.mean)
+               for point in points if point.rung == rung and point.gap.difference]  # fmt: skip
+        axes.plot(*zip(*own, strict=True), color=ARM_COLOURS[arm], linewidth=0.8, alpha=0.6)
 
 
 def _frame(axes: Axes, points: Sequence[GapPoint]) -> None:
@@ -158,13 +169,13 @@ def _draw_line(axes: Axes, fit: Fit, arm: str, base: str) -> None:
     line = fit.line(arm, base)
     if line is None:
         return
-    found = [point.flops for point in line.points]
-    flops = np.geomspace(min(found), max(found), LINE_POINTS)
-    at = [line.at(each) for each in flops]
-    axes.plot(flops, [each.value for each in at], color=ARM_COLOURS[arm], linewidth=1.3)
+    found = [point.compute for point in line.points]
+    compute = np.geomspace(min(found), max(found), LINE_POINTS)
+    at = [line.at(each) for each in compute]
+    axes.plot(compute, [each.value for each in at], color=ARM_COLOURS[arm], linewidth=1.3)
     if arm == "gqe":
         low, high = ([end for each in at if (end := getattr(each, name)) is not None] for name in ("low", "high"))
-        axes.fill_between(flops, low, high, color=ARM_COLOURS[arm], alpha=0.14, linewidth=0)
+        axes.fill_between(compute, low, high, color=ARM_COLOURS[arm], alpha=0.14, linewidth=0)
 
 
 def cost_figure(fit: Fit) -> Figure | None:

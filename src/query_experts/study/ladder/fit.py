@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from query_experts.model.arms import in_order
-from query_experts.study.ladder import law as laws
-from query_experts.study.ladder.bootstrap import Estimate
-from query_experts.study.ladder.gaps import CONTROLS, Cell, cells_of, compared
-from query_experts.study.ladder.law import Count, Law, NoLaw, fit_law
+from query_experts.study.ladder.estimates import Estimate
+from query_experts.study.ladder.gaps import CONTROLS, Cell, cells_of, compared, training_flops
+from query_experts.study.ladder.law import Law, NoLaw, fit_law
 from query_experts.study.ladder.line import GapLine, fit_line
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.statistics import PairedDifference, paired_difference
 
 LARGE_SIZES = (250_000_000, 1_000_000_000, 7_000_000_000)
 TOKENS_PER_PARAMETER = 20
-FLOPS_PER_PARAMETER = 6  # a token, forward and backward, without attention
-MIN_RUNGS = 3  # of a line that is shown; a prediction that is checked may come from two
 
 By = Literal["law", "line"]
 
@@ -48,7 +45,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """The gap of an arm from a baseline at a size far beyond the ladder, with 20 tokens a parameter."""
+    """The gap of an arm from a baseline at a size far beyond the ladder, with 20 tokens a parameter.
+
+    Args:
+        parameters: Of the dense arm, without embeddings.
+    """
 
     arm: str
     base: str
@@ -66,7 +67,7 @@ class Fit:
         diverged: Number of those whose run diverged.
         cells: Losses and gaps of every rung and budget, the smallest first.
         law: The scaling law, or why there is none.
-        lines: Gaps against compute, of those that have an interval on three rungs.
+        lines: Gaps against compute, of those that have an interval on three rungs at all tokens.
         predictions: The largest rung left out and predicted; empty where too few rungs remain.
         extrapolations: Of the studied arms.
     """
@@ -92,15 +93,10 @@ class Fit:
         return next((line for line in self.lines if (line.arm, line.base) == (arm, base)), None)
 
 
-def fit_ladder(results: Sequence[LadderResult], count: Count = "all", draws: int = laws.DRAWS) -> Fit:
-    """Fits whatever results there are.
-
-    Args:
-        count: What N counts in the law.
-        draws: Number of the law's bootstrap draws.
-    """
+def fit_ladder(results: Sequence[LadderResult]) -> Fit:
+    """Fits whatever results there are."""
     cells = cells_of(results)
-    law = fit_law(cells, count, draws)
+    law = fit_law(cells)
     lines = _lines(cells)
     return Fit(
         runs=len(results),
@@ -108,7 +104,7 @@ def fit_ladder(results: Sequence[LadderResult], count: Count = "all", draws: int
         cells=cells,
         law=law,
         lines=lines,
-        predictions=_predictions(cells, count, draws),
+        predictions=_predictions(cells),
         extrapolations=_extrapolations(law, lines),
     )
 
@@ -116,10 +112,10 @@ def fit_ladder(results: Sequence[LadderResult], count: Count = "all", draws: int
 def _lines(cells: Sequence[Cell]) -> list[GapLine]:
     arms = in_order(arm for cell in cells for arm in cell.arms)
     fitted = (fit_line(cells, arm, base) for arm, base in compared(arms))
-    return [line for line in fitted if line and len({point.rung for point in line.points}) >= MIN_RUNGS]
+    return [line for line in fitted if line is not None]
 
 
-def _predictions(cells: Sequence[Cell], count: Count, draws: int) -> list[Prediction]:
+def _predictions(cells: Sequence[Cell]) -> list[Prediction]:
     """Predicts the largest budget of the largest rung whose arms have three seeds from the rungs below it."""
     counting = [cell for cell in cells if any(own.counts for own in cell.arms.values())]
     if not counting:
@@ -127,7 +123,7 @@ def _predictions(cells: Sequence[Cell], count: Count, draws: int) -> list[Predic
     last = counting[-1]
     rungs = list(dict.fromkeys(cell.rung for cell in cells))
     below = [cell for cell in cells if rungs.index(cell.rung) < rungs.index(last.rung)]
-    law = fit_law(below, count, draws)
+    law = fit_law(below)
     return [*_by_law(law, last), *_by_lines(below, last)]
 
 
@@ -138,20 +134,21 @@ def _by_law(law: Law | NoLaw, cell: Cell) -> list[Prediction]:
     for arm, own in cell.arms.items():
         measured = _estimate(paired_difference(own.losses, dict.fromkeys(own.losses, 0.0)))
         if arm in law.arms and measured is not None:
-            n, d = laws.size_of(own, law.count), own.train_tokens
-            predicted = law.estimate(lambda c, arm=arm, n=n, d=d: c.loss(arm, n, d))  # type: ignore[misc]
+            predicted = law.of_rung(arm, own.size, own.train_tokens)
             found.append(Prediction(arm, None, "law", cell.rung, predicted, measured))
     return found
 
 
 def _by_lines(below: Sequence[Cell], cell: Cell) -> list[Prediction]:
+    if cell.budget < 1:
+        return []
     found = []
     for arm, base in compared(list(cell.arms)):
         gap = cell.gap(arm, base)
         measured = _estimate(gap.difference) if gap is not None else None
         line = fit_line(below, arm, base) if measured is not None else None
         if line is not None and measured is not None:
-            found.append(Prediction(arm, base, "line", cell.rung, line.at(cell.arms[base].flops), measured))
+            found.append(Prediction(arm, base, "line", cell.rung, line.of_rung(cell.compute(base)), measured))
     return found
 
 
@@ -172,7 +169,7 @@ def _extrapolations(law: Law | NoLaw, lines: Sequence[GapLine]) -> list[Extrapol
         for size in LARGE_SIZES:
             tokens = TOKENS_PER_PARAMETER * size
             found += [
-                Extrapolation(arm, base, size, "line", line.at(FLOPS_PER_PARAMETER * size * tokens))
+                Extrapolation(arm, base, size, "line", line.of_rung(training_flops(size, tokens)))
                 for line in lines
                 if (line.arm, line.base) == (arm, base)
             ]

@@ -16,6 +16,7 @@ from query_experts.study.ladder.results import MIXED, LadderResult
 from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDifference, paired_difference, sign
 
 BASELINES = ("dense", "static", "half")
+FLOPS_PER_PARAMETER = 6  # a token, forward and backward
 CONTROLS = (*BASELINES, "frozen")  # all other arms are studied
 
 Known = Literal["lower", "higher", "not known"]
@@ -77,7 +78,8 @@ class ArmCell:
         diverged: Seeds of the runs that diverged.
         bits_per_byte: Mean over seeds; None where every run diverged.
         parameters: All parameters.
-        embedding_parameters: Those of the embeddings.
+        size: Parameters of the rung's dense arm without embeddings, of which a budget is so many tokens each; the
+            arm's own where the rung has no dense arm.
         active_heads: Query heads that attend for a token in a layer.
         train_tokens: Tokens trained on.
         flops: Of training, as run.
@@ -92,7 +94,7 @@ class ArmCell:
     diverged: list[int]
     bits_per_byte: float | None
     parameters: int
-    embedding_parameters: int
+    size: int
     active_heads: int
     train_tokens: int
     flops: float
@@ -122,9 +124,13 @@ class Cell:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Parameters and training tokens of dense, or of the first arm."""
+        """Parameters without embeddings and training tokens of dense, or of the first arm."""
         first = next(iter(self.arms.values()))
-        return first.parameters, first.train_tokens
+        return first.size, first.train_tokens
+
+    def compute(self, arm: str) -> float:
+        """6 N D of an arm's training, with its `size` as N: the same for all arms of a rung with a dense one."""
+        return training_flops(self.arms[arm].size, self.arms[arm].train_tokens)
 
     def gap(self, arm: str, base: str) -> Gap | None:
         return self.arms[arm].gaps.get(base) if arm in self.arms else None
@@ -140,8 +146,8 @@ def _bases_of(arm: str) -> Sequence[str]:
 
 
 def rungs_by_size(results: Sequence[LadderResult]) -> list[str]:
-    """Names of the rungs, the smallest model first."""
-    smallest = {result.rung: result.parameters for result in sorted(results, key=lambda r: -r.parameters)}
+    """Names of the rungs, the smallest model first; embeddings don't count."""
+    smallest = {result.rung: _size(result) for result in sorted(results, key=_size, reverse=True)}
     return sorted(smallest, key=lambda rung: (smallest[rung], rung))
 
 
@@ -154,13 +160,23 @@ def cells_of(results: Sequence[LadderResult]) -> list[Cell]:
     return cells
 
 
+def _size(result: LadderResult) -> int:
+    return result.parameters - result.embedding_parameters
+
+
+def training_flops(parameters: float, tokens: float) -> float:
+    """6 N D: forward and backward, attention and embeddings not counted."""
+    return FLOPS_PER_PARAMETER * parameters * tokens
+
+
 def _cell(rung: str, budget: float, results: Sequence[LadderResult]) -> Cell:
     own = sorted((result for result in results if result.budget == budget), key=lambda result: result.seed)
     runs = {arm: {r.seed: r for r in own if r.arm == arm} for arm in in_order(r.arm for r in own)}
-    return Cell(rung, budget, {arm: _arm_cell(arm, runs) for arm in runs})
+    dense = next((result for result in results if result.arm == "dense"), None)
+    return Cell(rung, budget, {arm: _arm_cell(arm, runs, dense) for arm in runs})
 
 
-def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]]) -> ArmCell:
+def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]], dense: LadderResult | None) -> ArmCell:
     own = list(runs[arm].values())
     finished, first = [run for run in own if not run.diverged], own[0]
     bits = [run.bits_per_byte for run in finished if run.bits_per_byte is not None]
@@ -170,7 +186,7 @@ def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]]) -> ArmCe
         diverged=[run.seed for run in own if run.diverged],
         bits_per_byte=statistics.fmean(bits) if bits else None,
         parameters=first.parameters,
-        embedding_parameters=first.embedding_parameters,
+        size=_size(dense or first),
         active_heads=first.active_heads,
         train_tokens=max(run.train_tokens for run in finished or own),
         flops=max(run.flops for run in finished or own),

@@ -65,6 +65,6 @@ def _scale(fit: Fit) -> Iterator[str]:
     if fit.cells:
         parameters, tokens = fit.cells[-1].size
         yield (
-            f"The largest model has {text.short(parameters)} parameters and {text.short(tokens)} training tokens, "
-            f"{LARGE_SIZES[0] / parameters:,.0f} times fewer parameters than the paper's 250M."
+            f"The largest model has {text.short(parameters)} parameters without embeddings and {text.short(tokens)} "
+            f"training tokens. The paper's has about 250M parameters, {LARGE_SIZES[0] / parameters:,.0f} times as many."
         )

@@ -123,14 +123,15 @@ def _charts(results: Sequence[LadderResult], fit: Fit) -> list[Chart]:
             "first arm at each rung. Below: how far each mean, and the law of each other arm, lies from it.",
         ),
         _chart(
-            charts.gap_figure(fit, "flops"), "gaps-compute", "Differences against compute",
-            "Paired differences of validation loss with 95% intervals; below zero is better, hollow where a part of "
-            "the tokens was used. The frame cuts the widest intervals off. "
-            "Lines, from three rungs on: weighted least squares, with the interval of gqe's.",
+            charts.gap_figure(fit, "compute"), "gaps-compute", "Differences against compute",
+            "Paired differences of validation loss with 95% intervals, at all tokens of each rung; below zero is "
+            "better. The frame cuts the widest intervals off. Lines, from three rungs on: weighted least squares, with "
+            "the interval of gqe's.",
         ),
         _chart(
             charts.gap_figure(fit, "tokens"), "gaps-tokens", "Differences against tokens",
-            "The same differences by training tokens.",
+            "The same, and those with a part of a rung's tokens (hollow), by training tokens. Lines join the points of "
+            "a rung: the same size, trained for longer.",
         ),
         _chart(
             charts.cost_figure(fit), "costs", "Loss against active heads and time",

@@ -128,11 +128,6 @@ class LadderResult:
         return float(self.variant.partition("=")[2])
 
     @property
-    def learning_rate(self) -> float | None:
-        """The highest learning rate; None where the settings hold none."""
-        return self.settings.get("learning_rate")
-
-    @property
     def device(self) -> str | None:
         """What it was trained on, cpu or cuda; None if its settings don't say."""
         return self.settings.get("device")

@@ -12,7 +12,7 @@ from itertools import product
 
 import numpy as np
 
-from query_experts.study.ladder.bootstrap import Array
+from query_experts.study.ladder.estimates import Array
 
 HUBER = 1e-3  # residual of log L above which its loss is linear
 STARTS = 4
@@ -49,8 +49,8 @@ class Data:
     log_tokens: Array
     log_loss: Array
 
-    def take(self, rows: Array, log_loss: Array) -> Data:
-        return Data(self.arms, self.arm[rows], self.log_size[rows], self.log_tokens[rows], log_loss)
+    def take(self, rows: Array) -> Data:
+        return Data(self.arms, self.arm[rows], self.log_size[rows], self.log_tokens[rows], self.log_loss[rows])
 
 
 def _unpack(theta: Array, arms: int) -> tuple[float, Array, Array, Array, Array]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from query_experts.common import formatting as text
-from query_experts.study.ladder.bootstrap import Estimate
+from query_experts.study.ladder.estimates import Estimate
 from query_experts.study.ladder.fit import TOKENS_PER_PARAMETER, Extrapolation, Fit, Prediction
 from query_experts.study.ladder.gaps import BASELINES, CONTROLS, ArmCell, Cell, Gap
 from query_experts.study.ladder.law import Law, NoLaw
@@ -100,8 +101,9 @@ def runs_table(fit: Fit) -> Table:
     return Table(
         title="Runs",
         note=f"Seeds that finished at {text.join_words([f'{budget:.0%}' for budget in budgets])} of the rung's tokens, "
-        "in one number if they are as many; x: diverged. Size and tokens: of the first arm.",
-        head=["rung", "params", "tokens", *fit.arms],
+        "in one number if they are as many; x: diverged. N: parameters of the first arm, which is dense where that "
+        "ran, without embeddings. Tokens: of that arm.",
+        head=["rung", "N", "tokens", *fit.arms],
         body=[_runs(fit, rung, budgets) for rung in fit.rungs],
     )
 
@@ -124,8 +126,8 @@ def gap_table(cell: Cell) -> Table:
     bases = [base for base in BASELINES if base in cell.arms]
     return Table(
         title=f"{cell.rung}, {cell.budget:.0%} of its tokens",
-        note=f"{text.short(parameters)} parameters, {text.short(tokens)} tokens. Loss: mean over seeds in nats a "
-        f"token, bits per byte, and the number of seeds; x: diverged. {_warnings(cell)}".rstrip(),
+        note=f"{text.short(parameters)} parameters without embeddings, {text.short(tokens)} tokens. Loss: mean over "
+        f"seeds in nats a token, bits per byte, and the number of seeds; x: diverged. {_warnings(cell)}".rstrip(),
         head=["arm", "loss", *(f"from {base}" for base in bases)],
         body=[
             [arm, _loss(own), *(difference_text(own.gaps.get(base)) for base in bases)]
@@ -167,10 +169,10 @@ def cost_table(fit: Fit) -> Table:
     last = {cell.rung: cell for cell in fit.cells}
     return Table(
         title="Cost and routing",
-        note="At each rung's largest budget. PFLOP: of training, as run, and counting only what a token uses. Minutes: "
-        "median over seeds; other work on a machine and different machines change them. Entropy: of the router, mean "
-        "over seeds, layers and groups; 1 is undecided, 0 is certain. Load: the largest share of tokens that select "
-        "one expert, and dead: the most dead experts, over seeds.",
+        note="At each rung's largest budget. Params: all of them. PFLOP: of training, as run, and counting only what a "
+        "token uses. Minutes: median over seeds; other work on a machine and different machines change them. Entropy: "
+        "of the router, mean over seeds, layers and groups; 1 is undecided, 0 is certain. Load: the largest share of "
+        "tokens that select one expert, and dead: the most dead experts, over seeds.",
         head=["arm", "rung", "params", "active heads", "PFLOP", "active PFLOP", "min", "entropy", "load", "dead"],
         body=[_costs(cell.rung, own) for cell in last.values() for own in cell.arms.values()],
         left=(0, 1),
@@ -196,10 +198,11 @@ def _law_table(law: Law | NoLaw) -> Table:
     exponents = "shared by all arms" if law.shared else "each arm's own, as the data tell them apart"
     return Table(
         title=title,
-        note=f"L = E + A N^{text.MINUS}alpha + B D^{text.MINUS}beta in nats a token, N: {law.count} parameters, D: "
-        f"training tokens; E = {_plain(E)}. Exponents: {exponents}. Fitted to {law.cells} means on {law.rungs} rungs, "
-        f"which it misses by {law.error:.2%}. Brackets: 95% bootstrap intervals"
-        + (" over seeds and rungs." if law.rungs > 3 else " over seeds alone, as three rungs can't be left out."),
+        note=f"L = E + A N^{text.MINUS}alpha + B D^{text.MINUS}beta in nats a token, N: parameters of the rung's "
+        f"dense arm without embeddings, for every arm, D: training tokens; E = {_plain(E)}. Exponents: {exponents}. "
+        f"Fitted to {law.cells} means on {law.rungs} rungs, "
+        f"which it misses by {law.error:.2%}. Brackets: 95% intervals from leaving out one rung at a time (jackknife, "
+        f"Student's t on {law.rungs - 1}).",
         head=head,
         body=[_law_row(law, arm) for arm in law.arms],
     )
@@ -222,14 +225,15 @@ def _plain(estimate: Estimate) -> str:
 def _line_table(lines: Sequence[GapLine]) -> Table:
     return Table(
         title="Difference against compute",
-        note="A straight line through the differences of all rungs and budgets over log10 of the baseline's training "
-        "FLOPs, weighted by pairs. Change: with ten times the compute. Brackets: 95% bootstrap intervals over seeds. "
-        "Middle: the line at the geometric mean of the compute.",
+        note="A straight line through the differences of all rungs at all of their tokens over log10 of the training "
+        "compute, 6 N D. Change: with ten times the compute. Rungs: their number, and the standard deviation of a "
+        "rung's own distance from the line, beyond what seeds explain. Brackets: 95% intervals that hold both "
+        f"(Student's t on rungs {text.MINUS} 2). Middle: the line at the geometric mean of the compute.",
         head=["arm", "baseline", "rungs", "in the middle", "change", "trend"],
         body=[
             [
-                line.arm, line.base, str(len({point.rung for point in line.points})), _estimate(line.at(line.centre)),
-                _estimate(line.trend), _direction(line.trend),
+                line.arm, line.base, f"{len(line.points)}\n{text.fixed(math.sqrt(line.scatter))}",
+                _estimate(line.at(line.centre)), _estimate(line.trend), _direction(line.trend),
             ]
             for line in lines
         ],
@@ -241,8 +245,8 @@ def _prediction_table(predictions: Sequence[Prediction]) -> Table:
     rung = predictions[0].rung if predictions else ""
     return Table(
         title=f"{rung}, left out and predicted",
-        note="The law's loss and the line's differences from the smaller rungs alone, beside what was measured. Held: "
-        "they differ by no more than both 95% intervals together allow.",
+        note="The law's loss and the line's differences from the smaller rungs alone, with the distance that a rung "
+        "has from them, beside what was measured. Held: they differ by no more than both 95% intervals together allow.",
         head=["arm", "what", "by", "predicted", "measured", "held"],
         body=[
             [
@@ -269,7 +273,8 @@ def _extrapolation_table(found: Sequence[Extrapolation]) -> Table:
         title="Far beyond the ladder",
         note=f"The difference at {TOKENS_PER_PARAMETER} tokens a parameter, if the line or the law goes on as it is. "
         "No run has checked that, and the intervals leave out that doubt. With one E for all arms the law's "
-        "differences can only fade with size. Line: at 6 N D FLOPs.",
+        "differences can only fade with size; its intervals leave out a rung's own distance, which the line's hold. "
+        "Parameters: of the dense arm, without embeddings.",
         head=["arm", "from", *map(_size, sizes)],
         body=[[arm, f"{base}\n{by}", *(_far(at[arm, base, by, size]) for size in sizes)] for arm, base, by in rows],
         left=(0, 1),
