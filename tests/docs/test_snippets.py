@@ -74,7 +74,11 @@ WORK = {  # of commands that would begin at once
     "train": "study.single.train",
     "distill": "study.distill.distill",
     "bench": "bench.run.bench",
+    "scaling": "study.ladder.worker.run_queue",
 }
+ACTIONS = [
+    f"study.ladder.{work}" for work in ("status.print_status", "read.print_laws", "read.report", "tokens.write_tokens")
+]
 WITH_PYTHON = [page for page in DOCS if python_of(page) and page.name != "integrations.md"]
 
 
@@ -106,7 +110,7 @@ def test_the_snippets_of_the_readme_run():
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
 def test_the_commands_of_a_page_are_understood(page, monkeypatch, capsys, tmp_path):
     asked = []
-    for work in WORK.values():
+    for work in (*WORK.values(), *ACTIONS):
         monkeypatch.setattr(f"query_experts.{work}", lambda settings, console: asked.append(settings) or True)
     monkeypatch.chdir(ROOT)  # recipes are named from there
     for words in commands_of(page):

@@ -163,6 +163,7 @@ def test_a_fault_in_the_reports_own_code_is_not_blamed_on_the_folder(tmp_path, m
 
 
 LOOK_UPS = {  # allowed in a file; a larger number needs a reason
+    "beside.py": 2,  # an environment variable of tqdm
     "callbacks.py": 2,  # what the Trainer passes to a callback
     "measure.py": 5,  # sequences of a data set, the log of the Trainer, and the output of a model
     "prefill.py": 1,  # an arm, by its name

@@ -197,7 +197,6 @@ def test_collected_results_are_those_of_separate_files(tmp_path):
     file, collected = write_ladder(other, **TWO), other / "new" / "results.json"
     assert run_queue(scaling(file, collect=str(collected)), quiet())
     assert results_of(other) == {}
-    (other / "results").mkdir()
     collected.rename(other / "results" / "gpu.json")
     assert run_queue(scaling(file, minutes=0), quiet())  # nothing is missing
     times = {"train_seconds": 0, "tokens_per_s": 0, "pieces": []}

@@ -9,18 +9,17 @@ from query_experts.study.ladder.results import absolute_paths, read_results
 from query_experts.study.ladder.settings import Run, parameters_without_embeddings, read_ladder
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
-FILES = sorted((BENCHMARKS / "ladder").glob("*.yaml"))
+LADDERS = BENCHMARKS / "ladder"
+FILES = sorted(LADDERS.glob("*.yaml"))
 SMALLEST = 117_056  # parameters of dense at D = 64, without embeddings
 NARROWER = {"d512": 1344}  # so that four epochs suffice
 
 
 @pytest.mark.parametrize(
-    ("file", "rung"),
-    [(file, rung) for file in FILES if file.stem in ("cpu", "gpu") for rung in yaml.safe_load(file.read_text())["rungs"]],
-    ids=lambda value: value if isinstance(value, str) else value.stem,
-)  # fmt: skip
-def test_rungs_follow_the_rule(file, rung):
-    ladder = read_ladder(file)
+    ("name", "rung"), [(name, rung) for name in ("cpu", "gpu") for rung in read_ladder(LADDERS / f"{name}.yaml").rungs]
+)
+def test_rungs_follow_the_rule(name, rung):
+    ladder = read_ladder(LADDERS / f"{name}.yaml")
     settings = ladder.run_settings(Run(rung, "dense", 0))
     width, ratio = settings.hidden_size, parameters_without_embeddings(settings.model_size()) / SMALLEST
     assert settings.intermediate_size == NARROWER.get(rung, 2.75 * width)
