@@ -203,12 +203,12 @@ def test_two_workers_and_kills_at_random_moments_give_the_results_of_one_quiet_w
     run_queue(scaling(write_ladder(quiet_one, **plan)), quiet())
     file = write_ladder(killed, **plan)
     moments, environment = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}
-    for _ in range(3):
+    for _ in range(2):
         workers = [subprocess.Popen(command(file), env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
         begun = time.monotonic()
         while not (killed / "out" / "runs").exists() and time.monotonic() < begun + 120:
             time.sleep(0.1)
-        time.sleep(moments.uniform(4, 12))
+        time.sleep(moments.uniform(2, 8))
         for one in workers:
             one.send_signal(signal.SIGKILL)
             one.wait()
