@@ -1,4 +1,4 @@
-"""A value with its 95% interval, from a variance over rungs by Student's t."""
+"""A value with its 95% interval, from a variance over rungs by Student's t, or from draws of seeds."""
 
 from __future__ import annotations
 
@@ -59,3 +59,21 @@ def jackknife(value: float, left_out: Array, level: float = LEVEL, more: float =
     rungs = len(left_out)
     variance = (rungs - 1) / rungs * float(np.sum((left_out - left_out.mean()) ** 2))
     return estimate(value, variance + more, rungs - 1, level)
+
+
+def bootstrap(value: float, drawn: Array, freedom: int) -> Estimate:
+    """The value with the interval between the quantiles of its draws.
+
+    The interval is widened by the ratio of Student's to the normal quantile, as few seeds leave their own spread
+    uncertain.
+
+    Args:
+        drawn: The value in each draw.
+        freedom: Degrees of freedom of the seeds.
+    """
+    from scipy.stats import norm, t
+
+    tail = (1 - LEVEL) / 2
+    low, high = map(float, np.quantile(drawn, [tail, 1 - tail]))
+    wider = float(t.ppf(1 - tail, freedom) / norm.ppf(1 - tail))
+    return Estimate(value, value + wider * (low - value), value + wider * (high - value))

@@ -27,6 +27,7 @@ class Prediction:
 
     Args:
         base: The baseline of a gap; None for the loss of the arm itself.
+        seeds_alone: Whether the predicted interval holds the spread of seeds alone and no scatter of rungs.
     """
 
     arm: str
@@ -35,6 +36,7 @@ class Prediction:
     rung: str
     predicted: Estimate
     measured: Estimate
+    seeds_alone: bool
 
     @property
     def held(self) -> bool:
@@ -69,7 +71,7 @@ class Fit:
         law: The scaling law, or why there is none.
         lines: Gaps against compute, of those that have an interval on three rungs at all tokens.
         predictions: The largest rung left out and predicted; empty where too few rungs remain.
-        extrapolations: Of the studied arms.
+        extrapolations: Of the studied arms; by a law only if its intervals hold the scatter of rungs.
     """
 
     runs: int
@@ -135,7 +137,7 @@ def _by_law(law: Law | NoLaw, cell: Cell) -> list[Prediction]:
         measured = _estimate(paired_difference(own.losses, dict.fromkeys(own.losses, 0.0)))
         if arm in law.arms and measured is not None:
             predicted = law.of_rung(arm, own.size, own.train_tokens)
-            found.append(Prediction(arm, None, "law", cell.rung, predicted, measured))
+            found.append(Prediction(arm, None, "law", cell.rung, predicted, measured, law.seeds_alone))
     return found
 
 
@@ -148,7 +150,8 @@ def _by_lines(below: Sequence[Cell], cell: Cell) -> list[Prediction]:
         measured = _estimate(gap.difference) if gap is not None else None
         line = fit_line(below, arm, base) if measured is not None else None
         if line is not None and measured is not None:
-            found.append(Prediction(arm, base, "line", cell.rung, line.of_rung(cell.compute(base)), measured))
+            predicted = line.of_rung(cell.compute(base))
+            found.append(Prediction(arm, base, "line", cell.rung, predicted, measured, seeds_alone=False))
     return found
 
 
@@ -160,7 +163,8 @@ def _estimate(difference: PairedDifference | None) -> Estimate | None:
 
 
 def _extrapolations(law: Law | NoLaw, lines: Sequence[GapLine]) -> list[Extrapolation]:
-    by_law = {(arm, base) for arm, base in compared(law.arms)} if isinstance(law, Law) else set()
+    far = law if isinstance(law, Law) and not law.seeds_alone else None
+    by_law = set(compared(far.arms)) if far is not None else set()
     pairs = dict.fromkeys([*((line.arm, line.base) for line in lines), *sorted(by_law)])
     found: list[Extrapolation] = []
     for arm, base in pairs:
@@ -173,7 +177,7 @@ def _extrapolations(law: Law | NoLaw, lines: Sequence[GapLine]) -> list[Extrapol
                 for line in lines
                 if (line.arm, line.base) == (arm, base)
             ]
-            if isinstance(law, Law) and (arm, base) in by_law:
-                gap = law.estimate(lambda c, a=arm, b=base, n=size, d=tokens: c.gap(a, b, n, d))  # type: ignore[misc]
+            if far is not None and (arm, base) in by_law:
+                gap = far.estimate(lambda c, a=arm, b=base, n=size, d=tokens: c.gap(a, b, n, d))  # type: ignore[misc]
                 found.append(Extrapolation(arm, base, size, "law", gap))
     return found

@@ -10,8 +10,12 @@ The exponents become each arm's own only if the data say so: the interval of an 
 arm's has to exclude zero, at a level that allows for the number of such differences (Bonferroni).
 
 Intervals come from fits that leave out one rung each (jackknife, Student's t on rungs - 1). Budgets, arms and seeds of
-a rung share what belongs to its size alone, so the rungs are what is independent. A law of three sizes meets them all
-exactly, so four rungs are the fewest that can show how much it misses.
+a rung share what belongs to its size alone, so the rungs are what is independent, and their spread holds that of the
+seeds.
+
+A law of three sizes meets them all nearly exactly, so four rungs are the fewest that can show how much it misses. With
+three its intervals come from a bootstrap over seeds and hold nothing else. They can't tell exponents apart, which the
+arms then share, and nothing far beyond the ladder is computed from such a law.
 """
 
 from __future__ import annotations
@@ -21,11 +25,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from query_experts.study.ladder.estimates import LEVEL, Array, Estimate, jackknife
+from query_experts.study.ladder.bootstrap import drawn_means, seed_table
+from query_experts.study.ladder.estimates import LEVEL, Array, Estimate, bootstrap, jackknife
 from query_experts.study.ladder.gaps import ArmCell, Cell
 from query_experts.study.ladder.solver import Coefficients, Data, namer, residuals, solve, starts
 
-MIN_RUNGS = 4
+MIN_RUNGS = 3
+MIN_RUNGS_TO_LEAVE_OUT = 4
+DRAWS = 200
 MIN_EXPLAINED = 0.5  # share of the variance of log L between cells, adjusted for the number of coefficients
 
 
@@ -36,7 +43,8 @@ class Law:
     Args:
         shared: Whether the arms share alpha and beta.
         best: The coefficients.
-        left_out: The coefficients without each rung.
+        others: The coefficients without each rung, or in each draw of seeds.
+        seed_freedom: Degrees of freedom of the seeds where the draws are of seeds; None where rungs are left out.
         rungs: Number of rungs that it is fitted to.
         cells: Number of mean losses that it is fitted to.
         error: Root mean square of the residuals of log L.
@@ -45,7 +53,8 @@ class Law:
 
     shared: bool
     best: Coefficients
-    left_out: list[Coefficients]
+    others: list[Coefficients]
+    seed_freedom: int | None
     rungs: int
     cells: int
     error: float
@@ -56,6 +65,11 @@ class Law:
         return list(self.best.A)
 
     @property
+    def seeds_alone(self) -> bool:
+        """Whether the intervals hold the spread of seeds alone and no scatter of rungs."""
+        return self.seed_freedom is not None
+
+    @property
     def scatter(self) -> float:
         """Variance of log L around the law, adjusted for the number of coefficients."""
         coefficients = 1 + 2 * len(self.arms) + 2 * (1 if self.shared else len(self.arms))
@@ -63,13 +77,19 @@ class Law:
 
     def of_rung(self, arm: str, parameters: float, tokens: float) -> Estimate:
         """The loss of an arm at a rung, whose own distance from the law adds to the law's interval."""
-        value = self.best.loss(arm, parameters, tokens)
-        left_out = np.array([coefficients.loss(arm, parameters, tokens) for coefficients in self.left_out])
-        return jackknife(value, left_out, more=self.scatter * value**2)
+        own = self.best.loss(arm, parameters, tokens)
+        return self.estimate(lambda coefficients: coefficients.loss(arm, parameters, tokens), self.scatter * own**2)
 
-    def estimate(self, value: Callable[[Coefficients], float]) -> Estimate:
-        """A function of the coefficients, with its interval."""
-        return jackknife(value(self.best), np.array([value(coefficients) for coefficients in self.left_out]))
+    def estimate(self, value: Callable[[Coefficients], float], scatter: float = 0.0) -> Estimate:
+        """A function of the coefficients, with its interval.
+
+        Args:
+            scatter: A variance to add; left out of an interval of seeds alone.
+        """
+        others = np.array([value(coefficients) for coefficients in self.others])
+        if self.seed_freedom is not None:
+            return bootstrap(value(self.best), others, self.seed_freedom)
+        return jackknife(value(self.best), others, more=scatter)
 
 
 @dataclass(frozen=True)
@@ -80,36 +100,45 @@ class NoLaw:
 
 
 def fit_law(cells: Sequence[Cell]) -> Law | NoLaw:
-    """Fits the law to the cells that have three seeds or more, of the arms that have such cells on four rungs."""
-    used = _used(cells)
-    rungs = list(dict.fromkeys(cell.rung for cell, _ in used))
-    if len(rungs) < MIN_RUNGS:
-        return NoLaw(f"A law needs four rungs where an arm has three seeds; there are {len(rungs)}.")
+    """Fits the law to the cells that have three seeds or more, of the arms that have such cells on enough rungs.
+
+    Enough are four, or three where no arm has four; then the intervals hold seeds alone.
+    """
+    used, most = _used(cells)
+    if most < MIN_RUNGS:
+        return NoLaw(f"A law needs three rungs where an arm has three seeds; there are {most}.")
+    rungs, seeds_alone = list(dict.fromkeys(cell.rung for cell, _ in used)), most < MIN_RUNGS_TO_LEAVE_OUT
     if len({cell.budget for cell, _ in used}) < 2:
         return NoLaw("A law needs two budgets: with one, tokens grow as parameters do, and their terms can't be told "
                      "apart.")  # fmt: skip
     data, origin = _data(used)
     without = [data.take(np.array([cell.rung != rung for cell, _ in used])) for rung in rungs]
-    coefficients, means = 3 + 2 * len(data.arms), min(len(each.log_loss) for each in without)
+    coefficients = 3 + 2 * len(data.arms)
+    means = min(len(each.log_loss) for each in ([data] if seeds_alone else without))
     if means <= coefficients:
-        return NoLaw(f"A law of {coefficients} coefficients needs more than {means} mean losses without any one rung.")
+        which = "" if seeds_alone else " without any one rung"
+        return NoLaw(f"A law of {coefficients} coefficients needs more than {means} mean losses{which}.")
     if jackknife(_slope(data), np.array([_slope(each) for each in without])).known != "lower":
         return NoLaw("The loss doesn't fall with size and tokens by more than rungs differ, so there is no law.")
-    best, left_out, shared = _fit_both(data, without)
+    seeds = [seed_table([own.losses for cell, own in used if cell.rung == rung]) for rung in rungs]
+    best, others, shared = _fit_seeds(data, seeds) if seeds_alone else _fit_both(data, without)
     error, explained = _quality(data, best)
     if explained < MIN_EXPLAINED:
         share = f"{max(0, explained):.0%}"
         return NoLaw(f"A law would explain {share} of the variance between rungs and budgets, too little to be one.")
     name = namer(data.arms, origin)
-    return Law(shared, name(best), [*map(name, left_out)], len(rungs), len(data.log_loss), error, explained)
+    freedom = sum(table.shape[1] - 1 for table in seeds) if seeds_alone else None
+    return Law(shared, name(best), [*map(name, others)], freedom, len(rungs), len(data.log_loss), error, explained)
 
 
-def _used(cells: Sequence[Cell]) -> list[tuple[Cell, ArmCell]]:
+def _used(cells: Sequence[Cell]) -> tuple[list[tuple[Cell, ArmCell]], int]:
+    """What the law is fitted to, and the number of rungs of the arm that is on most."""
     counting = [(cell, own) for cell in cells for own in cell.arms.values() if own.counts]
     rungs: dict[str, set[str]] = {}
     for cell, own in counting:
         rungs.setdefault(own.arm, set()).add(cell.rung)
-    return [(cell, own) for cell, own in counting if len(rungs[own.arm]) >= MIN_RUNGS]
+    most = max(map(len, rungs.values()), default=0)
+    return [(cell, own) for cell, own in counting if len(rungs[own.arm]) >= min(most, MIN_RUNGS_TO_LEAVE_OUT)], most
 
 
 def _data(used: Sequence[tuple[Cell, ArmCell]]) -> tuple[Data, Array]:
@@ -124,6 +153,18 @@ def _data(used: Sequence[tuple[Cell, ArmCell]]) -> tuple[Data, Array]:
 
 def _slope(data: Data) -> float:
     return float(np.polyfit(data.log_size + data.log_tokens, data.log_loss, 1)[0])
+
+
+def _fit_seeds(data: Data, seeds: Sequence[Array]) -> tuple[Array, list[Array], bool]:
+    """The coefficients, those of each draw of seeds, and that exponents are shared.
+
+    Args:
+        seeds: The losses of each rung, [rows][seeds], in the data's order.
+    """
+    random = np.random.default_rng(0)
+    means = np.concatenate([drawn_means(table, DRAWS, random) for table in seeds], axis=1)
+    best = solve(data, starts(data))
+    return best, [solve(data.of_losses(log_loss), [best]) for log_loss in np.log(means)], True
 
 
 def _fit_both(data: Data, without: Sequence[Data]) -> tuple[Array, list[Array], bool]:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from query_experts.common import formatting as text
 from query_experts.study.ladder.fit import LARGE_SIZES, Fit
 from query_experts.study.ladder.gaps import BASELINES, Gap
+from query_experts.study.ladder.law import Law
 
 
 def limits(fit: Fit) -> list[str]:
-    return [*_absent(fit), *_divergences(fit), *_pairs(fit), *_chance(fit), *_scale(fit)]
+    return [*_absent(fit), *_divergences(fit), *_pairs(fit), *_chance(fit), *_law(fit), *_scale(fit)]
 
 
 def _gaps(fit: Fit) -> list[Gap]:
@@ -58,6 +59,14 @@ def _chance(fit: Fit) -> Iterator[str]:
         yield (
             f"Of {text.plural(intervals, 'interval')} about one in twenty misses by chance; budgets of a run and arms "
             "that share a baseline aren't independent."
+        )
+
+
+def _law(fit: Fit) -> Iterator[str]:
+    if isinstance(fit.law, Law) and fit.law.seeds_alone:
+        yield (
+            "The law comes from three rungs, so its intervals hold the spread of seeds alone and no scatter of rungs. "
+            "What it would say far beyond the ladder is not known: it is extrapolated from four rungs on."
         )
 
 

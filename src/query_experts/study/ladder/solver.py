@@ -7,7 +7,7 @@ tokens, where they are well determined.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -51,6 +51,10 @@ class Data:
 
     def take(self, rows: Array) -> Data:
         return Data(self.arms, self.arm[rows], self.log_size[rows], self.log_tokens[rows], self.log_loss[rows])
+
+    def of_losses(self, log_loss: Array) -> Data:
+        """The same entries with other losses."""
+        return replace(self, log_loss=log_loss)
 
 
 def _unpack(theta: Array, arms: int) -> tuple[float, Array, Array, Array, Array]:

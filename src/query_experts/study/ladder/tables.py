@@ -19,6 +19,11 @@ PAIRED = (
     "(Student's t over seeds) and the number of pairs."
 )
 
+_SEEDS_ALONE = (
+    " The law's predicted intervals hold seeds alone, as three rungs don't show how far a rung lies from it: a no of "
+    "the law may be such a distance."
+)
+
 
 def tables(fit: Fit) -> list[Table]:
     """The tables of law, lines, prediction and extrapolations, where they have a row."""
@@ -195,17 +200,30 @@ def _law_table(law: Law | NoLaw) -> Table:
     if isinstance(law, NoLaw):
         return Table(title, law.why, head, [])
     E = law.estimate(lambda c: c.E)
-    exponents = "shared by all arms" if law.shared else "each arm's own, as the data tell them apart"
     return Table(
         title=title,
         note=f"L = E + A N^{text.MINUS}alpha + B D^{text.MINUS}beta in nats a token, N: parameters of the rung's "
-        f"dense arm without embeddings, for every arm, D: training tokens; E = {_plain(E)}. Exponents: {exponents}. "
-        f"Fitted to {law.cells} means on {law.rungs} rungs, "
-        f"which it misses by {law.error:.2%}. Brackets: 95% intervals from leaving out one rung at a time (jackknife, "
-        f"Student's t on {law.rungs - 1}).",
+        f"dense arm without embeddings, for every arm, D: training tokens; E = {_plain(E)}. "
+        f"Exponents: {_exponents(law)}. Fitted to {law.cells} means on {law.rungs} rungs, which it misses by "
+        f"{law.error:.2%}. Brackets: {_intervals(law)}",
         head=head,
         body=[_law_row(law, arm) for arm in law.arms],
     )
+
+
+def _exponents(law: Law) -> str:
+    if law.seeds_alone:
+        return "shared by all arms, as three rungs can't tell them apart"
+    return "shared by all arms" if law.shared else "each arm's own, as the data tell them apart"
+
+
+def _intervals(law: Law) -> str:
+    if law.seeds_alone:
+        return (
+            "95% intervals from a bootstrap over seeds alone. Three rungs don't show how far rungs scatter around a "
+            "law, so the intervals leave that out and are too narrow."
+        )
+    return f"95% intervals from leaving out one rung at a time (jackknife, Student's t on {law.rungs - 1})."
 
 
 def _law_row(law: Law, arm: str) -> list[str]:
@@ -246,7 +264,8 @@ def _prediction_table(predictions: Sequence[Prediction]) -> Table:
     return Table(
         title=f"{rung}, left out and predicted",
         note="The law's loss and the line's differences from the smaller rungs alone, with the distance that a rung "
-        "has from them, beside what was measured. Held: they differ by no more than both 95% intervals together allow.",
+        "has from them, beside what was measured. Held: they differ by no more than both 95% intervals together allow."
+        + (_SEEDS_ALONE if any(each.seeds_alone for each in predictions) else ""),
         head=["arm", "what", "by", "predicted", "measured", "held"],
         body=[
             [
