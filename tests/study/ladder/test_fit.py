@@ -1,6 +1,7 @@
 """Laws, lines, predictions and extrapolations from ladders whose law is known, and from some that have none."""
 
 import dataclasses
+import math
 import statistics
 
 import pytest
@@ -63,11 +64,68 @@ def test_most_intervals_hold_the_true_law_where_rungs_scatter_too(rungs, scatter
     assert sum(held.values()) >= 27, held
 
 
+@pytest.mark.parametrize("random", [1, 2])
+def test_three_rungs_of_a_known_law_give_intervals_that_hold_it(random):
+    better = lambda size, tokens: law(size, tokens, a=54, b=104)  # noqa: E731
+    more = {"rungs": THREE, "noise": 0.01}
+    gqe = ladder({"gqe": 0.0}, loss=better, random=50 + random, **more)
+    found = fitted([*ladder({"dense": 0.0}, random=random, **more), *gqe])
+    assert found.seeds_alone
+    assert found.shared
+    assert holds(found.estimate(lambda c: c.E), E)
+    assert holds(found.estimate(lambda c: c.alpha["gqe"]), ALPHA)
+    assert holds(found.estimate(lambda c: c.beta["gqe"]), BETA)
+    gap = found.estimate(lambda c: c.gap("gqe", "dense", 2e6, 4e7))
+    assert holds(gap, better(2e6, 4e7) - law(2e6, 4e7))
+    assert gap.known == "lower"
+    assert gap.half_width < 0.05
+
+
+def test_intervals_of_three_rungs_grow_with_the_spread_of_seeds():
+    widths = [
+        fitted(ladder({"gqe": 0.0}, rungs=THREE, noise=noise)).estimate(lambda c: c.beta["gqe"]).half_width
+        for noise in (0.0, 0.002, 0.02)
+    ]
+    assert widths[0] < 1e-4 < 3 * widths[1] < widths[2]
+
+
+def test_the_scatter_of_rungs_widens_intervals_of_four_rungs_and_not_of_three():
+    """So three rungs are said to leave it out."""
+    loss = lambda found: found.of_rung("gqe", 5e6, 1e8).half_width  # noqa: E731
+    three, scattered = (loss(fitted(ladder({"gqe": 0.0}, 0.001, THREE, scatter=s))) for s in (0.0, 0.01))
+    four, scattered_four = (loss(fitted(ladder({"gqe": 0.0}, 0.001, FOUR, scatter=s))) for s in (0.0, 0.01))
+    assert scattered < 3 * three
+    assert scattered_four > 3 * four
+
+
+def test_from_three_rungs_the_law_is_not_extrapolated():
+    fit = fit_ladder(ladder({"dense": 0.0, "gqe": -0.02}, rungs=THREE))
+    assert isinstance(fit.law, Law)
+    assert {each.by for each in fit.extrapolations} == {"line"}
+
+
+@pytest.mark.parametrize("random", range(3))
+def test_from_three_rungs_of_one_loss_there_is_no_law(random):
+    found = fit_law(cells_of(ladder(FLAT, rungs=THREE, loss=lambda size, tokens: 3.0, random=random)))
+    assert isinstance(found, NoLaw)
+
+
+def test_a_rung_whose_means_lack_different_seeds_is_drawn():
+    results = [
+        result for result in ladder({"dense": 0.0, "gqe": 0.0}, rungs=dict.fromkeys(THREE, 5), noise=0.005)
+        if (result.arm, result.seed) not in {("gqe", 0), ("gqe", 1), ("dense", 4)}
+    ]  # fmt: skip
+    found = fitted(results)
+    assert found.seed_freedom == 2
+    assert all(math.isfinite(each.E) for each in found.others)
+    assert holds(found.estimate(lambda c: c.beta["gqe"]), BETA)
+
+
 def test_the_same_results_give_the_same_fit():
     results = ladder(FLAT)
     first, second = fitted(results), fitted(results[::-1])
     assert first.best == second.best
-    assert first.left_out == second.left_out
+    assert first.others == second.others
 
 
 def test_exponents_are_shared_unless_the_data_tell_them_apart():
@@ -126,13 +184,13 @@ def test_where_the_loss_goes_up_and_down_there_is_no_law():
 @pytest.mark.parametrize(
     ("results", "why"),
     [
-        (ladder(FLAT, rungs=THREE), "needs four rungs"),
-        (ladder(FLAT, rungs={**FOUR, "d128": 2}), "needs four rungs"),
+        (ladder(FLAT, rungs={"d64": 5, "d96": 5}), "needs three rungs where an arm has three seeds; there are 2."),
+        (ladder(FLAT, rungs={**THREE, "d128": 2}), "needs three rungs where an arm has three seeds; there are 2."),
         (ladder(FLAT, budgets=(1.0,)), "needs two budgets"),
-        ([], "needs four rungs"),
-        ([run()], "needs four rungs"),
+        ([], "needs three rungs"),
+        ([run()], "needs three rungs"),
     ],
-    ids=["three rungs", "too few seeds", "one budget", "nothing", "one run"],
+    ids=["two rungs", "too few seeds", "one budget", "nothing", "one run"],
 )
 def test_too_little_for_a_law_is_said(results, why):
     found = fit_ladder(results)
@@ -232,6 +290,7 @@ def test_the_largest_rung_is_predicted_from_the_others():
     kinds = {(each.arm, each.base, each.by) for each in fit.predictions}
     assert kinds == {("dense", None, "law"), ("gqe", None, "law"), ("gqe", "dense", "line")}
     assert {each.rung for each in fit.predictions} == {"d256"}
+    assert not any(each.seeds_alone for each in fit.predictions)
     assert all(each.held for each in fit.predictions)
 
 
@@ -247,16 +306,18 @@ def test_a_break_at_the_largest_rung_is_seen():
     assert held == {("dense", None): True, ("gqe", None): False, ("gqe", "dense"): False}
 
 
-def test_with_four_rungs_only_lines_are_checked_and_with_three_nothing():
-    four, three = (fit_ladder(ladder({"dense": 0.0, "gqe": -0.02}, rungs=rungs)) for rungs in (FOUR, THREE))
-    assert {each.by for each in four.predictions} == {"line"}
+def test_with_four_rungs_the_law_predicts_the_largest_from_seeds_alone_and_with_three_nothing_does():
+    four, three = (fit_ladder(ladder({"dense": 0.0, "gqe": -0.02}, rungs=rungs, noise=0.01)) for rungs in (FOUR, THREE))
+    assert {(each.by, each.seeds_alone) for each in four.predictions} == {("law", True), ("line", False)}
+    assert all(each.held for each in four.predictions)
     assert three.predictions == []
 
 
 def test_a_line_predicts_no_largest_rung_that_has_only_a_part_of_its_tokens():
     results = ladder({"dense": 0.0, "gqe": -0.02}, rungs=THREE)
     started = ladder({"dense": 0.0, "gqe": -0.02}, rungs={"d192": 3}, budgets=(0.25,))
-    assert fit_ladder([*results, *started]).predictions == []
+    found = fit_ladder([*results, *started]).predictions
+    assert {each.by for each in found} == {"law"}  # which knows what fewer tokens do
 
 
 def test_extrapolations_of_nothing_are_not_known():

@@ -182,6 +182,33 @@ def test_the_law_table_says_what_is_shared_and_how_much_is_missed(fit):
     assert [row[0] for row in table.body] == list(ARMS_SHOWN)
 
 
+@pytest.fixture(scope="module")
+def three():
+    return fit_ladder(ladder({"dense": 0.0, "gqe": -0.06}, noise=0.01, rungs={"d64": 4, "d96": 4, "d128": 3}))
+
+
+def test_a_law_of_three_rungs_says_that_its_intervals_hold_seeds_alone(three):
+    out, page = " ".join(printed(three).split()), page_of([], three)
+    table = next(table for table in page.fits if table.title == "Scaling law")
+    for shown in (out, table.note):
+        assert "bootstrap over seeds alone" in shown
+        assert "leave that out and are too narrow" in shown
+    assert "hold the spread of seeds alone and no scatter of rungs" in " ".join(page.limits)
+    assert "far beyond the ladder is not known" in " ".join(page.limits)
+    far = next(table for table in page.fits if table.title == "Far beyond the ladder")
+    assert [row[1] for row in far.body] == ["dense\nline"]
+
+
+def test_a_law_of_four_rungs_does_not_say_so(fit):
+    said = " ".join([*limits(fit), *(table.note for table in tables(fit) if table.title == "Scaling law")])
+    assert "seeds alone" not in said
+
+
+def test_a_prediction_by_a_law_of_three_rungs_says_what_its_interval_leaves_out(fit):
+    table = next(table for table in tables(fit) if table.title == "d192, left out and predicted")
+    assert "The law's predicted intervals hold seeds alone" in table.note
+
+
 def test_cost_and_routing_stand_beside_each_other(fit):
     rows = {(row[0], row[1]): row[2:] for row in cost_table(fit).body}
     assert rows["gqe", "d64"] == ["471k", "5", "0.015", "0.0143", "1.0", "0.55", "0.99", "1"]

@@ -44,7 +44,8 @@ class Law:
         shared: Whether the arms share alpha and beta.
         best: The coefficients.
         others: The coefficients without each rung, or in each draw of seeds.
-        seed_freedom: Degrees of freedom of the seeds where the draws are of seeds; None where rungs are left out.
+        seed_freedom: Where the draws are of seeds, the fewest seeds of a mean minus one: the largest rung has the
+            fewest seeds and moves the law most. None where rungs are left out.
         rungs: Number of rungs that it is fitted to.
         cells: Number of mean losses that it is fitted to.
         error: Root mean square of the residuals of log L.
@@ -127,7 +128,7 @@ def fit_law(cells: Sequence[Cell]) -> Law | NoLaw:
         share = f"{max(0, explained):.0%}"
         return NoLaw(f"A law would explain {share} of the variance between rungs and budgets, too little to be one.")
     name = namer(data.arms, origin)
-    freedom = sum(table.shape[1] - 1 for table in seeds) if seeds_alone else None
+    freedom = min(len(own.losses) for _, own in used) - 1 if seeds_alone else None
     return Law(shared, name(best), [*map(name, others)], freedom, len(rungs), len(data.log_loss), error, explained)
 
 
