@@ -54,7 +54,8 @@ start() {
     local count=1 number=1
     # Linux weighs a session against others by a nice value of the session's own
     local run='[ ! -e /proc/self/autogroup ] || (echo 19 >/proc/self/autogroup) 2>/dev/null; exec nice -n 19 "$@"'
-    if [[ ${1:-} =~ ^[0-9]+$ ]]; then count=$1; shift; fi
+    if [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then count=$1; shift; fi
+    [[ ${1:---} == -* ]] || fail "WORKERS is $1; it must be a number of workers, 1 or more"
     prepare
     mkdir -p "$out"
     workers >/dev/null  # removes what dead ones left
@@ -81,8 +82,10 @@ stop() {
 
 harvest() {
     prepare
-    local results
-    results=$(dirname "$ladder")/$(field results)
+    local name results
+    name=$(field results)
+    [ -n "$name" ] || fail "LADDER is $ladder; it must be a ladder's file, with results"
+    results=$(dirname "$ladder")/$name
     [ -d "$results" ] || fail "results is $results, where no run has finished yet"
     git add "$results"
     if git diff --cached --quiet -- "$results"; then echo "No new results."; return; fi
@@ -92,8 +95,8 @@ harvest() {
 
 case ${1:-} in
     start) shift; start "$@" ;;
-    pause) signal STOP ;;
-    resume) signal CONT ;;
+    pause) signal STOP; echo "$(workers | wc -l) paused" ;;
+    resume) signal CONT; echo "$(workers | wc -l) at work" ;;
     stop) stop ;;
     status | fit | report) prepare; "$code/.venv/bin/query-experts" scaling "$1" "$ladder" --out "$out" "${@:2}" ;;
     harvest) harvest ;;

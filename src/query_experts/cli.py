@@ -281,6 +281,7 @@ def load_scaling(command: str, argv: list[str]) -> Work:
     from query_experts.study.ladder import read, status, tokens, worker
 
     def work() -> int:
+        settings.check()
         match settings.action:
             case "run":
                 return 0 if worker.run_queue(settings, terminal()) else 1

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from query_experts.cli import main
 from query_experts.common.errors import SettingError
 from query_experts.data import prepare
 from query_experts.study.ladder import worker
@@ -60,7 +61,7 @@ def test_the_queue_trains_what_is_missing_and_nothing_twice(tmp_path):
 
 def test_tokens_are_found_without_their_texts_and_must_be_those_of_the_ladder(tmp_path):
     file = write_ladder(tmp_path, **ONE)
-    with pytest.raises(SettingError, match="data isn't given, and out holds 0 folders of tokens"):
+    with pytest.raises(SettingError, match="data isn't given, and out holds 0 folders of the ladder's tokens"):
         run_queue(scaling(file, data=None), quiet())
     run_queue(scaling(file), quiet())
     for path in tmp_path.glob("*.txt"):
@@ -70,7 +71,7 @@ def test_tokens_are_found_without_their_texts_and_must_be_those_of_the_ladder(tm
     tokens = next((tmp_path / "out" / "tokens").glob("corpus-*"))
     assert run_queue(scaling(file, data=str(tokens), out=str(tmp_path / "elsewhere")), quiet())
     with pytest.raises(SettingError, match=r"hash \w+; ladder .* has data_hash abc"):
-        run_queue(scaling(write_ladder(tmp_path, **ONE, data_hash="abc"), data=None), quiet())
+        run_queue(scaling(write_ladder(tmp_path, **ONE, data_hash="abc"), data=str(tokens)), quiet())
 
 
 def test_more_than_four_epochs_are_refused(tmp_path):
@@ -257,3 +258,22 @@ def test_tokens_without_validation_files_are_refused(tmp_path):
     folder = next((tmp_path / "cache").glob("corpus-*"))
     with pytest.raises(SettingError, match="tokens without validation files"):
         run_queue(scaling(file, data=str(folder)), quiet())
+
+
+def test_an_action_that_does_not_exist_is_refused(tmp_path, capsys):
+    assert main(["scaling", "start", str(write_ladder(tmp_path))]) == 2
+    assert "action is 'start'; it must be run, status, fit, report" in capsys.readouterr().err
+
+
+def test_the_same_tokens_made_twice_are_found_without_their_texts(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    run_queue(scaling(file), quiet())
+    tokens = next((tmp_path / "out" / "tokens").glob("corpus-*"))
+    shutil.copytree(tokens, tokens.with_name("corpus-again"))
+    assert run_queue(scaling(file, data=None), quiet())
+
+
+def test_a_file_in_place_of_the_folder_out_is_refused(tmp_path):
+    file = write_ladder(tmp_path)
+    with pytest.raises(SettingError, match="which is a file; it must be a folder"):
+        run_queue(scaling(file, out=str(file)), quiet())

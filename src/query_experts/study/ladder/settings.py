@@ -111,6 +111,8 @@ class ScalingSettings(Settings):
                 )
         if self.action == "tokens" and self.to is None:
             raise SettingError("to isn't given; it must be a new folder for the tokens")
+        if Path(self.out).is_file():
+            raise SettingError(f"out is {self.out}, which is a file; it must be a folder")
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,8 @@ def read_ladder(file: Path) -> Ladder:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise SettingError(f"ladder is {file}, which can't be read ({reason}); it must be a YAML file") from error
+    if not isinstance(content, dict):
+        raise SettingError(f"ladder is {file}; it must hold lines of `field: value`")
     try:
         ladder = TypeAdapter(Ladder).validate_python(content)
     except ValidationError as error:

@@ -44,7 +44,8 @@ def print_status(settings: ScalingSettings, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left", title_style="bold",
                   title=f"Ladder {queue.name}")  # fmt: skip
     for heading in ("rung", "arm", "tokens", "done", "running", "missing", "tok/s", "about hours", "about left"):
-        table.add_column(heading, justify="left" if heading in ("rung", "arm", "running") else "right")
+        justify = "left" if heading in ("rung", "arm", "running") else "right"
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(
             row.rung, row.arm, short(row.tokens), f"{row.done}" + f" ({row.diverged} diverged)" * bool(row.diverged),

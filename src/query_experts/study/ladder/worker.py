@@ -81,7 +81,8 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
         console.print("Stopped; the same command goes on.")
         raise SystemExit(128 + stop.signal)
     left = len(queue.missing())
-    console.print(f"{plural(left, 'run')} of this device left." if left else "Every run of this device is done.")
+    asked = "that was asked for" if settings.only else "of this device"
+    console.print(f"{plural(left, 'run')} {asked} left." if left else f"Every run {asked} is done.")
     return left == 0
 
 
@@ -258,7 +259,7 @@ class Worker:
         left = max(0.0, self.stop.deadline - time.monotonic())
         self.console.print(
             Text(
-                f"{run.name} is given up: by its first steps it needs {limit.needed:.0f} s more, and {left:.0f} s are "
+                f"{run.name} is given up: by its first steps it needs {limit.needed:.1f} s more, and {left:.1f} s are "
                 f"left. No other run of {run.rung} is begun."
             )
         )
@@ -367,11 +368,11 @@ def text_files(queue: Queue, settings: ScalingSettings) -> tuple[list[str], list
     if settings.data is not None and not (Path(settings.data) / "meta.json").exists():
         folder, ladder = Path(settings.data), queue.ladder
         return [str(folder / name) for name in ladder.data], [str(folder / name) for name in ladder.validation]
-    kept = [Path(settings.data)] if settings.data is not None else sorted(tokens_folder(settings).glob("corpus-*"))
+    kept = [Path(settings.data)] if settings.data is not None else kept_tokens(queue, settings)
     if len(kept) != 1:
         raise SettingError(
-            f"data isn't given, and out holds {plural(len(kept), 'folder')} of tokens in {tokens_folder(settings)}; "
-            "data must be the folder of the text files, or one of tokens"
+            f"data isn't given, and out holds {plural(len(kept), 'folder')} of the ladder's tokens in "
+            f"{tokens_folder(settings)}; data must be the folder of the text files, or one of tokens"
         )
     tokens = read_meta(kept[0])
     missing = missing_files(kept[0], tokens) if tokens is not None else []
@@ -381,3 +382,13 @@ def text_files(queue: Queue, settings: ScalingSettings) -> tuple[list[str], list
             f"{missing[0]}; all must be there"
         )
     return [str(kept[0])], []
+
+
+def kept_tokens(queue: Queue, settings: ScalingSettings) -> list[Path]:
+    """Folders of different tokens in `out`, of those that have the hash that the ladder asks for."""
+    found: dict[str, Path] = {}
+    for folder in sorted(tokens_folder(settings).glob("corpus-*")):
+        tokens = read_meta(folder)
+        if tokens is not None and queue.ladder.data_hash in (None, tokens.info.data_hash):
+            found.setdefault(tokens.info.data_hash, folder)
+    return [*found.values()]
