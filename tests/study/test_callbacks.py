@@ -197,19 +197,36 @@ def test_the_progress_bar_counts_tokens_and_shows_the_language_model_loss(tmp_pa
     assert "loss=5." in last
 
 
+ON_A_GPU = SimpleNamespace(device=torch.device("cuda"))  # where wall-clock time counts
+
+
+def test_on_one_thread_of_a_cpu_a_pause_does_not_count_as_training():
+    cpu, state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=1)
+    threads = torch.get_num_threads()
+    for count, most in ((1, 0.05), (2, 9.0)):
+        torch.set_num_threads(count)
+        progress = TokenProgress("run", 10)
+        progress.on_step_begin(cpu, state, None)
+        time.sleep(0.1)
+        progress.on_step_end(cpu, state, None)
+        assert progress.seconds < most
+    torch.set_num_threads(threads)
+    assert progress.seconds >= 0.1
+
+
 def progress_of(pieces, waits=()):
     """A progress callback after pieces of that many steps, with a wait before each of the steps in `waits`."""
     progress, done = TokenProgress("run", 10), 0
     for steps in pieces:
         state = SimpleNamespace(is_world_process_zero=False, max_steps=9, global_step=done)
-        progress.on_train_begin(None, state, None)
+        progress.on_train_begin(ON_A_GPU, state, None)
         for _ in range(steps):
-            progress.on_step_begin(None, state, None)
+            progress.on_step_begin(ON_A_GPU, state, None)
             if done in waits:
                 time.sleep(0.1)
             done += 1
             state.global_step = done
-            progress.on_step_end(None, state, None)
+            progress.on_step_end(ON_A_GPU, state, None)
             time.sleep(0.02)  # a validation
     return progress
 
@@ -330,7 +347,7 @@ def test_a_closed_pipe_stops_neither_the_saving_nor_the_training(tmp_path, handl
     monkeypatch.setattr(sys, "stderr", Closed())
     progress = TokenProgress("name", 10)
     progress.bar = SimpleNamespace(update=lambda _: sys.stderr.write(""), close=lambda: sys.stderr.write(""))
-    progress.on_step_end(None, SimpleNamespace(global_step=1), None)
+    progress.on_step_end(ON_A_GPU, SimpleNamespace(global_step=1), None)
     progress.close()
     assert progress.bar is None
     assert trained(tmp_path, StopRequest(), lambda: os.kill(os.getpid(), signal.SIGINT)) == 2

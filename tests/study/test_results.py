@@ -33,12 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("compare-demo*.json"))
 OLDER = ROOT / "tests" / "fixtures" / "comparison_dd60e2b.json"
 HERE = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "query_experts": "0.1.0", "commit": "0bfe3dd",
-        "device": "cpu", "hardware": "a CPU", "dtype": "float32", "date": "2026-11-23",
-        "instructions": "AVX2"}  # fmt: skip
+        "device": "cpu", "hardware": "a CPU", "dtype": "float32", "date": "2026-11-23"}  # fmt: skip
 RUN = RunResult(
     arm="gqe", seed=0, parameters=ParameterCounts(9, 8, 7), active_attention_heads=3, dense_attention_heads=4,
     intermediate_size=48, flops_per_token=5.0, kv_bytes_per_token=256, tokens_per_s=10.5, train_seconds=2.0,
-    train_tokens=192, pieces=[Piece(first_step=0, **HERE)], clipped_steps=0, validation_loss=4.5,
+    train_tokens=192, pieces=[Piece(first_step=0, **HERE, instructions="AVX2")], clipped_steps=0, validation_loss=4.5,
     train_curve=[(96, 5.0), (192, 4.6)], validation_curve=[(192, 4.5)],
     routing=RoutingLoad([[[0.5, 0.5]]], [[0.9]], 0, 0.01), passage=Passage(["a"], [[[1]]]),
 )  # fmt: skip

@@ -29,7 +29,6 @@ class Environment:
     hardware: str
     dtype: str
     date: str
-    instructions: str | None = None  # older files lack it
 
 
 def environment(device: str, dtype: str) -> Environment:
@@ -51,7 +50,6 @@ def environment(device: str, dtype: str) -> Environment:
         hardware=torch.cuda.get_device_name() if device == "cuda" else processor,
         dtype=dtype,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        instructions=instructions(device),
     )
 
 

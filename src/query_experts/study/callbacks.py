@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from query_experts.common.environment import environment
+from query_experts.common.environment import environment, instructions
 
 
 class ZClipCallback(TrainerCallback, ExportableState):
@@ -302,6 +302,6 @@ class Pieces(TrainerCallback, ExportableState):
         return {"args": {"device": self.device, "dtype": self.dtype}, "attributes": {"pieces": self.pieces}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        here = dataclasses.asdict(environment(self.device, self.dtype))
+        here = dataclasses.asdict(environment(self.device, self.dtype)) | {"instructions": instructions(self.device)}
         if not self.pieces or {**self.pieces[-1], **here} != self.pieces[-1]:
             self.pieces = [*self.pieces, {"first_step": state.global_step, **here}]

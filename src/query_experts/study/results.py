@@ -108,7 +108,13 @@ class _FirstStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece(Environment, _FirstStep):  # in this order of bases, first_step is the first key of its JSON
-    """The part of a resumed run that one machine trained, from `first_step` on."""
+    """The part of a resumed run that one machine trained, from `first_step` on.
+
+    Args:
+        instructions: As `common.environment.instructions` gives them; older files lack them.
+    """
+
+    instructions: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
