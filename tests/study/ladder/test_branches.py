@@ -4,8 +4,10 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
@@ -133,7 +135,12 @@ def test_a_compiled_branch_resumes_bit_for_bit(place, tmp_path):
     assert all(torch.equal(value, whole[1][name]) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+WRAPS_AGAIN = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.15"), reason="older accelerate wraps a model at each training"
+)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=WRAPS_AGAIN)])
 def test_a_model_is_compiled_once_for_all_seeds_and_budgets(place, tmp_path, dtype):
     corpus, compiled = corpus_of(place[0]), []
     torch._dynamo.reset()
