@@ -1,9 +1,9 @@
 """The committed ladders: their rungs follow one rule, and their results hold no paths."""
 
+import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from query_experts.study.ladder.results import absolute_paths, read_results
 from query_experts.study.ladder.settings import Run, parameters_without_embeddings, read_ladder
@@ -41,6 +41,7 @@ def test_all_ladders_have_the_same_text_and_tokenizer():
 
 @pytest.mark.parametrize("folder", sorted(BENCHMARKS.glob("results/ladder*/")), ids=lambda folder: folder.name)
 def test_committed_results_hold_no_paths_and_no_key_twice(folder):
-    for file in folder.glob("*.json"):
-        assert absolute_paths(yaml.safe_load(file.read_text())) == []
-    assert read_results(folder)
+    files = [*folder.glob("*.json")]
+    for file in files:
+        assert absolute_paths(json.loads(file.read_text())) == []
+    assert len(read_results(folder)) >= len(files)
