@@ -17,17 +17,15 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from query_experts.common.device import check_compiler, check_device, require_one_process, resolve_device
 from query_experts.common.environment import commit, instructions
 from query_experts.common.errors import SettingError
 from query_experts.common.files import write_json
 from query_experts.common.formatting import plural
-from query_experts.data import Corpus, missing_files, prepare, read_meta
+from query_experts.data import Corpus
 from query_experts.model.arms import ModelSize
 from query_experts.study.callbacks import StopRequest
-from query_experts.study.compare import check_corpus, print_corpus
 from query_experts.study.ladder.beside import run_beside
 from query_experts.study.ladder.branches import Branch, recorded_settings
 from query_experts.study.ladder.callbacks import EndInTime
@@ -35,10 +33,10 @@ from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.ladder.settings import Run, ScalingSettings, parameters_without_embeddings
 from query_experts.study.ladder.speed import ASSUMED_SHARE, assumed_seconds, peak, speed_text
+from query_experts.study.ladder.tokens import open_tokens
 from query_experts.study.measure import validation_split
 from query_experts.study.train import new_model, stop_after
 
-MOST_EPOCHS = 4
 MARGIN = 1.1  # over the predicted time of a run, whose rate varies
 FILLING_PARAMETERS = 12_000_000  # a smaller model doesn't fill a GPU, as is assumed until it is measured
 MOST_BESIDE = 4  # then each has its own copy of what a process needs on the GPU
@@ -308,87 +306,3 @@ def require_tag(queue: Queue) -> None:
                 f"ladder is {queue.file}, whose tag is {tag!r}; rung {result.rung} has begun with {result.tag!r} and "
                 "must be completed with it"
             )
-
-
-def open_tokens(queue: Queue, settings: ScalingSettings, console: Console) -> Corpus:
-    """The ladder's tokens: made from the text files once, found in `out` afterwards.
-
-    Raises SettingError where they are missing, have another hash than the ladder says, or are too few for its runs.
-    """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    ladder = queue.ladder
-    shared = ladder.run_settings(ladder.runs()[0])
-    data, validation = text_files(queue, settings)
-    corpus = prepare(
-        data, validation=validation, cache_dir=tokens_folder(settings), seq_len=shared.seq_len,
-        vocab_size=shared.vocab_size, tokenizer=shared.tokenizer, text_field=shared.text_field,
-    )  # fmt: skip
-    if ladder.data_hash not in (None, corpus.facts.data_hash):
-        raise SettingError(
-            f"data has tokens with the hash {corpus.facts.data_hash}; ladder {queue.file} has data_hash "
-            f"{ladder.data_hash}: they must be the same"
-        )
-    if not corpus.validation_parts:
-        raise SettingError(f"data is {data[0]}, tokens without validation files; they must have those of {queue.file}")
-    check_corpus(shared, corpus)
-    print_corpus(shared, corpus, console)
-    require_same_tokens(queue, corpus)
-    for run in queue.runs:
-        whole = ladder.run_settings(run)
-        epochs = whole.steps * whole.sequences_per_step / len(corpus.train)
-        if epochs > MOST_EPOCHS:
-            raise SettingError(
-                f"data has {corpus.facts.train_tokens:,} tokens, of which rung {run.rung} would train {epochs:.1f} "
-                f"epochs; it must be {MOST_EPOCHS} at most: give more text, or fewer tokens_per_parameter"
-            )
-    return corpus
-
-
-def require_same_tokens(queue: Queue, corpus: Corpus) -> None:
-    """Raises SettingError where a rung of the queue has results with other tokens."""
-    rungs = {run.rung for run in queue.runs}
-    for result in queue.results():
-        if result.rung in rungs and result.data_hash != corpus.facts.data_hash:
-            raise SettingError(
-                f"data has tokens with the hash {corpus.facts.data_hash}; rung {result.rung} has begun with "
-                f"{result.data_hash}, and all of its runs must have the same"
-            )
-
-
-def tokens_folder(settings: ScalingSettings) -> Path:
-    return Path(settings.out) / "tokens"
-
-
-def text_files(queue: Queue, settings: ScalingSettings) -> tuple[list[str], list[str]]:
-    """The files to train on and to validate on; or one folder of tokens, and nothing.
-
-    Raises SettingError where `data` isn't given and `out` doesn't hold one folder of tokens.
-    """
-    if settings.data is not None and not (Path(settings.data) / "meta.json").exists():
-        folder, ladder = Path(settings.data), queue.ladder
-        return [str(folder / name) for name in ladder.data], [str(folder / name) for name in ladder.validation]
-    kept = [Path(settings.data)] if settings.data is not None else kept_tokens(queue, settings)
-    if len(kept) != 1:
-        raise SettingError(
-            f"data isn't given, and out holds {plural(len(kept), 'folder')} of the ladder's tokens in "
-            f"{tokens_folder(settings)}; data must be the folder of the text files, or one of tokens"
-        )
-    tokens = read_meta(kept[0])
-    missing = missing_files(kept[0], tokens) if tokens is not None else []
-    if missing:
-        raise SettingError(
-            f"data is {kept[0]}, which lacks {plural(len(missing), 'file')} of tokens or holds a part of it, such as "
-            f"{missing[0]}; all must be there"
-        )
-    return [str(kept[0])], []
-
-
-def kept_tokens(queue: Queue, settings: ScalingSettings) -> list[Path]:
-    """Folders of different tokens in `out`, of those that have the hash that the ladder asks for."""
-    found: dict[str, Path] = {}
-    for folder in sorted(tokens_folder(settings).glob("corpus-*")):
-        tokens = read_meta(folder)
-        if tokens is not None and queue.ladder.data_hash in (None, tokens.info.data_hash):
-            found.setdefault(tokens.info.data_hash, folder)
-    return [*found.values()]
