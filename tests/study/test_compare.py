@@ -813,3 +813,13 @@ def test_a_result_names_the_commit_of_a_checkout_and_none_elsewhere(tmp_path, mo
     assert re.fullmatch(r"[0-9a-f]{7,}", head)
     (tmp_path / "py.typed").write_text("changed")
     assert environment_module.commit() == head + "+"
+
+
+def test_a_process_keeps_the_commit_that_it_began_with(monkeypatch):
+    found = iter(["1234567", "7654321+"])
+    monkeypatch.setattr(environment_module, "commit", lambda: next(found))
+    environment_module.loaded_commit.cache_clear()
+    try:
+        assert [environment_module.environment("cpu", "float32").commit for _ in range(2)] == ["1234567"] * 2
+    finally:
+        environment_module.loaded_commit.cache_clear()

@@ -6,6 +6,7 @@ import datetime
 import platform
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def environment(device: str, dtype: str) -> Environment:
         torch=version("torch"),
         transformers=version("transformers"),
         query_experts=__version__,
-        commit=commit(),
+        commit=loaded_commit(),
         device=device,
         hardware=torch.cuda.get_device_name() if device == "cuda" else processor,
         dtype=dtype,
@@ -63,6 +64,12 @@ def instructions(device: str) -> str:
     found = [name for name, there in torch.cpu.get_capabilities().items() if there is True]
     matrix = sorted(name for name in found if "amx" in name or "bf16" in name)
     return ", ".join([_cpu_info("vendor_id") or platform.machine(), torch.backends.cpu.get_cpu_capability(), *matrix])
+
+
+@cache
+def loaded_commit() -> str | None:
+    """The commit when this process first asked: files may change beside one that runs for hours."""
+    return commit()
 
 
 def commit() -> str | None:
