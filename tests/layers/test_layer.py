@@ -53,11 +53,6 @@ def test_a_bf16_layer_keeps_the_angles_of_far_positions_exact():
     assert error <= 2 * (near.double() - layer(x.double())).abs().max()
 
 
-def test_an_attention_mask_that_isnt_batch_by_keys_is_refused():
-    with pytest.raises(ValueError, match=r"attention_mask has 4 dimensions; it must be \[batch, keys\]"):
-        GQEAttention(32, 4, 2)(torch.randn(1, 3, 32), attention_mask=torch.ones(1, 1, 3, 3))
-
-
 def test_a_document_that_begins_above_position_zero_after_padding_is_separate_too():
     torch.manual_seed(0)
     layer = GQEAttention(32, 8, 4).double()

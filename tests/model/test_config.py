@@ -122,11 +122,6 @@ def test_the_layer_s_names_of_the_configuration_s_fields_are_refused_naming_thos
             GQEConfig(**{name: 2})
 
 
-def test_dropout_must_be_a_share():
-    with pytest.raises(ValueError, match=r"dropout is 1\.5; it must be 0 or more and below 1"):
-        GQEAttention(24, 8, 2, head_dim=4, dropout=1.5)
-
-
 @pytest.mark.parametrize(("setting", "said"), REFUSED, ids=[str(s) for s, _ in REFUSED])
 def test_the_layer_refuses_the_same_settings_with_a_value_error(setting, said):
     names = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +23,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from query_experts.layers.balance import balance_loss, routing_statistics
 from query_experts.layers.masks import attention_backend, causal_mask
 from query_experts.layers.router import Router, select_top_k
-from query_experts.layers.validation import check_layout, default_head_dim
+from query_experts.layers.validation import (
+    check_inputs,
+    check_layout,
+    check_numbers,
+    check_switches,
+    default_head_dim,
+    is_whole,
+)
 from query_experts.ops.attend import CausalKernel, attend, uses_shared_decode
 from query_experts.ops.combine import weighted_slot
 from query_experts.ops.rotate import rotary_cos_sin, rotate
@@ -119,13 +125,15 @@ class GQEAttention(nn.Module):
         super().__init__()
         if head_dim is None:
             head_dim = default_head_dim(hidden_size, num_query_experts)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; it must be 0 or more and below 1")
         check_layout(
             hidden_size, num_query_experts, num_kv_heads, top_k, head_dim, rope_theta is not None,
             variant, output_projection, routing, shared_head_kv,
         )  # fmt: skip
+        check_numbers(rope_theta, dropout, norm_eps, layer_idx)
+        output_bias = bias if output_bias is None else output_bias
+        check_switches(bias=bias, output_bias=output_bias, qk_norm=qk_norm)
         num_query_experts, num_kv_heads, top_k, head_dim = map(int, (num_query_experts, num_kv_heads, top_k, head_dim))
+        self.hidden_size = hidden_size
         self.num_query_experts = num_query_experts
         self.num_kv_heads = num_kv_heads
         self.experts_per_group = num_query_experts // num_kv_heads
@@ -146,9 +154,7 @@ class GQEAttention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, num_query_experts * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(
-            (hard_slots + extra_slots) * head_dim, hidden_size, bias=bias if output_bias is None else output_bias
-        )
+        self.o_proj = nn.Linear((hard_slots + extra_slots) * head_dim, hidden_size, bias=output_bias)
         self.router = Router(hidden_size, num_query_experts, routing == "learned") if routing != "none" else None
         self.q_shared = nn.Linear(hidden_size, head_dim, bias=bias) if variant == "gqe" else None
         self.q_norm = LlamaRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
@@ -168,8 +174,7 @@ class GQEAttention(nn.Module):
                 f"output_projection is {self.output_projection!r} and routing {self.routing!r}; to change top_k, they "
                 "must be 'expert' and have a router"
             )
-        whole = isinstance(top_k, Integral) and not isinstance(top_k, bool)
-        if not whole or not 1 <= top_k <= self.experts_per_group:
+        if not is_whole(top_k) or not 1 <= top_k <= self.experts_per_group:
             raise ValueError(f"top_k is {top_k!r}; it must be 1 to {self.experts_per_group}, the experts in a group")
         self.top_k = self.routed_heads.num_key_value_groups = top_k
 
@@ -198,7 +203,7 @@ class GQEAttention(nn.Module):
 
         Args:
             x: hidden states [B, T, D], any float dtype.
-            attention_mask: [B, S], nonzero for real tokens; causality holds in addition.
+            attention_mask: [B, S], integers or bool, nonzero for real tokens; causality holds in addition.
             position_ids: [B or 1, T]; by default they continue from the cached tokens. Where they restart, a new
                 document begins that doesn't see the one before.
             past_key_values: a Transformers cache (dynamic or static), for any number of new tokens.
@@ -208,10 +213,9 @@ class GQEAttention(nn.Module):
             y [B, T, D], or (y, `Routing`).
 
         Raises:
-            ValueError: for an attention_mask that isn't two-dimensional.
+            ValueError: for an argument of another type, dtype or shape.
         """
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask has {attention_mask.ndim} dimensions; it must be [batch, keys]")
+        check_inputs(self.hidden_size, self.layer_idx, x, attention_mask, position_ids, past_key_values)
         mask = causal_mask(
             self.config, x, attention_mask, past_key_values, position_ids,
             materialise=uses_shared_decode(self, x.shape[1], past_key_values), layer_idx=self.layer_idx,

@@ -1,9 +1,15 @@
-"""Checks which GQE layers can be built: the choices that a layer has, and the counts that fit together."""
+"""Checks which GQE layers can be built, and what a layer may be called with: by types and shapes, never by values."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
 
 VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 OUTPUT_PROJECTIONS = ("slot", "expert")
@@ -18,12 +24,22 @@ CONFIG_NAMES = {
 }
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; a bool isn't."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; a bool isn't."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def default_head_dim(hidden_size: int, num_query_experts: int, names: Mapping[str, str] | None = None) -> int:
     """D / N, for a layer without a head_dim. Raises ValueError where it is no whole number; names as in `check_layout`.
 
     Of counts that aren't whole positive numbers it is 1: `check_layout` refuses them.
     """
-    if not all(isinstance(count, Integral) and count > 0 for count in (hidden_size, num_query_experts)):
+    if not all(is_whole(count) and count > 0 for count in (hidden_size, num_query_experts)):
         return 1
     if hidden_size % num_query_experts:
         name = (names or {}).get("num_query_experts", "num_query_experts")
@@ -91,7 +107,7 @@ def check_heads(
     }
     called = {name: (names or {}).get(name, name) for name in counts}
     for name, count in counts.items():
-        if not isinstance(count, Integral) or isinstance(count, bool):
+        if not is_whole(count):
             raise ValueError(f"{called[name]} is {count!r}; it must be a whole number")
     for name, count in counts.items():
         if count < 1 and name != "top_k":
@@ -106,3 +122,85 @@ def check_heads(
         raise ValueError(f"{called['top_k']} is {top_k}; it must be 1 to {experts_per_group}, the experts in a group")
     if rope and head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; rotary position embedding needs an even number")
+
+
+def check_numbers(rope_theta: float | None, dropout: float, norm_eps: float, layer_idx: int) -> None:
+    """Refuses a layer's other numbers where it can't compute with them. Errors as in `check_layout`."""
+    if rope_theta is not None and not (is_number(rope_theta) and rope_theta > 0):
+        raise ValueError(f"rope_theta is {rope_theta!r}; it must be a number above 0, or None")
+    if not (is_number(dropout) and 0 <= dropout < 1):
+        raise ValueError(f"dropout is {dropout!r}; it must be a number, 0 or more and below 1")
+    if not (is_number(norm_eps) and norm_eps >= 0):
+        raise ValueError(f"norm_eps is {norm_eps!r}; it must be a number, 0 or more")
+    if not (is_whole(layer_idx) and layer_idx >= 0):
+        raise ValueError(f"layer_idx is {layer_idx!r}; it must be a whole number, 0 or more")
+
+
+def check_switches(**switches: Any) -> None:
+    """Refuses what isn't True or False: a text such as "false" would count as True. Errors as in `check_layout`."""
+    for name, value in switches.items():
+        if value not in (True, False):
+            raise ValueError(f"{name} is {value!r}; it must be True or False")
+
+
+def check_inputs(
+    hidden_size: int,
+    layer_idx: int,
+    x: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past_key_values: Cache | None,
+) -> None:
+    """Refuses what a layer can't be called with; arguments as in `GQEAttention.forward`.
+
+    Raises:
+        ValueError: The sentence names the argument, its shape or type, and what is allowed.
+    """
+    _check_tensor("x", x, "[batch, tokens, hidden size]", 3)
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; it must be a float dtype")
+    if x.shape[2] != hidden_size:
+        raise ValueError(f"x has shape {list(x.shape)}; its last size must be hidden_size, {hidden_size}")
+    if past_key_values is not None and not isinstance(past_key_values, Cache):
+        raise ValueError(
+            f"past_key_values is of type {type(past_key_values).__name__}; it must be a Transformers Cache, or None"
+        )
+    batch, tokens = x.shape[:2]
+    if position_ids is not None:
+        _check_tensor("position_ids", position_ids, "[batch, tokens] or [1, tokens]", 2)
+        if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
+            raise ValueError(f"position_ids has dtype {position_ids.dtype}; it must be an integer dtype")
+        if position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != tokens:
+            raise ValueError(
+                f"position_ids has shape {list(position_ids.shape)}; it must be {[batch, tokens]} or {[1, tokens]}"
+            )
+    if attention_mask is not None:
+        past = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
+        _check_mask(attention_mask, batch, tokens, past, exact=past_key_values is None)
+
+
+def _check_tensor(name: str, value: Any, form: str, ndim: int) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is of type {type(value).__name__}; it must be a tensor {form}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} has {value.ndim} dimensions; it must be {form}")
+
+
+def _check_mask(mask: Tensor, batch: int, tokens: int, past: Any, exact: bool) -> None:
+    """past: cached tokens; a static cache's number is a tensor, which isn't read. exact: no more columns than keys."""
+    _check_tensor("attention_mask", mask, "[batch, keys]", 2)
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(
+            f"attention_mask has dtype {mask.dtype}; it must be bool or an integer dtype, nonzero for real tokens"
+        )
+    rows, columns = mask.shape
+    if rows != batch:
+        raise ValueError(
+            f"attention_mask has shape {[rows, columns]}; it must have a row for each of the {batch} rows of x "
+            "(it marks real tokens; causality holds in addition)"
+        )
+    keys = tokens + (past if isinstance(past, int) else 0)
+    if columns < keys or (exact and columns > keys):
+        raise ValueError(
+            f"attention_mask has {columns} columns; it must have one for each of the {keys} keys, cached and new"
+        )
