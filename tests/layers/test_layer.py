@@ -7,8 +7,16 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
+from model_helpers import no_router_warning
 from query_experts import GQEAttention
 from query_experts.layers.masks import AttentionBackend, causal_mask
+
+
+def static_cache(hidden_size, heads, kv_heads, layers=1):
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=hidden_size, num_attention_heads=heads, num_key_value_heads=kv_heads
+    )
+    return StaticCache(config=config, max_cache_len=24)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -33,8 +41,7 @@ def test_stacked_layers_that_share_one_cache_give_what_they_give_without_it(kind
         return h
 
     expected = run(0, 21)
-    config = LlamaConfig(num_hidden_layers=3, hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
-    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=config, max_cache_len=24)
+    cache = DynamicCache() if kind == "dynamic" else static_cache(32, 8, 4, layers=3)
     cached = torch.cat([run(a, b, cache) for a, b in ((0, 10), (10, 11), (11, 20), (20, 21))], 1)
     real = mask.bool() if mask_from == "padding" else torch.ones_like(mask).bool()
     torch.testing.assert_close(cached[real], expected[real], rtol=0, atol=1e-12)
@@ -184,3 +191,35 @@ def test_flash_attention_separates_documents_in_an_empty_cache_and_is_refused_af
     cache.update(*torch.zeros(2, 1, 1, 3, 8), 0)
     with pytest.raises(ValueError, match="before anything is cached"):
         flash(packed, past_key_values=cache)
+
+
+EMPTY = [(0, 5), (0, 1), (2, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["gqe", "hard_concat", "weighted_concat"])
+def test_an_empty_batch_and_no_tokens_give_an_empty_output_and_zero_gradients(shape, dtype, variant):
+    with no_router_warning():
+        layer = GQEAttention(16, 8, 2, variant=variant, output_projection="expert", rope_theta=1e4).to(dtype)
+    x = torch.randn(*shape, 16, dtype=dtype, requires_grad=True)
+    given = {"attention_mask": torch.ones(shape).bool(), "position_ids": torch.zeros(shape).long()}
+    for arguments in ({}, given, {"past_key_values": DynamicCache()}):
+        y, routing = layer(x, output_routing=True, **arguments)
+        assert y.shape == x.shape
+        assert y.dtype == dtype
+        assert routing.balance_loss == 0
+        (y.sum() + routing.balance_loss).backward()
+    assert not x.grad.any()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
+def test_no_new_tokens_leave_a_filled_cache_as_it_is(backend):
+    layer = GQEAttention(16, 8, 2, attn_implementation=backend)
+    for cache in (DynamicCache(), static_cache(16, 8, 2)):
+        layer.config._attn_implementation = "sdpa"
+        layer(torch.randn(2, 3, 16), past_key_values=cache)
+        layer.config._attn_implementation = backend
+        assert layer(torch.randn(2, 0, 16), past_key_values=cache).shape == (2, 0, 16)
+        assert cache.get_seq_length() == 3

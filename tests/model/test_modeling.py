@@ -663,3 +663,18 @@ def test_a_decoder_layer_takes_llamas_arguments_in_llamas_order():
     torch.testing.assert_close(
         layer(x, hidden, position_embeddings=angles), layer(x, position_embeddings=angles), **EXACT
     )
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (0, 1), (2, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
+def test_an_empty_batch_and_no_tokens_give_empty_logits_and_a_loss_of_nothing(shape, backend):
+    ids = torch.zeros(shape).long()
+    model = tiny_model(backend, output_router_logits=True, num_hidden_layers=1).train()
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": ids}
+    for arguments in ({"use_cache": False}, given, {"past_key_values": new_cache("static", model)}):
+        out = model(ids, labels=ids, num_items_in_batch=7, **arguments)
+        assert out.logits.shape == (*shape, VOCABULARY)
+        assert out.loss == out.aux_loss == 0
+    out.loss.backward()
+    assert all(not gradient.any() for gradient in gradients(model).values())
+    assert gradients(model).keys() == {name for name, _ in model.named_parameters()}

@@ -19,6 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchdynamo_compiling
 from transformers.utils.generic import is_flash_attention_requested
 
+from query_experts.ops.attend import is_empty
+
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
 
@@ -81,7 +83,9 @@ def causal_mask(
     materialise: bool = False,
     layer_idx: int = 0,
 ) -> Any:
-    """Builds the mask for `config._attn_implementation`, in the form that its kernel takes (None: causal by flag).
+    """Builds the mask for `config._attn_implementation`, in the form that its kernel takes.
+
+    None: causal by flag, or no tokens.
 
     Args:
         config: a model's config, or an `AttentionBackend`.
@@ -96,6 +100,8 @@ def causal_mask(
     Raises:
         ValueError: for a dtype or packed documents that flash attention can't serve.
     """
+    if is_empty(x):
+        return None
     flash = is_flash_attention_requested(config)
     if flash and x.dtype not in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"dtype is {x.dtype}; {config._attn_implementation} takes float16 or bfloat16")

@@ -56,6 +56,11 @@ def uses_shared_decode(layer: Any, num_tokens: int, past_key_values: Cache | Non
     )
 
 
+def is_empty(tensor: Tensor) -> bool:
+    """Whether there is no batch row or no token, which most kernels refuse; an exported graph always has some."""
+    return not torch.compiler.is_exporting() and tensor.numel() == 0
+
+
 def one_call(layer: Any, query: Tensor, key: Tensor) -> bool:
     """Whether the routed heads and the shared head attend in one call, the latter over one more KV head.
 
@@ -89,6 +94,8 @@ def attend(
     Returns:
         The outputs; and the attention weights [B, H, T, S] where the backend is eager.
     """
+    if is_empty(query):
+        return _nothing(layer, query, key, value)
     num_tokens = query.shape[2]
     visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else num_tokens == 1
     dropout = layer.dropout if layer.training else 0.0
@@ -102,6 +109,18 @@ def attend(
         return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), None, weights
     attend_all = _one_call if one_call(layer, query, key) else _two_calls
     return attend_all(layer, query, key, value, mask, **kwargs)
+
+
+def _nothing(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The outputs of `attend` for no queries. The sums change nothing: by them, keys and values get zero gradients."""
+    out = query.transpose(1, 2) + key.sum() + value.sum()  # [B, T, H, d]
+    routed, shared = out, None
+    if layer.shared_head is not None:
+        routed, shared = out[:, :, :-1], out[:, :, -1]
+    weights = None
+    if layer.config._attn_implementation == "eager":
+        weights = query.new_zeros(*query.shape[:3], key.shape[2])
+    return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), shared, weights
 
 
 def _split_queries(layer: Any, query: Tensor) -> tuple[Tensor, Tensor]:

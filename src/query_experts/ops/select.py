@@ -26,7 +26,7 @@ def selected_queries(q_proj: nn.Module, x: Tensor, indices: Tensor, num_experts:
     if reads_selected_rows(q_proj, x, indices, num_experts):
         assert isinstance(q_proj, nn.Linear)
         return project_selected_rows(q_proj, x, indices, num_experts)
-    query = q_proj(x).view(*x.shape[:2], indices.shape[2], num_experts, -1)  # [B, T, G, M, d]
+    query = q_proj(x).unflatten(-1, (indices.shape[2], num_experts, -1))  # [B, T, G, M, d]
     return select_experts(query, indices)
 
 
@@ -65,8 +65,9 @@ def is_plain_linear(module: nn.Module, device: torch.device) -> bool:
 def row_numbers(indices_BTGk: Tensor, num_experts: int) -> Tensor:
     """The positions of the selected experts among the B*T*G*M rows of all experts: int64 [B*T*G*k]."""
     k = indices_BTGk.shape[-1]
-    first = torch.arange(0, indices_BTGk.numel() // k * num_experts, num_experts, device=indices_BTGk.device)
-    return (indices_BTGk.reshape(-1, k) + first[:, None]).flatten()
+    groups = indices_BTGk.numel() // k  # of all tokens
+    first = torch.arange(0, groups * num_experts, num_experts, device=indices_BTGk.device)
+    return (indices_BTGk.reshape(groups, k) + first[:, None]).flatten()
 
 
 def select_experts(rows_BTGMd: Tensor, indices_BTGk: Tensor) -> Tensor:
@@ -93,8 +94,8 @@ def scatter_experts(rows_BTGkd: Tensor, indices_BTGk: Tensor, num_experts: int) 
 def read_rows(rows_BTGMd: Tensor, indices_BTGk: Tensor) -> Tensor:
     """As `select_experts`, by autograd."""
     B, T, G, M, d = rows_BTGMd.shape
-    rows = rows_BTGMd.reshape(-1, d).index_select(0, row_numbers(indices_BTGk, M))
-    return rows.view(B, T, G, -1, d)
+    rows = rows_BTGMd.reshape(B * T * G * M, d).index_select(0, row_numbers(indices_BTGk, M))
+    return rows.view(B, T, G, indices_BTGk.shape[3], d)
 
 
 def write_rows(rows_BTGkd: Tensor, indices_BTGk: Tensor, num_experts: int) -> Tensor:
@@ -106,9 +107,9 @@ def write_rows(rows_BTGkd: Tensor, indices_BTGk: Tensor, num_experts: int) -> Te
 
 def write_rows_by_addition(rows_BTGkd: Tensor, indices_BTGk: Tensor, num_experts: int) -> Tensor:
     """On a CPU faster than `index_copy_` and much faster than a comparison (measured)."""
-    B, T, G, _, d = rows_BTGkd.shape
+    B, T, G, k, d = rows_BTGkd.shape
     everywhere = rows_BTGkd.new_zeros(B * T * G * num_experts, d)
-    everywhere.index_add_(0, row_numbers(indices_BTGk, num_experts), rows_BTGkd.reshape(-1, d))
+    everywhere.index_add_(0, row_numbers(indices_BTGk, num_experts), rows_BTGkd.reshape(B * T * G * k, d))
     return everywhere.view(B, T, G, num_experts, d)
 
 

@@ -41,7 +41,7 @@ def shared_decode(
     """
     B, G, k, T, d = routed_BGkTd.shape
     queries = torch.cat([routed_BGkTd, shared_BTd.view(B, 1, 1, T, d).expand(B, G, 1, T, d)], 2) * scaling
-    scores = (queries.view(B, G, -1, d) @ key_BGSd.mT).view(B, G, k + 1, T, -1)
+    scores = (queries.view(B, G, (k + 1) * T, d) @ key_BGSd.mT).unflatten(2, (k + 1, T))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     shared_scores = scores.select(2, k)  # [B, G, T, S]
     shared_scores.copy_(shared_scores.mean(1, keepdim=True))
@@ -55,7 +55,7 @@ def shared_decode(
         kept = F.dropout(torch.ones_like(weights), dropout)
         kept[:, :, k] = kept[:, :1, k]  # one shared head
         weights = weights * kept
-    out = (weights.view(B, G, (k + 1) * T, -1) @ value_BGSd).view(B, G, k + 1, T, d)
+    out = (weights.flatten(2, 3) @ value_BGSd).unflatten(2, (k + 1, T))
     if mask is not None and mask.dtype == torch.bool:
         out = out * mask.any(-1)[:, None, :, :, None]
     return out.narrow(2, 0, k), out.select(2, k).mean(1), weights
