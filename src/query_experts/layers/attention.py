@@ -21,6 +21,7 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from query_experts.layers.balance import balance_loss, routing_statistics
+from query_experts.layers.caches import check_writer
 from query_experts.layers.masks import attention_backend, causal_mask
 from query_experts.layers.router import Router, select_top_k
 from query_experts.layers.validation import (
@@ -213,7 +214,8 @@ class GQEAttention(nn.Module):
             y [B, T, D], or (y, `Routing`).
 
         Raises:
-            ValueError: for an argument of another type, dtype or shape.
+            ValueError: for an argument of another type, dtype or shape, and for a cache in which another layer wrote
+                to this `layer_idx`.
         """
         check_inputs(self.hidden_size, self.layer_idx, x, attention_mask, position_ids, past_key_values)
         mask = causal_mask(
@@ -250,6 +252,7 @@ class GQEAttention(nn.Module):
         query, key = self.normalise(query, key)
         query, key = rotate(query, key, cos_sin)
         if past_key_values is not None:
+            check_writer(past_key_values, self.layer_idx, self)
             key, value = past_key_values.update(key, value, self.layer_idx)
         if kwargs.get("cache") is not None:
             key, value = self._update_paged_cache(key, value, kwargs)
