@@ -223,3 +223,44 @@ def test_no_new_tokens_leave_a_filled_cache_as_it_is(backend):
         layer.config._attn_implementation = backend
         assert layer(torch.randn(2, 0, 16), past_key_values=cache).shape == (2, 0, 16)
         assert cache.get_seq_length() == 3
+
+
+DEFERRED = [
+    {"qk_norm": True, "bias": True},
+    {"routing": "frozen", "output_projection": "expert"},
+    {"routing": "none", "top_k": 4},
+    {"variant": "weighted_concat"},
+]
+
+
+def build_on_meta(**arguments):
+    with torch.device("meta"):
+        return GQEAttention(16, 8, 2, **arguments).to_empty(device="cpu")
+
+
+@pytest.mark.parametrize("arguments", DEFERRED, ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [
+        build_on_meta,
+        lambda **arguments: GQEAttention(16, 8, 2, device="meta", **arguments).to_empty(device="cpu"),
+        lambda **arguments: nn.utils.skip_init(GQEAttention, 16, 8, 2, **arguments),
+    ],
+    ids=["under torch.device", "with device", "skip_init"],
+)
+def test_a_layer_built_without_weights_draws_those_of_a_new_layer_later(build, arguments):
+    layer = build(**arguments)
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            tensor.fill_(float("nan"))
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.manual_seed(0)
+    new = GQEAttention(16, 8, 2, **arguments)
+    torch.testing.assert_close(layer.state_dict(), new.state_dict(), rtol=0, atol=0)
+    assert layer(torch.randn(1, 3, 16)).isfinite().all()
+
+
+def test_a_layer_takes_a_device_and_a_dtype_as_its_parts_do():
+    layer = GQEAttention(16, 8, 2, qk_norm=True, routing="frozen", device="meta", dtype=torch.bfloat16)
+    assert all(tensor.is_meta and tensor.dtype == torch.bfloat16 for tensor in layer.state_dict().values())

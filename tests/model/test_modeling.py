@@ -678,3 +678,33 @@ def test_an_empty_batch_and_no_tokens_give_empty_logits_and_a_loss_of_nothing(sh
     out.loss.backward()
     assert all(not gradient.any() for gradient in gradients(model).values())
     assert gradients(model).keys() == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("routing", ["learned", "frozen"])
+def test_a_model_made_on_the_meta_device_draws_its_weights_later(routing):
+    setting = {"routing": routing, "qk_norm": True, "num_hidden_layers": 1, "initializer_range": 0.02}
+    with torch.device("meta"):
+        model = GQEForCausalLM(tiny_config(**setting))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(float("nan"))
+    model.init_weights()
+    router = model.model.layers[0].self_attn.router.weight
+    assert 0.01 < router.std() < 0.04
+    rotary = GQEForCausalLM(tiny_config(**setting)).model.rotary_emb
+    assert_same_tensors(dict(model.model.rotary_emb.named_buffers()), dict(rotary.named_buffers()))
+    assert model(random_tokens(2, 5)).logits.isfinite().all()
+
+
+def test_weights_that_a_file_lacks_are_drawn_and_the_others_stay(tmp_path):
+    saved = tiny_model(routing="frozen", dtype=torch.float32)
+    tensors = saved.state_dict()
+    lacking = "model.layers.0.self_attn."
+    saved.save_pretrained(tmp_path, state_dict={k: v for k, v in tensors.items() if not k.startswith(lacking)})
+    loaded = GQEForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in loaded.items():
+        assert tensor.isfinite().all()
+        assert torch.equal(tensor, tensors[name]) != name.startswith(lacking)
+    assert 0.1 < loaded[f"{lacking}router.weight"].std() < 0.6  # initializer_range is 0.3

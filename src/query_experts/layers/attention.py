@@ -88,6 +88,8 @@ class GQEAttention(nn.Module):
         norm_eps: eps of that norm.
         dropout: on the attention weights, in training.
         attn_implementation: `sdpa`, `eager` or `flex_attention`, or another backend of Transformers.
+        device: of the weights, as in `nn.Linear`; `meta` for none yet (then `to_empty` and `reset_parameters`).
+        dtype: of the weights.
 
     Attributes:
         forced_indices: experts [B, T, G, k] to select in place of the router's choice; see `replay`.
@@ -121,6 +123,8 @@ class GQEAttention(nn.Module):
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
         attn_implementation: str = "sdpa",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         _config: Any = None,
     ):
         super().__init__()
@@ -152,17 +156,29 @@ class GQEAttention(nn.Module):
 
         extra_slots = 2 if variant == "gqe" else 0
         hard_slots = num_kv_heads * top_k if output_projection == "slot" else num_query_experts
-        self.q_proj = nn.Linear(hidden_size, num_query_experts * head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear((hard_slots + extra_slots) * head_dim, hidden_size, bias=output_bias)
-        self.router = Router(hidden_size, num_query_experts, routing == "learned") if routing != "none" else None
-        self.q_shared = nn.Linear(hidden_size, head_dim, bias=bias) if variant == "gqe" else None
-        self.q_norm = LlamaRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = LlamaRMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(hidden_size, num_query_experts * head_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **factory)
+        self.o_proj = nn.Linear((hard_slots + extra_slots) * head_dim, hidden_size, bias=output_bias, **factory)
+        self.router = None
+        if routing != "none":
+            self.router = Router(hidden_size, num_query_experts, routing == "learned", **factory)
+        self.q_shared = nn.Linear(hidden_size, head_dim, bias=bias, **factory) if variant == "gqe" else None
+        self.q_norm = LlamaRMSNorm(head_dim, eps=norm_eps).to(**factory) if qk_norm else None
+        self.k_norm = LlamaRMSNorm(head_dim, eps=norm_eps).to(**factory) if qk_norm else None
         self.routed_heads = CausalKernel(self.config, top_k, layer_idx)
         self.shared_head = CausalKernel(self.config, 1, layer_idx) if variant == "gqe" else None
         self._warn_if_router_gets_no_gradient()
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew, as a new layer draws them; a frozen router's too."""
+        for part in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.router, self.q_shared):
+            if part is not None:
+                part.reset_parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                nn.init.ones_(norm.weight)
 
     def set_top_k(self, top_k: int) -> None:
         """Selects another number of experts in each group from now on.

@@ -28,16 +28,30 @@ class Router(nn.Module):
         hidden_size: D.
         num_query_experts: N = G*M, rows of the weight [N, D], group-major.
         trainable: whether the weight is a parameter.
+        device: of the weight, as in `nn.Linear`.
+        dtype: of the weight.
     """
 
-    def __init__(self, hidden_size: int, num_query_experts: int, trainable: bool = True):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_query_experts: int,
+        trainable: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        weight = nn.init.normal_(torch.empty(num_query_experts, hidden_size), std=0.02)
+        weight = torch.empty(num_query_experts, hidden_size, device=device, dtype=dtype)
         self.weight: Tensor
         if trainable:
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the weight anew, whether or not it trains."""
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
