@@ -212,3 +212,34 @@ def test_sft_saves_a_checkpoint_with_the_shim(tmp_path, tokenizer):
 def test_sft_refuses_a_loss_that_replaces_the_models(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"loss_type is 'dft'|compute_loss_func replace"):
         sft(tmp_path, tokenizer, loss_type="dft")
+
+
+def preferences(tokenizer, tmp_path, name, **changes):
+    """TRL's trainer of that name. For a reference model TRL loads the trained one again, by its name."""
+    tiny_model(dtype=torch.float32, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    settings = {"output_dir": str(tmp_path / "run"), "max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+    settings |= {"report_to": [], "bf16": False, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    rows, arguments = {"prompt": ["w1 w2"] * 2, "chosen": ["w3 w4"] * 2, "rejected": ["w5 w6"] * 2}, {}
+    if name == "GRPO":
+        rows = {"prompt": rows["prompt"]}
+        settings |= {"num_generations": 2, "max_completion_length": 3}
+        arguments["reward_funcs"] = lambda completions, **_: [float(len(text)) for text in completions]
+    return getattr(trl, f"{name}Trainer")(
+        model=GQEForCausalLM.from_pretrained(tmp_path / "model"),
+        args=getattr(trl, f"{name}Config")(**settings | changes),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        **arguments,
+    )
+
+
+@pytest.mark.skipif(
+    "router_aux_loss_coef" not in trl.DPOConfig.__dataclass_fields__, reason="this TRL has no balance loss of its own"
+)
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_trls_other_trainers_train_without_a_balance_loss_and_are_refused_with_one(tmp_path, tokenizer, name):
+    trainer = preferences(tokenizer, tmp_path, name, router_aux_loss_coef=0.0)
+    trainer.train()
+    assert logged(trainer, "loss")
+    with pytest.raises(AttributeError, match=rf"within each group.*router_aux_loss_coef=0\.0 in .*{name}Config"):
+        preferences(tokenizer, tmp_path, name).train()

@@ -87,8 +87,9 @@ class GQEConfig(LlamaConfig):
         """
         if name == "num_experts":
             raise AttributeError(
-                "GQEConfig has no num_experts: its experts are balanced within each group, by the model's loss. With "
-                "TRL, use query_experts.sft.GQESFTTrainer, or SFTConfig(router_aux_loss_coef=0.0) for no balance loss"
+                "GQEConfig has no num_experts: its experts are balanced within each group, by the model's own loss. "
+                "TRL's trainers don't use that loss: for no balance loss set router_aux_loss_coef=0.0 in DPOConfig, "
+                "KTOConfig, GRPOConfig, RLOOConfig or SFTConfig; for SFT with it use query_experts.sft.GQESFTTrainer"
             )
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
