@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
@@ -305,11 +306,17 @@ def test_a_model_made_on_the_meta_device_takes_weights_later():
     assert torch.equal(filled(ids).logits, model(ids).logits)
 
 
-def test_a_model_on_the_meta_device_runs_to_give_shapes():
-    with torch.device("meta"):
-        model = GQEForCausalLM(tiny_config())
-        out = model(torch.zeros(2, 5, dtype=torch.long), output_router_logits=True)
+@pytest.mark.parametrize("without_values", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+@pytest.mark.parametrize("given", [[], ["position_ids"], ["position_ids", "attention_mask"]], ids=str)
+def test_a_model_without_values_runs_to_give_shapes(without_values, given):
+    with without_values():
+        model = GQEForCausalLM(tiny_config(num_hidden_layers=1))
+        ids = torch.zeros(2, 5, dtype=torch.long)
+        out = model(ids, labels=ids, output_router_logits=True, **{name: torch.ones_like(ids) for name in given})
+        out.loss.backward()
+        decoded = model(ids[:, :1], position_ids=ids[:, :1], past_key_values=out.past_key_values)
     assert out.logits.shape == (2, 5, VOCABULARY)
+    assert decoded.logits.shape == (2, 1, VOCABULARY)
     assert out.router_logits[0].shape == (10, 8)
 
 

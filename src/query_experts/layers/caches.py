@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache
 
+from query_experts.layers.masks import has_values
+
 # cache -> its layer_idx -> the layer that wrote there last; kept apart from both, so that copies and pickles know none
 _writers: MutableMapping[Cache, dict[int, weakref.ref[nn.Module]]] = WeakIdKeyDictionary()
 
@@ -53,7 +55,7 @@ def _known_to_differ(one: nn.Module, other: nn.Module) -> bool:
     """Whether two layers project to keys or values by other weights, as far as both can be read."""
     for name in ("k_proj", "v_proj"):
         maps = getattr(one, name), getattr(other, name)
-        if any(type(m) is not nn.Linear or not _readable(m.weight) for m in maps):
+        if any(type(m) is not nn.Linear or not _can_be_read(m.weight) for m in maps):
             return False
         a, b = (m.weight for m in maps)
         if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
@@ -63,7 +65,6 @@ def _known_to_differ(one: nn.Module, other: nn.Module) -> bool:
     return False
 
 
-def _readable(weight: Tensor) -> bool:
-    """Whether a tensor holds its values here: not one of a subclass, on the meta device, or with its storage freed."""
-    plain = type(weight) in (nn.Parameter, Tensor) and not weight.is_meta
-    return plain and weight.untyped_storage().nbytes() >= weight.nbytes
+def _can_be_read(weight: Tensor) -> bool:
+    """Whether a weight has values, here and now: sharding frees the storage of layers that don't run."""
+    return has_values(weight) and weight.untyped_storage().nbytes() >= weight.nbytes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
@@ -74,6 +74,11 @@ class CacheLengths:
         return self.num_keys, self.offset
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read: not on the meta device, nor those of a fake or another special tensor."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+
+
 def causal_mask(
     config: Any,
     x: Tensor,
@@ -130,7 +135,7 @@ def causal_mask(
 def document_rule(
     x: Tensor, attention_mask: Tensor | None, cache: CacheLengths | None, position_ids: Tensor
 ) -> MaskFunction | None:
-    """Returns a mask function that keeps the documents of a row apart, or None where no row holds two.
+    """Returns a mask function that keeps the documents of a row apart, or None where no row is seen to hold two.
 
     A token at position p is the r-th real token of its row. Its document began p real tokens ago, so it sees real keys
     of rank r - p and later. This needs no document numbers and holds across a cache; padding doesn't count. Where the
@@ -155,7 +160,7 @@ def document_rule(
     restarts = query_real & (previous >= 0) & (position_ids <= position_ids.gather(1, previous.clamp(min=0)))
     restarted_at = torch.where(restarts, query_rank, 0).cummax(-1).values
     first_rank = torch.maximum(query_rank - position_ids, restarted_at)  # [B, T]
-    if not is_torchdynamo_compiling() and bool((first_rank[query_real] <= 0).all()):
+    if not is_torchdynamo_compiling() and has_values(first_rank) and bool((first_rank[query_real] <= 0).all()):
         return None
 
     def same_document(batch: Any, head: Any, query: Any, key: Any) -> Any:
