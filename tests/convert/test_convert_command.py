@@ -882,6 +882,19 @@ def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
         turned = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         wrong = copy_with(dense, tmp_path / f"theta{number}", turned)
         refused(["convert", wrong, out], f"{wrong}, whose rope_theta is {theta!r}; it must be a number above 0")
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+    for number, (rope, words) in enumerate(
+        [
+            (longrope, "short_factor has 3 numbers; it must have "),
+            (longrope | {"long_factor": None}, "long_factor is None; it must be a list of numbers above 0"),
+            ({"rope_type": "linear", "factor": "2"}, "factor is '2'; it must be a number above 0"),
+            ({"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}, "beta_fast is 'x'; it must be a number above 0"),
+        ]
+    ):
+        for field in ("rope_parameters", "rope_scaling"):  # of today and of older checkpoints
+            fields = {"rope_parameters": None} | {field: rope | {"rope_theta": 1e4}}
+            wrong = copy_with(dense, tmp_path / f"{field}{number}", fields)
+            refused(["convert", wrong, out], f"{wrong}, whose {words}")
     refused(["evaluate", tmp_path / "pad_token_id", "--tasks", "piqa"], "which can't be loaded")
     for dtype in (torch.int8, torch.float8_e4m3fn):
         cast = shutil.copytree(dense, tmp_path / str(dtype))

@@ -1,6 +1,7 @@
 """GQEConfig: what it holds, what it refuses, where it registers, and the warning about a router without a gradient."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -102,6 +103,61 @@ def test_a_hidden_size_that_the_heads_dont_divide_needs_a_head_dim():
 def test_a_loss_coefficient_must_be_a_number_from_zero_on(name, value):
     with pytest.raises(StrictDataclassError, match=f"{name} is {value!r}; it must be a number, 0 or more"):
         tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [("rms_norm_eps", "a number, 0 or more"), ("attention_dropout", "a number, 0 or more and below 1")],
+)
+def test_other_numbers_that_a_layer_takes_are_refused_by_the_configurations_name(name, allowed):
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(StrictDataclassError, match=f"{name} is {value!r}; it must be {allowed}"):
+            tiny_config(**{name: value})
+
+
+ROPE = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "proportional": {"partial_rotary_factor": 0.5},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 128, "beta_fast": 32, "attention_factor": None},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64
+    },
+    "longrope": {"short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0], "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_rotary_parameters_that_give_an_error_or_nan_are_refused_by_their_names(rope_type):
+    right = {"rope_type": rope_type, "rope_theta": 1e4, **ROPE[rope_type]}
+    assert tiny_config(rope_parameters=dict(right)).rope_parameters["rope_type"] == rope_type
+    for name in right.keys() - {"rope_type", "short_factor", "long_factor"}:
+        for value in (-1.0, float("nan"), float("inf"), "2", True, [1.0]):
+            with pytest.raises(StrictDataclassError, match=re.escape(f"{name} is {value!r}; it must be a number")):
+                tiny_config(rope_parameters=right | {name: value})
+        if name != "partial_rotary_factor":
+            with pytest.raises(StrictDataclassError, match=f"{name} is 0; it must be a number above 0"):
+                tiny_config(rope_parameters=right | {name: 0})
+
+
+@pytest.mark.parametrize("name", ["short_factor", "long_factor"])
+def test_lists_of_rotary_factors_must_fit_the_rotated_dimensions(name):
+    right = {"rope_type": "longrope", "rope_theta": 1e4, **ROPE["longrope"]}
+    for numbers in ([1.0, "x"], [1.0, 0], [1.0, -1.0], [1.0, float("nan")], [1.0, True], "x", 1.0, None):
+        with pytest.raises(StrictDataclassError, match=re.escape(f"{name} is {numbers!r}; it must be a list of")):
+            tiny_config(rope_parameters=right | {name: numbers})
+    for numbers in ([], [1.0], [1.0] * 3):
+        with pytest.raises(StrictDataclassError, match=f"{name} has {len(numbers)} numbers; it must have 2, one for"):
+            tiny_config(rope_parameters=right | {name: numbers})
+    half = {"partial_rotary_factor": 0.5, "short_factor": [1.0], "long_factor": [2.0]}
+    assert tiny_config(rope_parameters=right | half).rope_parameters["partial_rotary_factor"] == 0.5
+
+
+def test_an_unknown_rope_type_is_refused():
+    for rope_type in ("weird", 3, None):
+        with pytest.raises(StrictDataclassError, match=f"rope_type is {rope_type!r}; it must be default or one of"):
+            tiny_config(rope_parameters={"rope_type": rope_type, "rope_theta": 1e4})
 
 
 def test_counts_may_be_any_whole_numbers_and_nothing_else():

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from query_experts.common.errors import SettingError
 from query_experts.convert.weight_map import LAYER_RULES
+from query_experts.layers.validation import is_number
 from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.rotary import check_rope_parameters
 
 COPIED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -100,7 +100,7 @@ def check_convertible(dense: PreTrainedConfig) -> None:
     if dense.hidden_act not in ACT2FN:
         raise SettingError(f"hidden_act is {dense.hidden_act!r}; it must be an activation that Transformers knows")
     dropout = dense.attention_dropout
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    if not (is_number(dropout) and 0 <= dropout < 1):
         raise SettingError(f"attention_dropout is {dropout!r}; it must be a number, 0 or more and below 1")
     check_rotary(dense)
     if getattr(dense, "quantization_config", None) is not None:
@@ -167,11 +167,8 @@ def check_sliding_window(dense: PreTrainedConfig) -> None:
 
 def check_rotary(dense: PreTrainedConfig) -> None:
     """Raises SettingError for rotary parameters that Transformers can't compute."""
-    theta = dense.rope_parameters.get("rope_theta")
-    if not isinstance(theta, int | float) or not 0 < theta < math.inf:
-        raise SettingError(f"rope_theta is {theta!r}; it must be a number above 0")
-    rope_type = dense.rope_parameters.get("rope_type", "default")
-    if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-        raise SettingError(
-            f"rope_type is {rope_type!r}; it must be default or one of {', '.join(sorted(ROPE_INIT_FUNCTIONS))}"
-        )
+    head_dim = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
+    try:
+        check_rope_parameters(dense.rope_parameters, head_dim)
+    except ValueError as error:
+        raise SettingError(str(error)) from error

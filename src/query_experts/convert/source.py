@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from query_experts.common.checkpoints import load_config, reason, require_checkpoint
+from query_experts.common.checkpoints import load_config, read_config_file, reason, require_checkpoint
 from query_experts.common.errors import SettingError
 from query_experts.convert.configs import check_convertible, with_untied_embeddings
 from query_experts.convert.weight_map import LAYER_PREFIX
+from query_experts.model.rotary import check_rope_values
 
 EMBEDDINGS, OUTPUT_EMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
 # the same weights in other forms, which a hub repository may also hold
@@ -46,6 +47,7 @@ def load_dense_config(folder: Path, checkpoint: str) -> PreTrainedConfig:
     checkpoint: its name, for error sentences. Raises SettingError if it can't be loaded, if the model can't be
     converted, or if Transformers would take weights from elsewhere.
     """
+    check_rope_in_file(folder, checkpoint)
     config = load_config(str(folder), "checkpoint")
     if (folder / ADAPTER_CONFIG_NAME).exists():
         raise SettingError(
@@ -62,6 +64,18 @@ def load_dense_config(folder: Path, checkpoint: str) -> PreTrainedConfig:
     except SettingError as error:
         raise SettingError(f"checkpoint is {checkpoint}, whose {error}") from error
     return config
+
+
+def check_rope_in_file(folder: Path, checkpoint: str) -> None:
+    """Raises SettingError for rotary parameters in config.json over which Transformers stumbles when it loads them."""
+    fields = read_config_file(folder, "checkpoint")
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    try:
+        check_rope_values(rope)
+    except ValueError as error:
+        raise SettingError(f"checkpoint is {checkpoint}, whose {error}") from error
 
 
 class CheckpointFolder:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,8 +9,9 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-from query_experts.layers.validation import CONFIG_NAMES, check_layout, default_head_dim
+from query_experts.layers.validation import CONFIG_NAMES, check_layout, default_head_dim, is_number
 from query_experts.model.remote_code import AUTO_MAP, write_shim
+from query_experts.model.rotary import check_rope_parameters
 
 
 @strict
@@ -75,10 +75,18 @@ class GQEConfig(LlamaConfig):
             self.head_dim, True, self.variant, self.output_projection, self.routing, self.shared_head_kv,
             CONFIG_NAMES,
         )  # fmt: skip
-        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
-            weight = getattr(self, name)
-            if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-                raise ValueError(f"{name} is {weight!r}; it must be a number, 0 or more")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef", "rms_norm_eps"):
+            number = getattr(self, name)
+            if not (is_number(number) and number >= 0):
+                raise ValueError(f"{name} is {number!r}; it must be a number, 0 or more")
+        dropout = self.attention_dropout
+        if not (is_number(dropout) and 0 <= dropout < 1):
+            raise ValueError(f"attention_dropout is {dropout!r}; it must be a number, 0 or more and below 1")
+
+    def validate_rope(self) -> None:
+        """Part of strict validation, as Transformers', which warns of what gives NaN or an error later."""
+        check_rope_parameters(self.rope_parameters, self.head_dim)
+        super().validate_rope()
 
     def __getattr__(self, name: str) -> Any:
         """Raises AttributeError. TRL reads num_experts to balance one list of experts per layer, which GQE hasn't.
