@@ -180,6 +180,30 @@ def test_chunked_prefill_in_generation_changes_nothing(cache, size):
     assert_same_generation(generate(model, ids, attention_mask=mask, prefill_chunk_size=size, **options), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=str)
+def test_a_prompt_of_embeddings_gives_the_tokens_of_its_ids(options):
+    model = tiny_model()
+    ids, mask = left_padded()
+    expected, _ = generate(model, ids, attention_mask=mask, **options)
+    tokens, _ = generate(model, None, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask, **options)
+    assert tokens.tolist() == expected[:, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_embeddings_that_no_token_has_still_count_where_longrope_recomputes_the_cache(with_ids):
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1], "long_factor": [1.5, 2.0],
+        "original_max_position_embeddings": 12,
+    }  # fmt: skip
+    model, ids = tiny_model(rope_parameters=rope), random_tokens(2, 9)
+    embeddings = model.get_input_embeddings()(ids) + torch.linspace(-1, 1, 24)
+    tokens, logits = generate(model, ids if with_ids else None, 6, inputs_embeds=embeddings)
+    new = tokens[:, -6:]
+    whole = model(inputs_embeds=torch.cat([embeddings, model.get_input_embeddings()(new)], 1), use_cache=False).logits
+    # from 13 tokens on all have long factors; generation keeps logits in float32
+    torch.testing.assert_close(logits[:, -2:], whole[:, -3:-1].float(), rtol=0, atol=1e-5)
+
+
 def repeated_prompt() -> Tensor:
     return random_tokens(1, 5).repeat(1, 4)
 

@@ -322,15 +322,38 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Cache | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Any = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As Llama's; where longrope changes its frequencies, the cache is recomputed, as in Phi-3."""
-        rope, past = self.config.rope_parameters, 0
+        """As Llama's; where longrope changes its frequencies, the cache is recomputed, as in Phi-3.
+
+        input_ids [B, T] lacks a prompt that is given as inputs_embeds [B, P, D] alone.
+        """
+        rope, past, length = self.config.rope_parameters, 0, input_ids.shape[1]
         if rope["rope_type"] == "longrope" and past_key_values is not None:
             past = past_key_values.get_seq_length()
-        if 0 < past <= rope.get("original_max_position_embeddings", 0) < input_ids.shape[1]:
-            past_key_values = kwargs["next_sequence_length"] = None
-        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+            length = max(length, past + (next_sequence_length or 0))
+        if 0 < past <= rope.get("original_max_position_embeddings", 0) < length:
+            past_key_values = next_sequence_length = None
+            if inputs_embeds is not None:
+                later = input_ids[:, input_ids.shape[1] - (length - inputs_embeds.shape[1]) :]
+                inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(later)], dim=1)
+                is_first_iteration = True  # only then are the embeddings read
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
 
     def _router_losses(
         self,
