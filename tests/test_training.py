@@ -297,7 +297,7 @@ def test_a_run_stopped_when_its_time_was_up_logs_the_same_means_as_one_without_a
 
 
 def test_tokens_of_a_batch_are_those_that_a_two_dimensional_mask_keeps_or_all():
-    labels, mask = torch.zeros(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    assert count_tokens({"labels": labels, "attention_mask": mask}) == 8
-    assert count_tokens({"labels": labels, "attention_mask": mask[:, None, None].expand(2, 1, 5, 5)}) == 10
-    assert count_tokens({"labels": labels, "inputs_embeds": torch.zeros(2, 5, 3)}) == 10
+    ids, mask = torch.zeros(2, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert count_tokens({"input_ids": ids, "attention_mask": mask}) == 8
+    assert count_tokens({"input_ids": ids, "attention_mask": mask[:, None, None].expand(2, 1, 5, 5)}) == 10
+    assert count_tokens({"labels": torch.zeros(2), "inputs_embeds": torch.zeros(2, 5, 3)}) == 10

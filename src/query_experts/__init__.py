@@ -2,7 +2,28 @@
 
 from query_experts.layers.attention import GQEAttention, Routing
 from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.heads import (
+    GQEForQuestionAnswering,
+    GQEForSequenceClassification,
+    GQEForTokenClassification,
+    GQEQuestionAnsweringOutput,
+    GQESequenceClassifierOutput,
+    GQETokenClassifierOutput,
+)
 from query_experts.model.modeling_gqe import GQECausalLMOutput, GQEForCausalLM, GQEModel
 from query_experts_command import __version__ as __version__
 
-__all__ = ["GQEAttention", "GQECausalLMOutput", "GQEConfig", "GQEForCausalLM", "GQEModel", "Routing"]
+__all__ = [
+    "GQEAttention",
+    "GQECausalLMOutput",
+    "GQEConfig",
+    "GQEForCausalLM",
+    "GQEForQuestionAnswering",
+    "GQEForSequenceClassification",
+    "GQEForTokenClassification",
+    "GQEModel",
+    "GQEQuestionAnsweringOutput",
+    "GQESequenceClassifierOutput",
+    "GQETokenClassifierOutput",
+    "Routing",
+]

@@ -17,7 +17,8 @@ class GQETrainer(Trainer):
     - Each micro-batch of a GQE model gets `num_tokens_in_batch`: the step's real tokens over all micro-batches and
       ranks. So the balance loss is weighted exactly. (The stock Trainer weights it by labels.)
     - It also logs the language-model loss without the router's losses, as `lm_loss`, and reports it as `eval_loss`. So
-      losses of models with and without a router are comparable. Both are in nats per token.
+      losses of models with and without a router are comparable. Both are in nats per token. For a classifying head this
+      is the task's loss, logged as `task_loss`.
 
     Args:
         *args, **kwargs: as for Transformers' Trainer.
@@ -39,12 +40,13 @@ class GQETrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process; nn.DataParallel is not supported: launch one "
                 "process a GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
+        self._logged_as = "lm_loss" if self.model.can_generate() else "task_loss"
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self.model.config.model_type == "gqe":
+        if num_items is not None and self.model.config.model_type == "gqe":  # else the Trainer averages micro-batches
             tokens = torch.tensor(sum(count_tokens(batch) for batch in batches), device=device)
             if self.args.average_tokens_across_devices:
                 tokens = self.accelerator.reduce(tokens, "sum")
@@ -61,14 +63,14 @@ class GQETrainer(Trainer):
         if model.training:
             if self._lm_loss_sum is None:
                 self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
-            self._lm_loss_sum += lm_loss.detach()
+            self._lm_loss_sum += lm_loss.detach() / self.averaged_losses(num_items_in_batch)
         else:
             loss = lm_loss * self.num_averaging_ranks(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def lm_loss(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
-        """The model's language-model loss, without the factor `num_averaging_ranks`."""
-        lm_loss = outputs.get("lm_loss")
+        """The model's loss without the router's losses and without the factor `num_averaging_ranks`."""
+        lm_loss = outputs.get(self._logged_as)
         return outputs["loss"] / self.num_averaging_ranks(num_items_in_batch) if lm_loss is None else lm_loss
 
     def num_averaging_ranks(self, num_items_in_batch: Any) -> int:
@@ -80,15 +82,22 @@ class GQETrainer(Trainer):
             return self.accelerator.num_processes // self.get_tp_size()
         return 1
 
+    def averaged_losses(self, num_items_in_batch: Any) -> int:
+        """Micro-batches, over all ranks, whose mean is the step's loss; 1 where the step's items divide each loss."""
+        if num_items_in_batch is not None:
+            return 1
+        ranks = self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
+        return self.current_gradient_accumulation_steps * ranks
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._lm_loss_sum is not None:
             steps = max(1, self.state.global_step - self._lm_loss_step)
-            # a micro-batch's loss is its share of the step's mean: the sum over ranks and micro-batches is one per step
+            # each summand is its share of the step's mean: the sum over ranks and micro-batches is one per step
             total = self.accelerator.reduce(self._lm_loss_sum, "sum").item()
             total /= self.get_tp_size()  # tensor-parallel ranks all count the same loss
             if not self.args.average_tokens_across_devices:  # then each rank's losses add up to its own mean
                 total /= self.accelerator.num_processes // self.get_tp_size()
-            logs["lm_loss"] = total / steps
+            logs[self._logged_as] = total / steps
             self._lm_loss_sum = None
         super().log(logs, *args, **kwargs)
 
@@ -96,4 +105,6 @@ class GQETrainer(Trainer):
 def count_tokens(batch: dict[str, Any]) -> int:
     """Number of real tokens in a batch: those that its 2D attention mask keeps, or all."""
     mask = batch.get("attention_mask")
-    return int(mask.ne(0).sum()) if mask is not None and mask.ndim == 2 else batch["labels"].numel()
+    if mask is not None and mask.ndim == 2:
+        return int(mask.ne(0).sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else batch["inputs_embeds"][..., 0].numel()

@@ -15,9 +15,10 @@ from model_helpers import (
     new_cache,
     random_tokens,
     setting_id,
+    tiny_config,
     tiny_model,
 )
-from query_experts import GQEForCausalLM
+from query_experts import GQEForCausalLM, GQEForSequenceClassification
 
 # one layer, and one setting for each way through it: compilation is slow
 SETTINGS = [
@@ -59,6 +60,15 @@ def test_a_compiled_training_step_is_one_graph_with_the_same_loss_and_gradients(
     inputs = padded() | {"num_items_in_batch": torch.tensor(18)}
     expected = trained(model, model, **inputs)
     loss, grads = trained(model, torch.compile(model, fullgraph=True, backend="aot_eager"), **inputs)
+    torch.testing.assert_close(loss, expected[0], **EXACT)
+    assert_same_tensors(grads, expected[1])
+
+
+def test_a_training_step_of_a_classifying_head_is_one_graph():
+    model = GQEForSequenceClassification(tiny_config(num_hidden_layers=1, pad_token_id=0)).double().train()
+    inputs = padded() | {"labels": torch.tensor([0, 1]), "num_items_in_batch": torch.tensor(5)}
+    expected = trained(model, model, **inputs)
+    loss, grads = trained(model, torch.compile(model, fullgraph=True, backend="eager"), **inputs)
     torch.testing.assert_close(loss, expected[0], **EXACT)
     assert_same_tensors(grads, expected[1])
 

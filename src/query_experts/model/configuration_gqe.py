@@ -38,7 +38,9 @@ class GQEConfig(LlamaConfig):
     """
 
     model_type = "gqe"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "lm_loss", "aux_loss", "router_logits"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values", "lm_loss", "task_loss", "aux_loss", "router_logits",
+    ]  # fmt: skip
     # 10 output slots don't split like 16 heads: tensor-parallel ranks replicate attention and split the MLP
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.mlp.gate_proj": "colwise",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache
@@ -27,22 +26,24 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from query_experts.layers.attention import GQEAttention
-from query_experts.layers.balance import BalanceWindow, balance_loss, routing_statistics
+from query_experts.layers.balance import BalanceWindow
 from query_experts.layers.masks import causal_mask
 from query_experts.layers.router import Router
 from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.router_losses import RouterLosses, predicted_tokens, real_tokens
 from query_experts.ops.attend import uses_shared_decode
 
 
 class KeptLogits:
-    """Holds the router logits [B*T, N] of a layer's attention until the decoder layer returns them.
+    """Holds router logits past a module of Transformers that drops them: a layer's [B*T, N], or those of all layers.
 
-    Llama's decoder layer drops all but the first output of its attention. The logits stay within one layer call, so
-    activation checkpointing, which reruns a layer, treats them as an ordinary output.
+    Llama's decoder layer drops all but the first output of its attention, and a generic head all outputs of its decoder
+    that Llama's doesn't have. A layer's logits stay within one layer call, so activation checkpointing, which reruns a
+    layer, treats them as an ordinary output.
     """
 
     def __init__(self) -> None:
-        self.logits: Tensor | None = None
+        self.logits: Any = None
 
 
 class GQESelfAttention(GQEAttention):
@@ -118,6 +119,17 @@ class GQEPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
 
+    def set_top_k(self, top_k: int) -> None:
+        """Selects another number of experts in each group of every layer, and sets it in the config.
+
+        Raises:
+            ValueError: as `GQEAttention.set_top_k`.
+        """
+        for module in self.modules():
+            if isinstance(module, GQEAttention):
+                module.set_top_k(top_k)
+        self.config.active_query_experts = top_k
+
 
 class GQEModel(GQEPreTrainedModel):
     """Llama's decoder over GQE layers."""
@@ -144,6 +156,7 @@ class GQEModel(GQEPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        kept: KeptLogits | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Llama's forward with another mask: restarting position_ids always separate documents.
@@ -158,6 +171,7 @@ class GQEModel(GQEPreTrainedModel):
             inputs_embeds: [B, T, D], in place of input_ids.
             use_cache: whether to make a cache where none is given.
             output_router_logits: add `router_logits` to the output: float32 [B*T, N], one tensor per layer.
+            kept: where to keep `router_logits` too.
 
         Raises:
             ValueError: unless exactly one of input_ids and inputs_embeds is given.
@@ -196,10 +210,13 @@ class GQEModel(GQEPreTrainedModel):
             if output_router_logits:
                 hidden_states, logits = hidden_states
                 router_logits.append(logits)
+        recorded = tuple(router_logits) if output_router_logits else None
+        if kept is not None:
+            kept.logits = recorded
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
-            router_logits=tuple(router_logits) if output_router_logits else None,
+            router_logits=recorded,
         )
 
 
@@ -217,14 +234,10 @@ class GQECausalLMOutput(MoeCausalLMOutputWithPast):
     lm_loss: Tensor | None = None
 
 
-class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
+class GQEForCausalLM(RouterLosses, GQEPreTrainedModel, LlamaForCausalLM):
     """The GQE language model. loss = language-model loss + coefficient * balance loss (+ coefficient * z-loss).
 
-    In training the balance loss is that of the global batch. Its f, the fraction of tokens that selected each expert,
-    is summed over data-parallel ranks. Where the Trainer passes `num_items_in_batch`, it is also summed over the
-    micro-batches of the optimizer step so far. Its weight is the micro-batch's share of the step's tokens: exact where
-    `num_tokens_in_batch` is passed, as `GQETrainer` does; else the share of the labels. So for a given f, the gradient
-    doesn't depend on how a batch is split.
+    In training the balance loss is that of the global batch, as `RouterLosses` says.
     """
 
     def __init__(self, config: GQEConfig):
@@ -234,17 +247,6 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.balance_window = BalanceWindow()
         self.post_init()
-
-    def set_top_k(self, top_k: int) -> None:
-        """Selects another number of experts in each group of every layer, and sets it in the config.
-
-        Raises:
-            ValueError: as `GQEAttention.set_top_k`.
-        """
-        for module in self.modules():
-            if isinstance(module, GQEAttention):
-                module.set_top_k(top_k)
-        self.config.active_query_experts = top_k
 
     @can_return_tuple
     def forward(
@@ -256,8 +258,8 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> GQECausalLMOutput:
@@ -271,8 +273,8 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             inputs_embeds: [B, T, D], in place of input_ids.
             labels: [B, T], -100 where a token isn't predicted.
             use_cache: whether to make a cache where none is given.
-            output_router_logits: add `router_logits` and `aux_loss` to the output.
             logits_to_keep: the last tokens whose logits are computed; 0 for all.
+            output_router_logits: add `router_logits` and `aux_loss` to the output.
             num_tokens_in_batch: real tokens in the global batch of this optimizer step, over micro-batches and ranks.
 
         Raises:
@@ -302,13 +304,12 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             lm_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             loss = lm_loss.clone()  # the Trainer scales `loss` in place
         if routed:
-            aux_loss, z_loss, share = self._router_losses(
-                outputs.router_logits, tokens, labels, num_tokens_in_batch, **kwargs
+            items = None if labels is None else predicted_tokens(labels, **kwargs)
+            aux_loss, router_loss = self._router_losses(
+                outputs.router_logits, tokens, items, kwargs.get("num_items_in_batch"), num_tokens_in_batch
             )
             if loss is not None:
-                config = self.config
-                router_loss = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
-                loss = loss + (share * router_loss).to(loss.device, loss.dtype)
+                loss = loss + router_loss.to(loss.device, loss.dtype)
 
         return GQECausalLMOutput(
             loss=loss,
@@ -355,41 +356,6 @@ class GQEForCausalLM(GQEPreTrainedModel, LlamaForCausalLM):
             **kwargs,
         )
 
-    def _router_losses(
-        self,
-        router_logits: tuple[Tensor, ...],
-        token_mask: Tensor | None,
-        labels: Tensor | None,
-        num_tokens_in_batch: Tensor | int | None,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Balance loss and z-loss, summed over layers, and this micro-batch's share of the optimizer step."""
-        config = self.config
-        statistics = routing_statistics(
-            router_logits, config.num_key_value_heads, config.active_query_experts, token_mask
-        )
-        here = statistics.tokens.clamp(min=1)
-        items = total = None  # this micro-batch's and the step's tokens, or else labels, as the Trainer counts them
-        if num_tokens_in_batch is not None:
-            items, total = statistics.tokens, num_tokens_in_batch
-        elif num_items_in_batch is not None and labels is not None:
-            counted = shift_labels if shift_labels is not None else labels[..., 1:]
-            items, total = counted.ne(-100).sum().to(here), num_items_in_batch
-
-        selected, tokens = statistics.selected, statistics.tokens
-        if self.training:
-            window_items = items if items is not None else tokens
-            selected, tokens, window_items = sum_over_ranks(selected, tokens, window_items)
-            if total is not None:
-                total = torch.as_tensor(total, device=here.device, dtype=here.dtype)
-                ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-                selected, tokens = self.balance_window.add(selected, tokens, window_items, total * ranks)
-        share = items / total if items is not None and total is not None else 1.0
-        balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
-        return balance, statistics.z_sum.sum() / here, share
-
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers'; `generate_batch` calls it.
 
@@ -430,28 +396,6 @@ def check_paged_cache(config: GQEConfig) -> None:
             "attn_implementation is 'eager', which writes the paged cache in every call and can't serve the shared "
             "head; continuous batching of variant 'gqe' needs 'sdpa'"
         )
-
-
-def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Cache | None) -> Tensor | None:
-    """The columns [B, T] of a [B, S] attention mask for the new tokens; None where all tokens are real."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    if isinstance(past, int) and attention_mask.shape[1] < past + tokens.shape[1]:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns; it must have one for each of the {past} cached and "
-            f"{tokens.shape[1]} new tokens"
-        )
-    return attention_mask[:, torch.arange(tokens.shape[1], device=attention_mask.device) + past]
-
-
-def sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor summed over the process group. Replicas (tensor parallel) cancel in f."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return list(tensors)
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    dist.all_reduce(flat)
-    return [part.view_as(t) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 AutoConfig.register("gqe", GQEConfig, exist_ok=True)

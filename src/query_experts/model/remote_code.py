@@ -13,8 +13,16 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gqe.GQEConfig",
     "AutoModel": "modeling_gqe.GQEModel",
     "AutoModelForCausalLM": "modeling_gqe.GQEForCausalLM",
+    "AutoModelForSequenceClassification": "heads_gqe.GQEForSequenceClassification",
+    "AutoModelForTokenClassification": "heads_gqe.GQEForTokenClassification",
+    "AutoModelForQuestionAnswering": "heads_gqe.GQEForQuestionAnswering",
 }
-SHIMS = {"configuration_gqe.py": ("GQEConfig",), "modeling_gqe.py": ("GQEForCausalLM", "GQEModel")}
+SHIMS = {
+    "configuration_gqe.py": ("GQEConfig",),
+    "modeling_gqe.py": ("GQEForCausalLM", "GQEModel"),
+    # apart, so that a language model still loads where an older package without heads is installed
+    "heads_gqe.py": ("GQEForQuestionAnswering", "GQEForSequenceClassification", "GQEForTokenClassification"),
+}
 # Transformers checks imports outside of `try`, and would name a package that pip doesn't know
 SHIM = '''"""This checkpoint's code is the package query-experts; this file only tells Transformers where to find it."""
 
