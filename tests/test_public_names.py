@@ -14,11 +14,14 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 SOURCE = Path(query_experts.__file__).parent
 PUBLIC = [
     "from query_experts import GQEAttention, GQECausalLMOutput, GQEConfig, GQEForCausalLM, GQEModel, Routing",
+    "from query_experts import GQEForQuestionAnswering, GQEForSequenceClassification, GQEForTokenClassification",
+    "from query_experts import GQEQuestionAnsweringOutput, GQESequenceClassifierOutput, GQETokenClassifierOutput",
     "from query_experts import __version__",
     "from query_experts.convert import from_dense, from_reference",
     "from query_experts.data import prepare",
     "from query_experts.training import GQETrainer",
     "from query_experts.distillation import DistillationTrainer, TopKSchedule",
+    "from query_experts.liger import register",
     "from query_experts.replay import replayed_routing",
     "from query_experts.cli import main",
 ]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from query_experts import liger
+
 
 class GQETrainer(Trainer):
     """Transformers' Trainer for GQE models and dense models, with its training loop unchanged.
@@ -24,6 +26,7 @@ class GQETrainer(Trainer):
         *args, **kwargs: as for Transformers' Trainer.
 
     Raises:
+        ImportError: for `use_liger_kernel` without liger-kernel.
         ValueError: for label smoothing and `compute_loss_func`, which replace the model's loss, and for several GPUs
             in one process (nn.DataParallel).
     """
@@ -40,6 +43,8 @@ class GQETrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process; nn.DataParallel is not supported: launch one "
                 "process a GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
+        if self.args.use_liger_kernel:
+            liger.register()
         self._logged_as = "lm_loss" if self.model.can_generate() else "task_loss"
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
