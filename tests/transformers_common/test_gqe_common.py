@@ -26,7 +26,7 @@ from tests.test_fsdp_mixin import FSDPTesterMixin
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor
 from tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
 from tests.test_training_mixin import TrainingTesterMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.testing_utils import torch_device
 from transformers.utils import TransformersKwargs
@@ -38,8 +38,7 @@ from query_experts.ops.attend import DECODE_TOKENS
 # By these lists of model types and class names the tests choose what to run; they lack models outside Transformers.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None  # no list: every model with a plan
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
-MODEL_MAPPING_NAMES["gqe"] = "GQEModel"  # without these two there are no labels, and training isn't tested
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gqe"] = "GQEForCausalLM"
+MODEL_MAPPING_NAMES["gqe"] = "GQEModel"  # without it training isn't tested
 
 # The tests read the annotations of forward to find its arguments, but don't resolve postponed annotations.
 for forward in (GQEModel.forward, GQEForCausalLM.forward):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, Dyn
 from transformers import initialization as init
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
@@ -356,6 +358,7 @@ class GQEForCausalLM(RouterLosses, GQEPreTrainedModel, LlamaForCausalLM):
             **kwargs,
         )
 
+    @wraps(LlamaForCausalLM.init_continuous_batching, assigned=(), updated=())
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers'; `generate_batch` calls it.
 
@@ -398,6 +401,7 @@ def check_paged_cache(config: GQEConfig) -> None:
         )
 
 
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gqe"] = "GQEForCausalLM"  # where the Trainer looks before it smooths labels
 AutoConfig.register("gqe", GQEConfig, exist_ok=True)
 AutoModel.register(GQEConfig, GQEModel, exist_ok=True)
 AutoModelForCausalLM.register(GQEConfig, GQEForCausalLM, exist_ok=True)
