@@ -1,5 +1,6 @@
 """The console command as a process: it answers at once, and Ctrl-C and closed pipes end it without a traceback."""
 
+import ast
 import importlib.util
 import io
 import os
@@ -9,13 +10,18 @@ import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from query_experts import cli
 from query_experts.cli import COMMANDS, EXTRAS, main
+from query_experts.common.errors import SettingError
+from query_experts.evaluate.settings import GenerateSettings
 from query_experts.study import single
+from query_experts_command import replace_what_cannot_be_printed
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -230,6 +236,83 @@ def test_a_report_that_nobody_reads_is_written_and_ends_quietly(tmp_path):
     done = run_without_a_reader([*COMMAND, "report", str(tmp_path)])
     assert (done.returncode, done.stderr) == (141, "")
     assert (tmp_path / "report.html").exists()
+
+
+# a terminal that lacks characters
+
+
+def printed_in_ascii(argv):
+    """Runs a command in a terminal that knows ASCII alone; its status, and what reached stdout and stderr."""
+    out, error = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    with redirect_stdout(out), redirect_stderr(error):
+        status = main(argv)
+    for stream in (out, error):
+        stream.flush()
+    return status, *(stream.buffer.getvalue().decode("ascii") for stream in (out, error))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_a_question_mark_for_what_the_terminal_lacks(monkeypatch, command):
+    def work():
+        print("\N{MINUS SIGN}1 \udcff", file=sys.stderr)
+        table = Table("caf\N{LATIN SMALL LETTER E WITH ACUTE}")
+        table.add_row("\N{MINUS SIGN}1")
+        cli.terminal().print(table)
+        return 0
+
+    monkeypatch.setitem(cli.LOADERS, command, lambda command, argv: work)
+    status, out, error = printed_in_ascii([command])
+    assert (status, error) == (0, "?1 ?\n")
+    assert "caf?" in out
+    assert "?1" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_sentence_of_refusal_reaches_a_terminal_that_lacks_its_characters(monkeypatch, command):
+    def work():
+        raise SettingError("data holds '\N{GREEK SMALL LETTER ALPHA}.txt'; it must be there")
+
+    monkeypatch.setitem(cli.LOADERS, command, lambda command, argv: work)
+    sentence = "query-experts: data holds '?.txt'; it must be there\n"
+    assert printed_in_ascii([command]) == (2, "", sentence)
+
+
+def test_text_that_the_terminal_lacks_is_generated_to_its_end():
+    prompt = "\N{GREEK SMALL LETTER ALPHA}\N{GREEK SMALL LETTER BETA} "
+    argv = ["generate", str(FIXTURES / "model"), "--prompt", prompt, "--max_new_tokens", "3", "--device", "cpu"]
+    status, out, _ = printed_in_ascii(argv)
+    assert status == 0
+    assert out.startswith("?? ")
+
+
+def test_a_processs_own_handler_of_what_it_cannot_print_stays(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", stream)
+    replace_what_cannot_be_printed()
+    assert stream.errors == "backslashreplace"
+
+
+@pytest.mark.parametrize("prompt", ["caf\N{LATIN SMALL LETTER E WITH ACUTE}", "caf\udcc3\udca9"])
+def test_a_prompt_is_text_also_where_the_locale_could_not_decode_it(prompt):
+    assert GenerateSettings("model", prompt=prompt).prompt_text == "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
+
+
+def opens_in_the_locales_encoding(call):
+    """Whether a call reads or writes text without naming the encoding. The package's own `write_text` is UTF-8."""
+    function = ast.unparse(call.func)
+    if function == "os.open" or not (function == "open" or function.endswith((".open", ".read_text", ".write_text"))):
+        return False
+    modes = [node.value for node in call.args if isinstance(node, ast.Constant)]
+    binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
+    return not binary and all(word.arg != "encoding" for word in call.keywords)
+
+
+def test_no_file_is_read_or_written_in_the_encoding_of_the_locale():
+    found = []
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        found += [f"{path}:{call.lineno}" for call in calls if opens_in_the_locales_encoding(call)]
+    assert found == []
 
 
 def test_what_rich_prints_to_a_closed_pipe_raises(monkeypatch):

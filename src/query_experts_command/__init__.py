@@ -5,6 +5,7 @@ Nothing here imports `query_experts`, which imports torch and takes seconds.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -41,9 +42,20 @@ def main(argv: list[str] | None = None) -> int:
         The exit status. 0: done. 1: time ran out, and the same command goes on. 2: a setting can't be used. 130, 143,
         129: ended by Ctrl-C, SIGTERM, SIGHUP. 141: the reader of stdout is gone.
     """
+    replace_what_cannot_be_printed()
     if argv is not None:
         return _run(argv, lambda: None)
     return _run_as_process(sys.argv[1:])
+
+
+def replace_what_cannot_be_printed() -> None:
+    """Prints `?` for a character that the terminal's encoding lacks, where Python would raise UnicodeEncodeError.
+
+    A handler that the user asked for, as in PYTHONIOENCODING=ascii:backslashreplace, stays.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def refuse(sentence: str, status: int = 2) -> int:

@@ -98,6 +98,12 @@ def test_a_field_that_does_not_fit_is_named_with_what_it_held_and_what_is_allowe
         validate(Example(["x"], **changes))
 
 
+@pytest.mark.parametrize("name", ["out", "cache_dir"])
+def test_a_folder_to_write_to_whose_name_is_not_utf8_is_refused_before_the_work(name):
+    with pytest.raises(SettingError, match=rf"{name} is 'r\\udcff', which isn't UTF-8"):
+        TrainSettings(**{name: "r\udcff"}).check()
+
+
 def test_what_fits_is_left_as_it_is():
     settings = Example(["x"], count=1, limit=None, rate=3, seeds=[2**32 - 1], maybe=None)
     before = vars(settings).copy()

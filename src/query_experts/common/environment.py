@@ -93,5 +93,5 @@ def cpu_name() -> str:
 def _cpu_info(field: str) -> str | None:
     """A field of the first processor in /proc/cpuinfo, where there is such a file."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)

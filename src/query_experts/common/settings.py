@@ -174,6 +174,8 @@ def validate(settings: Settings) -> None:
     Raises:
         SettingError: A field that can't be used, with what it held and what is allowed.
     """
+    for name in ("out", "cache_dir"):
+        _check_written_name(name, getattr(settings, name, None))
     try:
         from pydantic import TypeAdapter, ValidationError
     except ModuleNotFoundError:
@@ -185,6 +187,17 @@ def validate(settings: Settings) -> None:
         TypeAdapter(type(settings)).validate_python(settings)
     except ValidationError as error:
         raise SettingError(_sentence(settings, error.errors()[0])) from error
+
+
+def _check_written_name(name: str, value: Any) -> None:
+    """Raises SettingError for a name that isn't UTF-8: the tokenizers package writes to none."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise SettingError(
+            f"{name} is {value!r}, which isn't UTF-8, or is for a locale that isn't; it must be a name in UTF-8 "
+            "(PYTHONUTF8=1 reads it so in any locale)"
+        ) from error
 
 
 def _check_value(name: str, value: Any, hint: Any, whole: Any) -> None:

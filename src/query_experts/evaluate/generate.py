@@ -23,7 +23,7 @@ def generate(settings: GenerateSettings) -> None:
     settings.check()
     model, tokenizer = load_gqe(Path(settings.checkpoint))
     set_seed(settings.seed)
-    tokens = tokenizer(settings.prompt, return_tensors="pt").to(settings.torch_device)
+    tokens = tokenizer(settings.prompt_text, return_tensors="pt").to(settings.torch_device)
     longest, length = model.config.max_position_embeddings, tokens.input_ids.shape[1] + settings.max_new_tokens
     if length > longest:
         print(

@@ -74,13 +74,17 @@ def write_definitions(
     for name in names:
         entry = index[name]
         if entry.kind.name == "GROUP":
-            (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(entry.yaml_path), "group": name}))
+            write_definition(folder, name, {"include": str(entry.yaml_path), "group": name})
             notes |= write_definitions(group_members(name, entry, index), index, data_dir, folder, shots)
             continue
         definition, note = local_definition(name, entry.cfg or {}, data_dir, folder, shots)
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"include": str(entry.yaml_path)} | definition))
+        write_definition(folder, name, {"include": str(entry.yaml_path)} | definition)
         notes |= {name: note} if note else {}
     return notes
+
+
+def write_definition(folder: Path, name: str, definition: Row) -> None:
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
 
 
 def group_members(name: str, entry: Any, index: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -65,6 +66,8 @@ class GenerateSettings(Settings):
 
     Attributes:
         torch_device: The device that `device` means on this machine.
+        prompt_text: The prompt as text, also where the locale's encoding is ASCII. Raises UnicodeError if it isn't
+            UTF-8.
     """
 
     checkpoint: Checkpoint = argument("folder of a GQE checkpoint, with its tokenizer")
@@ -77,12 +80,17 @@ class GenerateSettings(Settings):
     def __post_init__(self) -> None:
         self.torch_device = resolve_device(self.device)
 
+    @property
+    def prompt_text(self) -> str:
+        undecoded = any("\udc80" <= letter <= "\udcff" for letter in self.prompt)  # bytes that Python couldn't decode
+        return os.fsencode(self.prompt).decode() if undecoded else self.prompt
+
     def check(self) -> None:
         """Raises SettingError, naming the field, what it held and what is allowed."""
         validate(self)
         try:
-            self.prompt.encode()
-        except UnicodeEncodeError as error:
+            self.prompt_text.encode()
+        except UnicodeError as error:
             raise SettingError(f"prompt is {self.prompt!r}, which isn't UTF-8; it must be text") from error
         if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
             raise SettingError(

@@ -198,7 +198,7 @@ def is_complete(checkpoint: Path) -> bool:
     archives = {path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
     archives |= {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME}
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # written last
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
         for weights in [*checkpoint.glob("*.safetensors")] or [checkpoint / SAFE_WEIGHTS_NAME]:
             with safe_open(weights, framework="pt"):
                 pass

@@ -13,6 +13,7 @@ from typing import Any
 
 from query_experts.common.errors import SettingError
 from query_experts.study.callbacks import StopRequest
+from query_experts_command import replace_what_cannot_be_printed
 
 
 def run_beside(work: Callable[..., None], arguments: tuple[Any, ...], count: int, stop: StopRequest) -> list[int]:
@@ -53,6 +54,7 @@ def _wait(processes: Sequence[BaseProcess], stop: StopRequest) -> None:
 
 
 def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    replace_what_cannot_be_printed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the first process passes it on
     try:
         work(*arguments)

@@ -226,7 +226,7 @@ class Worker:
         now = recorded_settings(ladder.run_settings(run), ladder)
         now |= {"budgets": ladder.budgets, "data_hash": self.corpus.facts.data_hash}
         now |= {"tag": ladder.tag, "commit": ladder.commit}
-        kept = json.loads(marker.read_text()) if marker.exists() else {}
+        kept = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
         if folder.exists() and kept != now:
             changed = sorted(name for name in kept.keys() | now.keys() if kept.get(name) != now.get(name))
             self.console.print(Text(f"{run.name} was begun with other values of {', '.join(changed)}: it begins anew."))
