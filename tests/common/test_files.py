@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import disk_errors_as_os_errors, require_space, write_json
+from query_experts.common.files import disk_errors_as_os_errors, parse_json, read_json, require_space, write_json
 
 
 def test_json_is_written_whole_with_its_folder_and_nothing_beside_it(tmp_path):
@@ -41,6 +41,27 @@ def test_what_json_cannot_hold_is_refused_and_the_file_stays(tmp_path, value):
     with pytest.raises((ValueError, TypeError)):
         write_json(path, {"loss": value})
     assert json.loads(path.read_text()) == [1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+        b'{"a": 1',
+        b"\xff",
+        "{}".encode("utf-16"),
+        b"\xef\xbb\xbf{}",
+        b"",
+    ],
+    ids=lambda content: str(content[:9]),
+)
+def test_a_file_that_is_no_json_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"."):
+        parse_json((tmp_path / "x.json").read_text(encoding="utf-8"))
+    with pytest.raises(SettingError, match=r"out holds .*x\.json, which is damaged .*; remove it"):
+        read_json(tmp_path / "x.json", "remove it")
 
 
 def test_too_little_room_is_refused_with_what_there_is_and_what_is_needed(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from query_experts.common.fields import (
     option,
     required_option,
 )
-from query_experts.common.settings import parse_settings, validate
+from query_experts.common.settings import parse_settings, read_recipe, validate
 from query_experts.convert.settings import ConvertSettings
 from query_experts.evaluate.settings import EvaluateSettings, GenerateSettings
 from query_experts.model.arms import ModelSize
@@ -210,6 +210,25 @@ def test_a_preset_of_a_command_line_is_a_default_that_the_next_does_not_have(of_
     assert of_recipe("seeds: [7]\n").seeds == [7]
     assert CompareSettings().seeds == [0, 1]
     assert of_recipe("steps: 3\n").seeds == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"steps: 1\nsteps: 2\n", b"steps: " + b"9" * 5000, b"out: 2026-13-01\n", b"steps: [" + b"[" * 1000, b"a: \0",
+        "steps: 1\n".encode("utf-16"), b"out: \xe9\n", b"steps: [1",
+    ],
+    ids=lambda content: str(content[:20]),
+)  # fmt: skip
+def test_a_recipe_that_is_no_yaml_is_named(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(SettingError, match=r"recipe is .*recipe\.yaml, which can't be read as YAML: "):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbfsteps: 1\r\nout: x\r\n")
+    assert read_recipe(tmp_path / "recipe.yaml") == {"steps": 1, "out": "x"}
 
 
 @pytest.mark.parametrize("text", ["steps: {a: 1}\n", "data: {a: 1}\n", "steps: [1]\n"])

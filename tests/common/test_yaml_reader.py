@@ -17,5 +17,10 @@ def test_a_key_that_is_given_twice_is_refused(text):
         read_yaml(text)
 
 
+def test_nesting_without_an_end_is_an_error_of_yaml():
+    with pytest.raises(yaml.YAMLError, match="nested too deeply"):
+        read_yaml("[" * 1000)
+
+
 def test_merged_keys_may_be_set_again():
     assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {x: 4}")["b"] == {"x": 3, "y": 2}

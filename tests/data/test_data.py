@@ -22,7 +22,7 @@ from data_helpers import COMPRESS, all_documents, build, documents, refused, sto
 from query_experts.data import CorpusInfo, TokenSequences, readers, tokenizing
 from query_experts.data import corpus as corpus_module
 from query_experts.data.documents import SplitDocuments
-from query_experts.data.readers import python_source
+from query_experts.data.readers import python_source, read_file
 from query_experts.data.shards import ShardWriter, token_dtype
 from query_experts.data.sources import find_sources
 
@@ -487,7 +487,9 @@ def test_a_damaged_cache_is_built_again(tmp_path, builds):
 
 
 @pytest.mark.parametrize("name", ["meta.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
-@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"null", b'{"sizes": {}}', b'{"sizes": []}', b"\xff", None])
+@pytest.mark.parametrize(
+    "content", [b"{", b"{}", b"[]", b"null", b"[" * 100_000, b'{"sizes": {}}', b'{"sizes": []}', b"\xff", None]
+)
 def test_a_damaged_meta_or_tokenizer_is_built_again(tmp_path, builds, name, content):
     path = write_jsonl(tmp_path / "x.jsonl", texts_of(10))
     first = build(tmp_path, [path])
@@ -642,11 +644,52 @@ def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
         ('{"id": 1, "body": "x"}', "line 3 has no 'text' among its fields (id, body)"),
         ('{"text": 5}', "line 3 has 'text' of type int"),
         ('{"text": "ab\\ud800"}', "line 3 has half a surrogate pair in 'text' at character 2"),
+        (f'{{"text": {"9" * 5000}}}', "line 3 has 'text' of type int"),
+        ('{"text": NaN}', "line 3 has 'text' of type float"),
+        ('{"text": "x", "id": 5, "text": "y"}', "line 3 has 'text' more than once"),
+        ('{"text": "x", "meta": ' + "[" * 100_000, "line 3 is not JSON (nested too deeply)"),
+        ('{"text": "x"}\r{"text": "y"}', "line 3 is not JSON (Extra data at column 15)"),
+        ('{"text": "x\0"}', "line 3 is not JSON (Invalid control character"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_a_bad_jsonl_line_is_named_with_file_and_number(tmp_path, line, message):
     (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": null}\n' + line + "\n")
     assert f"x.jsonl', where {message}" in refused(tmp_path, [str(tmp_path / "x.jsonl")])
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "9" * 5000, "-" + "9" * 5000, "NaN", "[-Infinity, 1e9999]", '{"text": "inner", "a": {"text": 5}}', '"\\ud800"',
+        '5, "id": 6', "[" * 500 + "]" * 500,
+    ],
+    ids=lambda value: value[:40],
+)  # fmt: skip
+def test_a_text_is_read_whatever_stands_beside_it(tmp_path, metadata):
+    (tmp_path / "x.jsonl").write_text(f'{{"id": {metadata}, "text": "one"}}\n', encoding="utf-8")
+    assert [*read_file(tmp_path / "x.jsonl", "text", tmp_path)] == ["one"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "one"}\n{"text": "two"}', b'\xef\xbb\xbf{"text": "one"}\n\n \n{"text": "two"}\n',
+        b'{"text": "one"}\r\n\r\n{"text": "two"}\r\n',
+    ],
+    ids=["no line break at the end", "byte order mark and blank lines", "line breaks of Windows"],
+)  # fmt: skip
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_lines_are_read_as_programs_of_any_system_write_them(tmp_path, content, compression):
+    path = tmp_path / f"x.jsonl{compression}"
+    path.write_bytes(COMPRESS[compression](content))
+    assert [*read_file(path, "text", tmp_path)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.txt.gz"])
+def test_utf_16_is_no_text(tmp_path, name):
+    (tmp_path / name).write_bytes(COMPRESS[Path(name).suffix if name.endswith("gz") else ""]("one".encode("utf-16")))
+    assert f"{name}', which is not UTF-8 at byte 0 " in refused(tmp_path, [str(tmp_path / name)])
 
 
 def test_a_parquet_table_without_the_column_names_those_it_has(tmp_path):

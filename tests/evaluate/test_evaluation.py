@@ -640,6 +640,23 @@ def test_a_missing_or_damaged_file_is_named_with_its_line(name, content, words, 
     refused(["data_dir holds", *words], "--tasks", tasks.get(folder, folder))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"text": ' + b"9" * 5000 + b"}", b'{"text": null}', b'{"text": "a b', b'{"text": "a \\ud800"}'],
+    ids=lambda content: str(content[:20]),
+)
+def test_a_line_of_a_benchmark_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "one two"}\n\n' + content)
+    with pytest.raises(SettingError, match=r"x\.jsonl, whose line 3 is damaged: "):
+        read_rows(LOCAL_DATASETS["EleutherAI/lambada_openai"], tmp_path / "x.jsonl")
+
+
+def test_a_benchmark_is_read_as_programs_of_any_system_write_it(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one two"}\r\n\r\n{"text": "a b", "n": NaN}\r\n\n')
+    rows = read_rows(LOCAL_DATASETS["EleutherAI/lambada_openai"], tmp_path / "x.jsonl")
+    assert rows == [{"text": "one two"}, {"text": "a b"}]
+
+
 @pytest.mark.parametrize("name", ["valid.jsonl", "valid-labels.lst"])
 def test_a_file_that_is_no_text_is_named(name, refused, data):
     (data / "piqa" / name).write_bytes(b'{"goal": "\xff"}\n')

@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from query_experts.common.errors import SettingError
+from query_experts.common.files import parse_json
 
 Result = TypeVar("Result")
 
@@ -23,7 +24,7 @@ def read_result(path: Path, kind: type[Result], what: str) -> Result:
         SettingError: The file holds something else; the sentence names what doesn't fit.
     """
     try:
-        return parse(kind, json.loads(path.read_text(encoding="utf-8")), "")
+        return parse(kind, parse_json(path.read_text(encoding="utf-8")), "")
     except (ValueError, RecursionError) as error:
         raise SettingError(f"result is {path}, which isn't {what}: {error}") from error
 

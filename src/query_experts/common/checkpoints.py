@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from fnmatch import fnmatch
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from query_experts.common.errors import SettingError
+from query_experts.common.files import parse_json
 
 # patterns of a tokenizer's files, in lower case
 TOKENIZER_FILES = (
@@ -84,8 +84,8 @@ def read_config_file(folder: Path, field: str) -> dict[str, Any]:
     if not path.is_file():
         raise SettingError(f"{field} is {folder}, which holds no config.json; it must be a model's folder")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise SettingError(f"{field} is {folder}, whose config.json is damaged ({error})") from error
     except OSError as error:
         raise SettingError(f"{field} is {folder}, whose config.json can't be read ({error.strerror})") from error

@@ -30,10 +30,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """The value of a text in JSON. Raises ValueError for every fault, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Read an object that `write_json` wrote. Raises SettingError, ending in the remedy, for a damaged file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingError(f"out holds {path}, which is damaged ({error}); {remedy}") from error
     if not isinstance(value, dict):

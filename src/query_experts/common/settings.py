@@ -15,6 +15,7 @@ import yaml
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import Limit, OutOfLimits, Settings
 from query_experts.common.options import SettingsParser, choices
+from query_experts.common.yaml_reader import read_yaml
 
 Kind = TypeVar("Kind", bound=Settings)
 
@@ -146,10 +147,10 @@ def presets(folder: str) -> dict[str, Any]:
 def read_recipe(path: Any) -> dict[str, Any]:
     """The settings in a YAML file. Raises SettingError for a file that holds none, or one that doesn't exist."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SettingError(f"recipe is {path}, which doesn't exist; it must be a YAML file of settings") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise SettingError(f"recipe is {path}, which can't be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise SettingError(f"recipe is {path}; it must hold lines of `setting: value`")

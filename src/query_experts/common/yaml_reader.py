@@ -27,7 +27,10 @@ def read_yaml(text: str) -> Any:
     """The content of a YAML file.
 
     Raises:
-        yaml.YAMLError: The text isn't YAML, or a mapping holds a key twice.
+        yaml.YAMLError: The text isn't YAML, is nested too deeply, or a mapping holds a key twice.
         ValueError: A value can't be what it looks like, such as a date in month 13.
     """
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from transformers import AutoTokenizer
 
 from query_experts.common.checkpoints import TOKENIZER_FILES, has_tokenizer, matches_any, reason
 from query_experts.common.errors import SettingError
+from query_experts.common.files import parse_json
 
 # patterns of the copied files, in lower case
 COPIED_FILES = (
@@ -27,8 +27,8 @@ def check_sidecar_files(folder: Path) -> None:
     for path in sidecar_files(folder):
         if path.suffix == ".json":
             try:
-                value = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError) as error:
+                value = parse_json(path.read_text(encoding="utf-8"))
+            except ValueError as error:
                 raise SettingError(f"checkpoint holds {path}, which is damaged ({error}); it must be JSON") from error
             if not isinstance(value, dict):
                 raise SettingError(f"checkpoint holds {path}, which is damaged; it must be a JSON object")

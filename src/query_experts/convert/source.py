@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAF
 
 from query_experts.common.checkpoints import load_config, read_config_file, reason, require_checkpoint
 from query_experts.common.errors import SettingError
+from query_experts.common.files import parse_json
 from query_experts.convert.configs import check_convertible, with_untied_embeddings
 from query_experts.convert.weight_map import LAYER_PREFIX
 from query_experts.model.rotary import check_rope_values
@@ -111,7 +111,7 @@ class CheckpointFolder:
         files = [self.folder / SAFE_WEIGHTS_NAME]
         if not files[0].is_file() and index.exists():
             try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                names = parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()
                 files = [self.folder / name for name in sorted(set(names))]
                 if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
                     raise ValueError("files outside of the folder")

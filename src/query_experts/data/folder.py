@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from query_experts.common.files import parse_json
 from query_experts.data.documents import SPLITS, Split
 from query_experts.data.facts import TokensInfo, ValidationFile
 from query_experts.data.shards import ShardWriter, token_dtype
@@ -35,7 +36,7 @@ def read_folder(folder: Path) -> TokenFolder | None:
 def read_meta(folder: Path) -> TokenFolder | None:
     """The folder's meta.json; None unless a build wrote it."""
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = parse_json((folder / META).read_text(encoding="utf-8"))
         files = [ValidationFile(**file) for file in meta["info"].get("validation_files", [])]
         info = TokensInfo(**meta["info"] | {"validation_files": files})
         return TokenFolder(info, meta["dtype"], meta["shards"], dict(meta["sizes"].items()))

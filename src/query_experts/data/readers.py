@@ -22,6 +22,7 @@ FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 _CHUNK = 1 << 18
 _PARQUET_ROWS = 1000
+_DECODER = json.JSONDecoder(parse_int=lambda digits: 0)  # text has no numbers, and Python's may not be of any length
 
 
 def format_of(path: Path) -> str | None:
@@ -55,8 +56,8 @@ def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
     """The documents of one file: a whole text file, each line of jsonl, or each row of parquet.
 
     A null field is an empty document. scratch: folder for a decompressed parquet file. Raises SettingError for text
-    that is not UTF-8, a line that is not a JSON object with the field, a table without the column, and a file that is
-    cut short or damaged.
+    that is not UTF-8, a line that is not a JSON object with the field once, a table without the column, and a file that
+    is cut short or damaged.
     """
     with _errors_as_setting_errors(path), _open(path) as stream:
         match format_of(path):
@@ -230,18 +231,25 @@ def _jsonl(path: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
             continue
         where = f"{str(path)!r}, where line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = _DECODER.decode(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deeply"
             raise SettingError(
-                f"data holds {where} is not JSON ({error.msg} at column {error.colno}); "
-                f"each line must be a JSON object with the field {text_field!r}"
+                f"data holds {where} is not JSON ({why}); each line must be a JSON object with the field {text_field!r}"
             ) from error
         if not isinstance(row, dict):
             raise SettingError(
                 f"data holds {where} is a JSON {type(row).__name__}; "
                 f"each line must be a JSON object with the field {text_field!r}"
             )
+        if line.count(f'"{text_field}"') > 1 and _outer_names(line).count(text_field) > 1:
+            raise SettingError(f"data holds {where} has {text_field!r} more than once; it must have one text")
         yield _text_of(row, text_field, where, "fields")
+
+
+def _outer_names(line: str) -> list[str]:
+    """The names of the fields of a JSON object, each as often as it is there."""
+    return [name for name, _ in json.JSONDecoder(object_pairs_hook=list, parse_int=len).decode(line)]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, List, Value
 from lm_eval.tasks.hellaswag.utils import preprocess
 
 from query_experts.common.errors import SettingError
+from query_experts.common.files import parse_json
 
 Row = dict[str, Any]
 TEXT = Value("string")
@@ -149,20 +150,22 @@ def read_rows(dataset: LocalDataset, path: Path) -> list[Row]:
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file. Raises SettingError for one that isn't UTF-8."""
+    """The text of a file, without a byte order mark. Raises SettingError for one that isn't UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise SettingError(f"data_dir holds {path}, which is no UTF-8 text ({error.reason})") from error
 
 
 def json_lines(make_row: Callable[[Row], Row]) -> Callable[[Path], Iterator[Row]]:
-    """A reader of files with a JSON object on each line, which `make_row` turns into the hub's row."""
+    """A reader of files with a JSON object on each line that isn't blank, which `make_row` turns into the hub's row."""
 
     def read(path: Path) -> Iterator[Row]:
-        for number, line in enumerate(read_utf8(path).rstrip("\n").split("\n"), 1):
+        for number, line in enumerate(read_utf8(path).split("\n"), 1):
+            if not line.strip():
+                continue
             try:
-                row = make_row(json.loads(line))
+                row = make_row(parse_json(line))
                 json.dumps(row, ensure_ascii=False).encode()  # raises for half a surrogate pair
                 yield row
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -236,6 +239,8 @@ def hellaswag_note(rows: list[Row]) -> str | None:
 def piqa(path: Path) -> Iterator[Row]:
     """Rows of a file of questions and the file of their labels, NAME-labels.lst."""
     questions = list(json_lines(lambda row: text_fields(row, "goal", "sol1", "sol2"))(path))
+    if not questions:
+        return
     label_file = path.with_name(f"{path.stem}-labels.lst")
     if not label_file.is_file():
         raise SettingError(f"data_dir holds no {label_file}, the labels of {path.name}")

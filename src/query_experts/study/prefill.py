@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
-from query_experts.common.files import write_json
+from query_experts.common.files import parse_json, write_json
 from query_experts.model import costs
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.results import PrefillTimes
@@ -119,7 +118,7 @@ def conditions(settings: CompareSettings, folders: dict[str, Path]) -> Condition
 def read_kept(kept: Path, made_with: Conditions) -> Seconds:
     """The times in a file that were measured under these conditions, of models that are still the same."""
     try:
-        before = _KEPT.validate_python(json.loads(kept.read_text(encoding="utf-8")))
+        before = _KEPT.validate_python(parse_json(kept.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
     models = before.made_with.models

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from query_experts.common.files import disk_errors_as_os_errors, require_space, save_tokenizer
+from query_experts.common.files import disk_errors_as_os_errors, parse_json, require_space, save_tokenizer
 from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.model.arms import arm_config, build
@@ -198,7 +197,7 @@ def is_complete(checkpoint: Path) -> bool:
     archives = {path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
     archives |= {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME}
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
+        parse_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
         for weights in [*checkpoint.glob("*.safetensors")] or [checkpoint / SAFE_WEIGHTS_NAME]:
             with safe_open(weights, framework="pt"):
                 pass

@@ -6,7 +6,6 @@ Readers ignore unknown keys, which are those of newer versions. A file holds one
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import write_json
+from query_experts.common.files import parse_json, write_json
 from query_experts.model.arms import ARMS
 from query_experts.study.results import FINITE, Curve, PartLoss, Piece, RoutingLoad, first_fault
 
@@ -229,7 +228,7 @@ def read_files(files: Iterable[Path]) -> list[LadderResult]:
 
 def _read_file(file: Path) -> list[LadderResult]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
         results = _RESULTS.validate_python(values if isinstance(values, list) else [values])
     except (ValidationError, ValueError) as error:
         raise SettingError(f"results hold {file}, which is damaged ({first_fault(error)}); move it away") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from query_experts.common.files import parse_json
 from query_experts.common.formatting import short
 from query_experts.study.ladder.callbacks import PROGRESS, Progress
 from query_experts.study.ladder.queue import Queue, Rates
@@ -113,7 +113,7 @@ def running_text(queue: Queue, out: Path, rates: Rates, run: Run, lacking: list[
     """A running run: seed, how much of its training is done, and the time that is left."""
     settings, ladder = queue.ladder.run_settings(run), queue.ladder
     try:
-        progress = Progress(**json.loads((run_folder(out, run) / PROGRESS).read_text(encoding="utf-8")))
+        progress = Progress(**parse_json((run_folder(out, run) / PROGRESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         progress = Progress(lacking[0], 0)
     budget, step = progress.budget, progress.step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from query_experts.common.device import check_compiler, check_device, require_one_process, resolve_device
 from query_experts.common.environment import commit, instructions
 from query_experts.common.errors import SettingError
-from query_experts.common.files import write_json
+from query_experts.common.files import read_json, write_json
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus
 from query_experts.model.arms import ModelSize
@@ -226,7 +225,7 @@ class Worker:
         now = recorded_settings(ladder.run_settings(run), ladder)
         now |= {"budgets": ladder.budgets, "data_hash": self.corpus.facts.data_hash}
         now |= {"tag": ladder.tag, "commit": ladder.commit}
-        kept = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else {}
+        kept = read_json(marker, "remove it, and the run begins anew") if marker.exists() else {}
         if folder.exists() and kept != now:
             changed = sorted(name for name in kept.keys() | now.keys() if kept.get(name) != now.get(name))
             self.console.print(Text(f"{run.name} was begun with other values of {', '.join(changed)}: it begins anew."))
