@@ -82,6 +82,80 @@ def test_a_folder_is_read_recursively_without_hidden_and_foreign_files(tmp_path)
     assert all_documents(build(tmp_path, [str(root)])) == sorted(texts[:4])
 
 
+@pytest.fixture
+def linked(tmp_path):
+    """A folder with one text; another folder with two is beside it."""
+    for name in ("texts/a.txt", "beside/b.txt", "beside/deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"This is {name}\n" * 9)
+    return tmp_path / "texts"
+
+
+def names_of(folder, skipped=None):
+    sources = find_sources([str(folder)])
+    assert sources.skipped == (skipped or {})
+    return sorted(file.name for file in sources.files)
+
+
+def test_links_to_files_and_folders_are_read(linked):
+    (linked / "link").symlink_to("../beside")
+    (linked / "d.txt").symlink_to("../beside/deep/c.txt")
+    assert names_of(linked) == ["a.txt", "d.txt", "link/b.txt", "link/deep/c.txt"]
+    (linked.parent / "all").symlink_to("texts")
+    assert names_of(linked.parent / "all") == names_of(linked)
+
+
+def test_a_folder_is_read_once_whatever_leads_to_it(linked):
+    for name, target in (("k", "../beside/deep"), ("l", "../beside"), ("m", "../beside"), ("n", "l")):
+        (linked / name).symlink_to(target)
+    assert names_of(linked) == ["a.txt", "k/c.txt", "l/b.txt"]
+    (linked / "z").mkdir()
+    (linked / "z" / "e.txt").write_text("text")
+    (linked / "b").symlink_to("z")
+    assert names_of(linked) == ["a.txt", "k/c.txt", "l/b.txt", "z/e.txt"]
+
+
+def test_a_link_to_a_folder_around_it_is_counted_and_not_followed(linked):
+    (linked / "here").symlink_to(".")
+    (linked / "up").symlink_to("..")
+    (linked / "root").symlink_to("/")
+    (linked / "link").symlink_to("../beside")
+    (linked.parent / "beside" / "back").symlink_to("../texts")
+    (linked.parent / "beside" / "deep" / "up").symlink_to("..")
+    names = ["a.txt", "link/b.txt", "link/deep/c.txt"]
+    assert names_of(linked, {"link to a folder around it": 5}) == names
+
+
+def test_a_link_to_nothing_is_refused_where_it_may_hide_text_and_else_counted(tmp_path, linked):
+    (linked / "x.bin").symlink_to("nowhere")
+    (linked / ".hidden").symlink_to("nowhere")
+    assert names_of(linked, {".bin": 1}) == ["a.txt"]
+    for name, words in (("x.txt", "'x.txt' can't be read: No such file"), ("books", "'books' is a link to nothing")):
+        (linked / name).symlink_to("nowhere")
+        assert f"texts', where {words}" in refused(tmp_path, [str(linked)])
+        (linked / name).unlink()
+    (linked / "x.txt").symlink_to("x.txt")
+    assert "'x.txt' can't be read: Too many levels" in refused(tmp_path, [str(linked)])
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_counted(linked):
+    os.mkfifo(linked / "pipe.txt")
+    assert names_of(linked, {".txt": 1}) == ["a.txt"]
+
+
+def test_a_folder_that_is_closed_to_the_user_is_named(tmp_path, linked, monkeypatch):
+    (linked / "closed").mkdir()
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert "closed' can't be read: Permission denied" in refused(tmp_path, [str(linked)])
+
+
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     for i, text in enumerate(texts_of(2)):
         (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())

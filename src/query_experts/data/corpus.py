@@ -154,12 +154,12 @@ def prepare(
     A failed build leaves nothing behind. Tokens that are too few for `seq_len` stay cached for a shorter one.
 
     Args:
-        data: what to read. Files, or folders (recursive, without hidden files), of .txt, .md and .py (a file is one
-            document), .jsonl (a line is one) and .parquet (a row is one), each also with .gz, .xz or .zst. Hub data
-            sets, as owner/name or owner/name:config, whose train split is streamed. One folder of tokens that an
-            earlier call made in its `cache_dir`: its tokens are used as they are, so a machine without the text can
-            use them too; of the settings only `seq_len` applies then. None reads the source code of this machine's
-            Python standard library.
+        data: what to read. Files, or folders (recursive, also through links, without hidden files), of .txt, .md and
+            .py (a file is one document), .jsonl (a line is one) and .parquet (a row is one), each also with .gz, .xz
+            or .zst. Hub data sets, as owner/name or owner/name:config, whose train split is streamed. One folder of
+            tokens that an earlier call made in its `cache_dir`: its tokens are used as they are, so a machine without
+            the text can use them too; of the settings only `seq_len` applies then. None reads the source code of this
+            machine's Python standard library.
         cache_dir: folder for the tokens.
         seq_len: tokens in a sequence, 2 or more.
         vocab_size: ids of the BPE that is trained, 257 or more; ignored with a given tokenizer.

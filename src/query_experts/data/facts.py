@@ -83,7 +83,8 @@ class CorpusInfo(TokensInfo):
 
     Attributes:
         seq_len: tokens in a sequence.
-        skipped_files: ending of a file name -> number of such files in the folders that can't be read.
+        skipped_files: ending of a file name -> number of such files in the folders that can't be read. Links to a
+            folder that they are in count too, as "link to a folder around it".
     """
 
     seq_len: int

@@ -6,8 +6,8 @@ import platform
 import re
 import sys
 import sysconfig
-from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -17,6 +17,7 @@ from query_experts.data import readers
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
 _FEW_DOCUMENTS = 50
+_LINK_AROUND = "link to a folder around it"  # stands for the ending among the skipped files
 _STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3"}
 
 
@@ -130,8 +131,8 @@ def _files_of(path: Path, entry: str, skipped: Counter[str]) -> list[SourceFile]
     if not path.is_dir():
         raise SettingError(f"data holds {entry!r}, which is neither a file nor a folder; {_ALLOWED}")
     files = []
-    for found in _walk(path):
-        if readers.format_of(found):
+    for found in _below(path, entry, skipped):
+        if readers.format_of(found) and not _is_special(found):
             files.append(_source_file(found, entry, found.relative_to(path).as_posix()))
         else:
             skipped[found.suffix.lower() or found.name] += 1
@@ -140,14 +141,65 @@ def _files_of(path: Path, entry: str, skipped: Counter[str]) -> list[SourceFile]
     return files
 
 
-def _walk(folder: Path, skipped: Set[str] = frozenset()) -> Iterator[Path]:
-    """The files below a folder, without hidden ones, hidden folders and the skipped folders."""
-    for parent, folders, names in os.walk(folder):
+def _below(root: Path, entry: str, skipped: Counter[str]) -> Iterator[Path]:
+    """The files below a folder and below the folders that links in it lead to, each folder once.
+
+    A link to a folder that the link or the root is in is counted in `skipped`. Raises SettingError for a link to
+    nothing that may be one to a folder, and for a folder that can't be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise SettingError(f"data holds {entry!r}, where {error.filename!r} can't be read: {error.strerror}") from error
+
+    seen: set[tuple[int, int]] = set()
+    waiting = deque([root])
+    while waiting:
+        for found in _walk(waiting.popleft(), seen, refuse):
+            if os.path.isdir(found):
+                if _is_around(found, root):
+                    skipped[_LINK_AROUND] += 1
+                else:
+                    waiting.append(found)
+            elif found.suffix or os.path.exists(found):
+                yield found
+            else:
+                raise SettingError(
+                    f"data holds {entry!r}, where {found.relative_to(root).as_posix()!r} is a link to nothing; a link "
+                    "must lead to a file or folder"
+                )
+
+
+def _is_around(link: Path, root: Path) -> bool:
+    """Whether a link leads to a folder that it is in itself, or that the root is in."""
+    inside = [Path(os.path.realpath(folder)) for folder in (root, link.parent)]
+    target = Path(os.path.realpath(link))
+    return any(target == folder or target in folder.parents for folder in inside)
+
+
+def _walk(
+    folder: Path,
+    seen: set[tuple[int, int]],
+    refuse: Callable[[OSError], None] | None = None,
+    skipped: Set[str] = frozenset(),
+) -> Iterator[Path]:
+    """The files below a folder and links to folders, without what is hidden, the skipped folders and those `seen`.
+
+    refuse: called with the error of a folder that can't be read; None passes it over.
+    """
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
-        for name in sorted(names):
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from (Path(parent, name) for name in sorted([*names, *links]) if not name.startswith("."))
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is there and neither a file nor a folder, such as a pipe, which reading would wait for."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _source_file(path: Path, entry: str, name: str) -> SourceFile:
@@ -162,7 +214,8 @@ def _standard_library() -> Sources:
     """The library's .py files, without tests, bundled editor and installed packages: these differ per installation."""
     name = f"python standard library {platform.python_version()}"
     root = Path(sysconfig.get_path("stdlib"))
-    found = [path for path in _walk(root, _STDLIB_SKIPPED_FOLDERS) if path.suffix == ".py"]
+    below = _walk(root, set(), skipped=_STDLIB_SKIPPED_FOLDERS)
+    found = [path for path in below if path.suffix == ".py" and path.is_file()]
     files = [_source_file(path, name, path.relative_to(root).as_posix()) for path in found]
     if not files:
         raise SettingError(
