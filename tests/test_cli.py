@@ -420,7 +420,6 @@ def test_generate_refuses_a_dense_checkpoint_a_missing_folder_and_values_out_of_
     refused(["generate", dense], "checkpoint", "model_type is 'llama'", "'gqe'")
     refused(["generate", tmp_path / "missing"], "checkpoint", "missing", "which doesn't exist")
     for option, value, word in (
-        ("--prompt", "", "prompt"),
         ("--max-new-tokens", "0", "max_new_tokens is 0"),
         ("--temperature", "-1", "temperature"),
         ("--temperature", "nan", "temperature"),

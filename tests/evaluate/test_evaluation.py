@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -809,3 +809,29 @@ def test_scores_that_are_no_numbers_are_refused_and_not_taken_for_the_best(refus
 def test_a_perplexity_beyond_any_number_is_refused(refused, checkpoints, tmp_path):
     wild = with_numbers(checkpoints["gqe"], tmp_path / "wild", lambda weight: weight * 1e4)
     refused(["whose perplexity is beyond any number"], "--tasks", "lambada_openai", checkpoint=wild)
+
+
+@pytest.mark.parametrize("around", ["$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>", "<|endoftext|> $A"])
+def test_an_answer_goes_on_from_a_context_though_the_tokenizer_would_end_it(checkpoints, around):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llama"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        around, special_tokens=[("<|endoftext|>", 256)]
+    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"])
+    scorer = evaluation.Scorer(pretrained=model, tokenizer=tokenizer, backend="causal")
+    first = [256] * around.startswith("<")
+    context, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in ("He sat", " down"))
+    assert scorer._encode_pair("He sat ", "down") == ([*first, *context], answer)
+    assert scorer.tok_batch_encode(["He sat"])[0].tolist() == [[*first, *context]]
+    assert scorer.tok_encode("a", add_special_tokens=False) == tokenizer("a", add_special_tokens=False).input_ids
+
+
+def test_a_tokenizer_without_an_eos_token_scores_texts_and_generates_none(checkpoints, refused, data, tmp_path):
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "endless")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"bos_token": "<|endoftext|>", "eos_token": None})
+    )
+    write(data / "arc" / "ARC-Challenge-Test.jsonl", FILES["arc/ARC-Easy-Test.jsonl"])
+    assert main(["evaluate", str(folder), "--tasks", "piqa", "--data-dir", str(data), "--limit", "1"]) == 0
+    refused(["tasks ask for generated text", "no eos_token"], "--tasks", "arc_challenge_chat", checkpoint=folder)

@@ -158,6 +158,15 @@ def load_tokenizer(checkpoint: str, model: PreTrainedModel, field: str) -> Any:
     return tokenizer
 
 
+def tokens_after_text(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer puts after every text by itself, such as that of an eos token."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    added = 0
+    while added < len(encoded.input_ids) and encoded.special_tokens_mask[-1 - added]:
+        added += 1
+    return encoded.input_ids[len(encoded.input_ids) - added :]
+
+
 def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
     """Load a model and refuse a checkpoint that isn't complete.
 

@@ -1,18 +1,37 @@
-"""`query-experts generate`: prints text of a GQE checkpoint while the model generates it."""
+"""`query-experts generate`: prints text of a GQE checkpoint while the model generates it.
+
+The prompt is continued as it is: no chat template is applied.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from transformers import GenerationConfig, TextStreamer, set_seed
+import torch
+from transformers import GenerationConfig, PreTrainedModel, TextStreamer, set_seed
 
-from query_experts.common.checkpoints import load_gqe
+from query_experts.common.checkpoints import load_gqe, reason, tokens_after_text
+from query_experts.common.errors import SettingError
 from query_experts.evaluate.settings import GenerateSettings
+
+# fields of generation_config.json: those that the text follows, and those that the command's options replace or that
+# change no text. Any other, such as num_beams, is named to the user as not used.
+FOLLOWED = (
+    "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+    "exponential_decay_length_penalty", "forced_eos_token_id", "stop_strings", "min_new_tokens",
+)  # fmt: skip
+REPLACED = (
+    "max_length", "max_new_tokens", "do_sample", "temperature", "bos_token_id", "eos_token_id", "pad_token_id",
+    "use_cache", "cache_implementation", "cache_config", "return_dict_in_generate", "output_attentions",
+    "output_hidden_states", "output_scores", "output_logits", "transformers_version", "_from_model_config",
+)  # fmt: skip
 
 
 def generate(settings: GenerateSettings) -> None:
-    """Print a prompt and its continuation.
+    """Print a prompt and its continuation, up to any eos token of the checkpoint or its tokenizer.
 
     Args:
         settings: the checkpoint, the prompt and how to sample.
@@ -23,23 +42,79 @@ def generate(settings: GenerateSettings) -> None:
     settings.check()
     model, tokenizer = load_gqe(Path(settings.checkpoint))
     set_seed(settings.seed)
-    tokens = tokenizer(settings.prompt_text, return_tensors="pt").to(settings.torch_device)
-    longest, length = model.config.max_position_embeddings, tokens.input_ids.shape[1] + settings.max_new_tokens
+    ids = prompt_ids(settings.prompt_text, tokenizer, model.generation_config.bos_token_id)
+    longest, length = model.config.max_position_embeddings, len(ids) + settings.max_new_tokens
     if length > longest:
-        print(
-            f"query-experts: the text may have {length:,} tokens, and the model was made for {longest:,} "
-            "(max_position_embeddings); beyond them it may be worse",
-            file=sys.stderr,
+        note(
+            f"the text may have {length:,} tokens, and the model was made for {longest:,} (max_position_embeddings); "
+            "beyond them it may be worse"
         )
     greedy = settings.temperature == 0
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": settings.temperature}
-    model.generation_config = GenerationConfig()  # the checkpoint's own may set beams, which can't be streamed
-    model.to(settings.torch_device).eval().generate(
-        input_ids=tokens.input_ids,
-        attention_mask=tokens.attention_mask,
-        max_new_tokens=settings.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **sampling,
-    )
+    ends = eos_token_ids(settings.checkpoint, model, tokenizer)
+    followed = follow_checkpoint(model)
+    input_ids = torch.tensor([ids], device=settings.torch_device)
+    try:
+        model.to(settings.torch_device).eval().generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=settings.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends or None,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            tokenizer=tokenizer,
+            **sampling,
+        )
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        if not followed:
+            raise
+        raise SettingError(
+            f"checkpoint is {settings.checkpoint}, whose generation_config.json holds what can't be used in "
+            f"{', '.join(followed)}: {reason(error)}"
+        ) from error
+
+
+def note(sentence: str) -> None:
+    print(f"query-experts: {sentence}", file=sys.stderr)
+
+
+def prompt_ids(prompt: str, tokenizer: Any, bos_token_id: int | None) -> list[int]:
+    """The ids to go on from: a prompt that is no token begins with the bos token. Raises SettingError without any."""
+    ids = tokenizer(prompt).input_ids
+    added = len(tokens_after_text(tokenizer))
+    ids = ids[: len(ids) - added]
+    if ids:
+        return ids
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos_token_id
+    if first is None:
+        raise SettingError(
+            f"prompt is {prompt!r}, which is no token to the checkpoint's tokenizer, and that has no bos_token to "
+            "begin with; it must hold text"
+        )
+    return [first]
+
+
+def eos_token_ids(checkpoint: str, model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every id that ends a text. Raises SettingError for what is no id."""
+    found: set[int] = set()
+    for named in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(isinstance(token, int) for token in ids):
+            raise SettingError(
+                f"checkpoint is {checkpoint}, whose eos_token_id is {named!r}; it must be an id or a list of ids"
+            )
+        found.update(ids)
+    return sorted(found)
+
+
+def follow_checkpoint(model: PreTrainedModel) -> list[str]:
+    """Leaves in the model's generation settings what the text follows, and notes what isn't used.
+
+    Returns the names of what is left.
+    """
+    asked = model.generation_config.to_diff_dict()
+    if unused := sorted(asked.keys() - {*FOLLOWED, *REPLACED}):
+        note(f"the checkpoint's generation_config.json sets {', '.join(unused)}, which this command doesn't use")
+    followed = {name: asked[name] for name in FOLLOWED if name in asked}
+    model.generation_config = GenerationConfig(**followed)
+    return [*followed]

@@ -15,7 +15,7 @@ import random
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from query_experts.common.checkpoints import load_tokenizer, load_whole
+from query_experts.common.checkpoints import load_tokenizer, load_whole, tokens_after_text
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders, write_json
@@ -163,7 +163,22 @@ class Scorer(HFLM):
             )
         return scores
 
+    @cached_property
+    def tokens_after_text(self) -> list[int]:
+        return tokens_after_text(self.tokenizer)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **named: Any) -> list[int]:
+        """The ids of a text, without those that the tokenizer puts after it: an answer goes on from a context."""
+        ids = super().tok_encode(string, add_special_tokens, **named)
+        added = [] if add_special_tokens is False else self.tokens_after_text
+        return ids[: len(ids) - len(added)] if added and ids[-len(added) :] == added else ids
+
     def generate_until(self, *options: Any, **named: Any) -> list[str]:
+        if self.tokenizer.eos_token_id is None:
+            raise SettingError(
+                "tasks ask for generated text, and the checkpoint's tokenizer has no eos_token to end one; they must "
+                "be tasks that only score texts"
+            )
         with self.length_errors_as_setting_errors():
             return super().generate_until(*options, **named)
 
@@ -172,6 +187,8 @@ class Scorer(HFLM):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The contexts of texts to generate -> token ids and mask, int64 [texts, longest]."""
         tokens, mask = super().tok_batch_encode(strings, *options, **named)
+        if added := self.tokens_after_text:
+            tokens, mask = tokens[:, : -len(added)], mask[:, : -len(added)]
         self.requests += len(strings)
         if left_truncate_len:
             self.truncated += int((mask.sum(-1) > left_truncate_len).sum())

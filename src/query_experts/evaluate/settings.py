@@ -71,7 +71,7 @@ class GenerateSettings(Settings):
     """
 
     checkpoint: Checkpoint = argument("folder of a GQE checkpoint, with its tokenizer")
-    prompt: Annotated[str, NotEmpty("hold text")] = option("def ", "beginning of the text", "text")
+    prompt: str = option("def ", "beginning of the text, which no chat template changes", "text")
     max_new_tokens: Count = option(100, "tokens to generate", "text")
     temperature: float = option(0.8, "temperature of the sampling; 0: always the most probable token", "text")
     seed: Seed = option(0, "seed of the sampling", "text")
