@@ -38,6 +38,8 @@ from query_experts.convert import source as source_module
 from query_experts.convert.folder import convert_folder
 from query_experts.convert.settings import ConvertSettings
 from query_experts.convert.source import CheckpointFolder
+from query_experts.data import tokenizing, windows
+from query_experts.data.windows import windows_of
 from query_experts.evaluate.harness import load_model
 from query_experts.study import distill
 from query_experts.study.distill import load_start, load_teacher, with_model_sizes
@@ -284,26 +286,25 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, dense, text, monkeypatch, ca
     assert [len({name.split(".")[2] for name in load_file(f) if "layers" in name}) for f in files] == [0, 1, 1]
 
 
-def test_long_text_is_not_tokenised_whole(dense, text, monkeypatch):
+def test_long_text_is_tokenised_as_far_as_it_is_needed_with_the_tokens_of_the_whole(dense, text, monkeypatch):
     given = []
 
-    class Watched:
-        def __init__(self, tokenizer):
-            self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+    def recorded(document):
+        for window in windows_of(document):
+            given.append(window)
+            yield window
 
-        def __call__(self, piece, **options):
-            given.append(piece)
-            return self.tokenizer(piece, **options)
-
-    monkeypatch.setattr(folder_module, "PIECE_CHARACTERS", 1000)
-    monkeypatch.setattr(folder_module, "load_fast_tokenizer", lambda name: Watched(AutoTokenizer.from_pretrained(name)))
+    monkeypatch.setattr(windows, "_WINDOW_CHARACTERS", 1000)
+    monkeypatch.setattr(windows, "_OVERLAP", 500)
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenizing, "windows_of", recorded)
     asked = ConvertSettings(str(dense), "out", 1, "expert", None, [text], 640, 16, "text", 0, "cpu")
-    assert folder_module.read_calibration_text(asked, dense, 16).shape == (40, 16)
+    found = folder_module.read_calibration_text(asked, dense, 16)
     with open(text, encoding="utf-8") as file:
         whole = file.read()
-    assert whole.startswith("".join(given))
-    assert {len(piece) for piece in given} == {1000}
-    assert len(given) < len(whole) / 2000
+    assert found.shape == (40, 16)
+    assert found.flatten().tolist() == AutoTokenizer.from_pretrained(dense)(whole).input_ids[:640]
+    assert 1 < len(given) < len(whole) / 2000
 
 
 @pytest.mark.parametrize("out", [".", "missing/..", "link", "empty", "new/folder"])
@@ -929,7 +930,9 @@ def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
     refused(["convert", dense / "config.json", out], "config.json, which is a file; it must be a model's folder")
 
 
-def test_generate_needs_nothing_of_generation_config_json_and_takes_text_alone(tmp_path, dense, refused, capsys):
+def test_generate_streams_whatever_generation_config_json_asks_for_and_takes_text_alone(
+    tmp_path, dense, refused, capsys
+):
     asks = {"num_beams": 4, "stop_strings": ["a"], "constraints": [1]}
     gqe = tmp_path / "gqe"
     assert main(["convert", str(dense), str(gqe), "--top_k", "1"]) == 0

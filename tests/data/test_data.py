@@ -19,7 +19,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from data_helpers import COMPRESS, all_documents, build, documents, refused, stored, table_bytes, texts_of, write_jsonl
-from query_experts.data import CorpusInfo, TokenSequences, readers, tokenizing
+from query_experts.data import CorpusInfo, TokenSequences, readers, tokenizing, windows
 from query_experts.data import corpus as corpus_module
 from query_experts.data.documents import SplitDocuments
 from query_experts.data.readers import python_source, read_file
@@ -435,7 +435,8 @@ def test_ids_beyond_sixteen_bits_are_stored_in_thirty_two(tmp_path):
 
 
 def test_a_document_of_several_pieces_has_one_end_and_its_exact_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizing, "_PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(windows, "_WINDOW_CHARACTERS", 500)
+    monkeypatch.setattr(windows, "_OVERLAP", 200)
     monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1200)
     texts = ["".join(f"{i} naïve 東京\n" for i in range(400)), "東" * 1700, "short " * 20, "x" * 500]
     assert all_documents(build(tmp_path, [write_jsonl(tmp_path / "x.jsonl", texts)])) == sorted(texts)

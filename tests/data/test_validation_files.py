@@ -167,7 +167,8 @@ def test_a_file_gives_whole_documents_up_to_the_limit_of_each_file(tmp_path, dat
 
 def test_only_a_first_document_that_is_longer_than_the_limit_is_cut_at_a_line_break(tmp_path, data, monkeypatch):
     monkeypatch.setattr(files_module, "FILE_TOKENS", 100)
-    monkeypatch.setattr("query_experts.data.tokenizing._PIECE_CHARACTERS", 40)
+    monkeypatch.setattr("query_experts.data.windows._WINDOW_CHARACTERS", 40)
+    monkeypatch.setattr("query_experts.data.windows._OVERLAP", 80)
     text = "".join(f"line {i} 東京\n" for i in range(50))
     validation = [write_jsonl(tmp_path / "x.jsonl", [text, "another"])]
     corpus = build(tmp_path, data, validation=validation, vocab_size=BYTES)

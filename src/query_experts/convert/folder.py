@@ -34,14 +34,13 @@ from query_experts.convert.settings import ConvertSettings
 from query_experts.convert.sidecar_files import check_sidecar_files, copy_sidecar_files, sidecar_bytes
 from query_experts.convert.source import CheckpointFolder, find_checkpoint, load_dense_config
 from query_experts.data.sources import find_sources
-from query_experts.data.tokenizing import load_fast_tokenizer
+from query_experts.data.tokenizing import load_fast_tokenizer, tokenize_documents
 from query_experts.model.configuration_gqe import GQEConfig
 
 TOKENS = 16_384  # of text to calibrate on, by default
 LENGTH = 512  # tokens of a sequence, by default, if the model takes that many
 BUILDING_NAME = ".{name}.{id}.part"  # of the folder that a conversion writes to
 LOCK_NAME = ".{name}.lock"  # of the file that keeps other conversions away
-PIECE_CHARACTERS = 2**16  # text that is tokenised at a time
 
 
 def convert_folder(settings: ConvertSettings) -> tuple[Plan, Report]:
@@ -237,13 +236,9 @@ def read_calibration_text(settings: ConvertSettings, folder: Path, longest: int)
     with errors_in_convert_terms(folder), TemporaryDirectory() as scratch:
         tokenizer = load_fast_tokenizer(str(folder))
         sources = find_sources(settings.calibrate)
-        for document in sources.texts(text_field, Path(scratch)):
-            for start in range(0, len(document), PIECE_CHARACTERS):  # in pieces, as a whole book would fill the memory
-                piece = document[start : start + PIECE_CHARACTERS]
-                ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
-                if len(ids) >= tokens:
-                    break
-            ids.append(tokenizer.eos_token_id)
+        texts = sources.texts(text_field, Path(scratch))
+        for piece in tokenize_documents((("train", text, 0) for text in texts), tokenizer):
+            ids += piece.ids
             if len(ids) >= tokens:
                 break
     sequences = min(len(ids), tokens) // length

@@ -13,13 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from query_experts.common.checkpoints import has_tokenizer, missing_on_hub
 from query_experts.common.errors import SettingError
 from query_experts.data.documents import Split
+from query_experts.data.windows import JoinedWindows, Window, windows_of
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end-of-text token
 TRAINING_BYTES = 10_000_000
 _PIECE_CHARACTERS = 1 << 20
 _BATCH_CHARACTERS = 1 << 21
-_BATCH_PIECES = 1024
+_BATCH_WINDOWS = 1024
 _OFF = "False"  # unlike a user's "false", so that this module recognises its own value
 
 
@@ -94,32 +95,41 @@ def tokenize_documents(
 ) -> Iterator[Tokens]:
     """The documents' tokens, in order; each document ends with the eos token.
 
-    Text that spells a special token is tokenised as text. A document of more than a million characters is tokenised in
-    pieces, cut at line breaks, which bounds memory. No tokens are added between pieces.
+    Text that spells a special token is tokenised as text. A document of more than a million characters comes in pieces,
+    which bounds memory. Their tokens are those of the whole document.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
     end = tokenizer.eos_token_id
+    joined = JoinedWindows(backend)
     with _parallel_tokenizers():
         for batch in _batches(documents):
-            encodings = backend.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
-            for (split, piece, last), encoding in zip(batch, encodings, strict=True):
-                ids = [*encoding.ids, end] if last else encoding.ids
-                yield Tokens(split, ids, len(piece.encode()), last)
+            whole = all(window.is_whole for _, window in batch)
+            encode = backend.encode_batch_fast if whole else backend.encode_batch  # the fast one has no offsets
+            encodings = encode([window.text for _, window in batch], add_special_tokens=False)
+            for (split, window), encoding in zip(batch, encodings, strict=True):
+                if window.is_whole:
+                    yield Tokens(split, [*encoding.ids, end], len(window.text.encode()), True)
+                    continue
+                pieces = [*joined.add(window, encoding)]
+                for number, (ids, text) in enumerate(pieces, 1):
+                    ends = window.last and number == len(pieces)
+                    yield Tokens(split, [*ids, end] if ends else ids, len(text.encode()), ends)
+                if window.last:
+                    joined = JoinedWindows(backend)
 
 
-def _batches(documents: Iterable[tuple[Split, str, int]]) -> Iterator[list[tuple[Split, str, bool]]]:
-    """Pieces of documents in batches of bounded size: (split, piece, whether the document ends with it)."""
-    batch: list[tuple[Split, str, bool]] = []
+def _batches(documents: Iterable[tuple[Split, str, int]]) -> Iterator[list[tuple[Split, Window]]]:
+    """The windows of documents in batches of bounded size."""
+    batch: list[tuple[Split, Window]] = []
     characters = 0
     for split, text, _ in documents:
-        pieces = list(_pieces(text))
-        for number, piece in enumerate(pieces, 1):
-            batch.append((split, piece, number == len(pieces)))
-            characters += len(piece)
-            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+        for window in windows_of(text):
+            batch.append((split, window))
+            characters += len(window.text)
+            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_WINDOWS:
                 yield batch
                 batch, characters = [], 0
     if batch:
