@@ -108,6 +108,15 @@ def test_what_cannot_be_followed_is_refused(checkpoint, refused, fields, words):
     refused(["generate", folder, "--device", "cpu", "--max_new_tokens", 2], f"checkpoint is {folder}", words)
 
 
+@pytest.mark.parametrize(
+    "content", [b'{"eos_token_id": [1', b"\xff", b"[" * 100_000, b"[1]"], ids=lambda text: str(text[:9])
+)
+def test_generation_settings_that_are_damaged_are_refused(checkpoint, refused, content):
+    folder = checkpoint("config.json")
+    (folder / "generation_config.json").write_bytes(content)
+    refused(["generate", folder], f"checkpoint is {folder}, whose generation_config.json ")
+
+
 # what the tokenizer makes of the prompt
 
 

@@ -83,15 +83,21 @@ def read_config_file(folder: Path, field: str) -> dict[str, Any]:
         raise SettingError(f"{field} is {folder}, which is a file; it must be a model's folder")
     if not path.is_file():
         raise SettingError(f"{field} is {folder}, which holds no config.json; it must be a model's folder")
+    return _read_object(path, field)
+
+
+def _read_object(path: Path, field: str) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint. Raises SettingError if it is none."""
+    whose = f"{field} is {path.parent}, whose {path.name}"
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SettingError(f"{field} is {folder}, whose config.json is damaged ({error})") from error
+        raise SettingError(f"{whose} is damaged ({error})") from error
     except OSError as error:
-        raise SettingError(f"{field} is {folder}, whose config.json can't be read ({error.strerror})") from error
-    if not isinstance(config, dict):
-        raise SettingError(f"{field} is {folder}, whose config.json holds no JSON object; it must be a model's")
-    return config
+        raise SettingError(f"{whose} can't be read ({error.strerror})") from error
+    if not isinstance(value, dict):
+        raise SettingError(f"{whose} holds no JSON object; it must be a model's")
+    return value
 
 
 def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, Any]:
@@ -179,10 +185,12 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
         field: the setting that names the checkpoint, for error sentences.
 
     Raises:
-        SettingError: if the checkpoint can't be loaded, lacks weights, has weights of another shape, has layers that
-            config.json doesn't have, or has weights that aren't finite.
+        SettingError: if the checkpoint can't be loaded, has a damaged generation_config.json, lacks weights, has
+            weights of another shape, has layers that config.json doesn't have, or has weights that aren't finite.
     """
     config = load_config(checkpoint, field)
+    if (generation := Path(checkpoint) / "generation_config.json").is_file():
+        _read_object(generation, field)  # Transformers passes over one that is damaged
     try:
         model, loading = kind.from_pretrained(
             checkpoint, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
