@@ -23,7 +23,8 @@ class DistillationTrainer(GQETrainer):
     across documents.
 
     Args:
-        *args, **kwargs: as for Transformers' Trainer.
+        *args: as for Transformers' Trainer.
+        **kwargs: as for Transformers' Trainer.
         teacher: a causal language model with the same vocabulary. Its logits are computed without gradients. It is set
             to eval mode, and moved to the model's device unless it is quantised or spread over several devices.
         weight: of the divergence, 0 to 1.

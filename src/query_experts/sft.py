@@ -36,7 +36,8 @@ class GQESFTTrainer(GQETrainer, _OwnLossSFTTrainer):
     It doesn't log TRL's metrics of the loss: entropy, mean_token_accuracy, aux_loss, num_tokens.
 
     Args:
-        *args, **kwargs: as for SFTTrainer.
+        *args: as for SFTTrainer.
+        **kwargs: as for SFTTrainer.
 
     Raises:
         ValueError: for a loss that replaces the model's: `loss_type="dft"`, label smoothing, `compute_loss_func`.

@@ -23,7 +23,8 @@ class GQETrainer(Trainer):
       is the task's loss, logged as `task_loss`.
 
     Args:
-        *args, **kwargs: as for Transformers' Trainer.
+        *args: as for Transformers' Trainer.
+        **kwargs: as for Transformers' Trainer.
 
     Raises:
         ImportError: for `use_liger_kernel` without liger-kernel.

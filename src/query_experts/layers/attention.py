@@ -64,7 +64,7 @@ class GQEAttention(nn.Module):
     """Causal self-attention whose query heads are experts, for any PyTorch model (arXiv 2606.20945, section 3).
 
     Args:
-        hidden_size: D.
+        hidden_size: D, the width of the model.
         num_query_experts: N, the query heads of all groups together.
         num_kv_heads: G, the groups.
         top_k: k, the experts that a token selects in each group.
