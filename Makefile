@@ -7,7 +7,8 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 
 OLDEST_TORCH ?= 2.11.0
 
-.PHONY: help compare bench gpu gpu-ladder test test-oldest test-quantized test-serve test-transformers lint format clean
+.PHONY: help compare bench gpu gpu-ladder test test-oldest test-base test-quantized test-serve test-transformers lint format \
+	hooks docs clean
 
 help:
 	@echo "make compare            train dense, static and gqe on this machine and report (ARGS='--preset small ...')"
@@ -16,10 +17,13 @@ help:
 	@echo "make gpu-ladder         the ladder's missing runs that fit into 8.5 minutes of a GPU (ARGS='--data FOLDER ...')"
 	@echo "make test               linter, type checker, tests"
 	@echo "make test-oldest        the tests on the oldest supported versions, in an environment of their own"
+	@echo "make test-base          builds the wheel, and tests it with the base dependencies alone"
 	@echo "make test-quantized     quantised loading (bitsandbytes, torchao), in an environment of its own"
 	@echo "make test-serve         the vLLM plug-in on real servers, in an environment of its own"
 	@echo "make test-transformers  Transformers' common model tests on our model"
 	@echo "make lint | format      the linter and the type checker | reformat"
+	@echo "make hooks              has git run the linter and the type checker before each commit (pre-commit)"
+	@echo "make docs               the pages and the public names as HTML, in build/docs; nothing is fetched to read them"
 
 compare: $(VENV)/.installed-study
 	$(BIN)/query-experts compare $(ARGS)
@@ -40,6 +44,15 @@ test: lint
 test-oldest: $(VENV)-oldest/.installed-$(OLDEST_TORCH)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+# the wheel is built from the source distribution, so that a file that either lacks is missed
+test-base:
+	rm -rf build/dist
+	$(PYTHON) -m venv --clear $(VENV)-base
+	$(VENV)-base/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt build
+	$(VENV)-base/bin/python -m build --outdir build/dist .
+	$(VENV)-base/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt build/dist/*.whl
+	$(VENV)-base/bin/python tests/base_install.py
+
 test-quantized: $(VENV)-quantized/.installed
 	OMP_NUM_THREADS=1 $(VENV)-quantized/bin/python -m pytest tests/integrations/test_quantized.py tests/integrations/test_page.py $(ARGS)
 
@@ -58,8 +71,18 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+hooks: $(VENV)/.installed-dev
+	$(INSTALL) pre-commit
+	$(BIN)/pre-commit install
+
+docs: $(VENV)/.installed-docs
+	rm -rf build/docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet --conf-dir dev/pages \
+		--doctree-dir build/doctrees . build/docs
+	@echo "The pages are in build/docs: open build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-quantized $(VENV)-serve .cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-base $(VENV)-quantized $(VENV)-serve .cache build
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON is %s; it must be 3.11 or newer" % sys.version)'
