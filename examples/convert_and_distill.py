@@ -26,18 +26,18 @@ from query_experts.convert import from_dense
 from query_experts.distillation import DistillationTrainer
 from query_experts.training import GQETrainer
 
-BATCH, LENGTH = 8, 128
+BATCH, LENGTH = 8, 64
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dense", type=Path, help="folder of a Llama, Mistral, Qwen2, Qwen3 or Phi-3 with its tokenizer")
 parser.add_argument("--text", type=Path, help="a file to train on; by default Python's standard library")
 parser.add_argument("--top-k", type=int, default=1, help="active experts in each group")
-parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--steps", type=int, default=150)
 parser.add_argument("--out", type=Path, default=Path("runs/example"))
 args = parser.parse_args()
 
 
-def arguments(learning_rate: float = 1e-3) -> TrainingArguments:
+def arguments(learning_rate: float = 3e-3) -> TrainingArguments:
     return TrainingArguments(
         args.out / "trainer", max_steps=args.steps, learning_rate=learning_rate, per_device_train_batch_size=BATCH,
         lr_scheduler_type="cosine", logging_steps=50, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -76,7 +76,7 @@ if args.dense:
     dense = AutoModelForCausalLM.from_pretrained(args.dense, dtype=torch.float32)
 else:
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=8,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, head_dim=32, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     dense = LlamaForCausalLM(config)
@@ -90,7 +90,7 @@ sparse = from_dense(dense, top_k=args.top_k, calibration=training[:64])  # the r
 losses = {"dense": held_out_loss(dense), "all experts active": held_out_loss(full)}
 losses[f"k = {args.top_k}, before training"] = held_out_loss(sparse)
 DistillationTrainer(
-    model=sparse, teacher=dense, weight=0.9, args=arguments(3e-4), train_dataset=examples(training)
+    model=sparse, teacher=dense, weight=0.9, args=arguments(1e-3), train_dataset=examples(training)
 ).train()  # fmt: skip
 losses[f"k = {args.top_k}, after training"] = held_out_loss(sparse)
 sparse.save_pretrained(args.out)

@@ -37,7 +37,7 @@ def tidy(axes: Axes, grid: str | None = "both") -> None:
     """Draws a thin frame on two sides and a faint grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[:].set_color(FAINT)
-    axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
+    axes.tick_params(which="both", colors=FAINT, labelcolor=INK, labelsize=9)
     axes.xaxis.label.set(color=INK, fontsize=9.5)
     axes.yaxis.label.set(color=INK, fontsize=9.5)
     axes.set_axisbelow(True)

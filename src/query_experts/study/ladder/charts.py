@@ -39,7 +39,7 @@ def law_figure(fit: Fit) -> Figure | None:
     panels = figure.subplots(2, 1, sharex=True, height_ratios=(1.2, 1)) if law else [figure.add_subplot()]
     for axes in panels:
         tidy(axes)
-        axes.set_xscale("log")
+        _log_scale(axes)
     for cell, own, mean in shown:
         look = _look(own.arm, cell)
         panels[0].plot([own.flops], [mean], linestyle="none", **look)
@@ -55,6 +55,15 @@ def law_figure(fit: Fit) -> Figure | None:
         panels[1].yaxis.set_major_formatter(_signed)
     _legend(figure, fit.arms)
     return figure
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic x axis with labels such as 3e+14, since the digits of an exponent would be too small to read."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
 def _look(arm: str, cell: Cell) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def _draw_law(panels: Sequence[Axes], fit: Fit, law: Law) -> None:
         last, parameters = own[-1], own[-1].size
         tokens = np.geomspace(0.8 * own[0].train_tokens, 1.25 * last.train_tokens, LINE_POINTS)
         flops = tokens * last.flops / last.train_tokens
-        look: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.7}
+        look: dict[str, Any] = {"linewidth": 1.1}
         losses = [law.best.loss(first, parameters, each) for each in tokens]
         panels[0].plot(flops, losses, color=ARM_COLOURS[first], **look)
         for arm in law.arms[1:]:
@@ -109,7 +118,7 @@ def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
     panels = figure.subplots(len(bases), 1, sharex=True, squeeze=False)[:, 0]
     for axes, base in zip(panels, bases, strict=True):
         tidy(axes)
-        axes.set_xscale("log")
+        _log_scale(axes)
         axes.axhline(0, color=INK, linewidth=1)
         axes.set_title(f"difference from {base}", fontsize=9.5, color=INK, loc="left")
         axes.yaxis.set_major_formatter(_signed)
@@ -139,7 +148,7 @@ def _draw_gaps(axes: Axes, arm: str, points: Sequence[GapPoint], axis: Axis, nud
             continue
         x = nudge * (point.compute if axis == "compute" else point.tokens)
         if difference.low is not None and difference.high is not None:
-            axes.plot([x, x], [difference.low, difference.high], color=colour, linewidth=1.2, alpha=0.55)
+            axes.plot([x, x], [difference.low, difference.high], color=colour, linewidth=1)
         axes.plot([x], [difference.mean], marker=MARKERS[arm], markersize=5, color=colour, linestyle="none",
                   markerfacecolor=colour if point.budget == 1 else "none")  # fmt: skip
 
@@ -148,7 +157,7 @@ def _join_rungs(axes: Axes, arm: str, points: Sequence[GapPoint], nudge: float) 
     for rung in dict.fromkeys(point.rung for point in points):
         own = [(nudge * point.tokens, point.gap.difference.mean)
                for point in points if point.rung == rung and point.gap.difference]  # fmt: skip
-        axes.plot(*zip(*own, strict=True), color=ARM_COLOURS[arm], linewidth=0.8, alpha=0.6)
+        axes.plot(*zip(*own, strict=True), color=ARM_COLOURS[arm], linewidth=0.8)
 
 
 def _frame(axes: Axes, points: Sequence[GapPoint]) -> None:

@@ -168,10 +168,10 @@ def _draw_difference(axes: Axes, y: float, arm: str, difference: PairedDifferenc
         return
     colour = ARM_COLOURS[arm]
     if difference.low is not None and difference.high is not None:
-        axes.plot([difference.low, difference.high], [y, y], color=colour, linewidth=1.8, alpha=0.55)
+        axes.plot([difference.low, difference.high], [y, y], color=colour, linewidth=1.2)
     axes.plot([difference.mean], [y], marker="|", markersize=13, markeredgewidth=2.2, color=colour)
     seeds = list(difference.differences.values())
-    axes.plot(seeds, [y] * len(seeds), linestyle="none", marker="o", markersize=4.5, color=colour, alpha=0.8)
+    axes.plot(seeds, [y] * len(seeds), linestyle="none", marker="o", markersize=4.5, color=colour)
 
 
 def prefill_figure(comparison: Comparison) -> Figure | None:
@@ -243,9 +243,12 @@ def load_figure(routing: RoutingLoad) -> Figure:
             _annotate_cell(axes, routing, layer, group, (group * pitch, floor))
     middles = [group * pitch + (experts - 1) / 2 for group in range(groups)]
     axes.set_yticks([floor + 0.5 for floor in floors], [f"layer {i}" for i in range(layers)])
-    axes.set_xticks(middles, [f"group {i}" for i in range(groups)])
-    axes.tick_params(length=0, labelsize=9 if groups <= 6 else 7)
+    axes.set_xticks(middles, [f"group {i}" if groups <= 6 else str(i) for i in range(groups)])
+    if groups > 6:
+        axes.set_xlabel("group")
+    axes.tick_params(length=0)
     axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("top")
     axes.set_xlim(-0.9, groups * pitch - 0.9)
     axes.set_ylim(-0.5, ROW_HEIGHT * (layers - 1) + 1.05)
     axes.spines[:].set_visible(False)
@@ -278,4 +281,4 @@ def _annotate_cell(axes: Axes, routing: RoutingLoad, layer: int, group: int, cor
     if len(routing.load[layer]) <= 8:
         entropy = text.fixed(routing.entropy[layer][group], 2)
         middle = x + (len(loads) - 1) / 2
-        axes.text(middle, floor - 0.08, entropy, ha="center", va="top", fontsize=7, color=FAINT)
+        axes.text(middle, floor - 0.08, entropy, ha="center", va="top", fontsize=9, color=FAINT)
