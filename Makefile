@@ -7,7 +7,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 
 OLDEST_TORCH ?= 2.11.0
 
-.PHONY: help compare bench gpu gpu-ladder test test-oldest test-base test-quantized test-serve test-transformers lint format \
+.PHONY: help compare bench gpu gpu-ladder test test-full test-oldest test-base test-quantized test-serve test-transformers lint format \
 	hooks docs clean
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make gpu                under ten minutes on a GPU: its tests and the sweep (ARGS=--dry: on a CPU, tiny)"
 	@echo "make gpu-ladder         the ladder's missing runs that fit into 8.5 minutes of a GPU (ARGS='--data FOLDER ...')"
 	@echo "make test               linter, type checker, tests"
+	@echo "make test-full          and the slow tests: pages in a browser, make docs, and more"
 	@echo "make test-oldest        the tests on the oldest supported versions, in an environment of their own"
 	@echo "make test-base          builds the wheel, and tests it with the base dependencies alone"
 	@echo "make test-quantized     quantised loading (bitsandbytes, torchao), in an environment of its own"
@@ -40,6 +41,9 @@ gpu-ladder: $(VENV)/.installed-study
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+test-full: lint $(VENV)/.installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "full or not full" $(ARGS)
 
 test-oldest: $(VENV)-oldest/.installed-$(OLDEST_TORCH)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
