@@ -11,7 +11,14 @@ import pytest
 from safetensors import SafetensorError
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import disk_errors_as_os_errors, parse_json, read_json, require_space, write_json
+from query_experts.common.files import (
+    disk_errors_as_os_errors,
+    parse_json,
+    read_json,
+    require_space,
+    write_json,
+    write_text,
+)
 
 
 def test_json_is_written_whole_with_its_folder_and_nothing_beside_it(tmp_path):
@@ -19,6 +26,13 @@ def test_json_is_written_whole_with_its_folder_and_nothing_beside_it(tmp_path):
     write_json(path, {"loss": 1.5, "name": "東京"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"loss": 1.5, "name": "東京"}
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+
+def test_a_name_that_is_not_utf8_is_no_reason_to_write_nothing(tmp_path):
+    write_text(tmp_path / "page.html", "data: caf\udce9.txt, 東京")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "data: caf?.txt, 東京"
+    write_json(tmp_path / "x.json", "caf\udce9.txt")
+    assert json.loads((tmp_path / "x.json").read_bytes()) == "caf\udce9.txt"
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):

@@ -18,10 +18,13 @@ from query_experts.common.errors import SettingError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text next to the target, then rename it into place. Creates the folder."""
+    """Write UTF-8 text next to the target, then rename it into place. Creates the folder.
+
+    `?` stands for what isn't UTF-8, as in the name of a file of text.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
 
 
