@@ -715,3 +715,45 @@ def test_weights_that_a_file_lacks_are_drawn_and_the_others_stay(tmp_path):
         assert tensor.isfinite().all()
         assert torch.equal(tensor, tensors[name]) != name.startswith(lacking)
     assert 0.1 < loaded[f"{lacking}router.weight"].std() < 0.6  # initializer_range is 0.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The router's dtype
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def float32_checkpoint(tmp_path):
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "float32")
+    return tmp_path / "float32", model.model.layers[0].self_attn.router.weight.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_loaded_router_has_the_model_s_dtype_and_float32_logits(float32_checkpoint, dtype):
+    """FSDP shards a layer only if all its parameters have one dtype."""
+    folder, weight = float32_checkpoint
+    model = GQEForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {model.dtype} == {dtype}
+    router, x = model.model.layers[0].self_attn.router, torch.randn(1, 3, 24).to(dtype)
+    assert torch.equal(router(x), x[0].float() @ weight.to(dtype).float().T)
+
+
+def test_a_router_asked_to_stay_in_float32_stays_exact_through_loading_and_saving(
+    float32_checkpoint, tmp_path, monkeypatch
+):
+    folder, weight = float32_checkpoint
+    monkeypatch.setattr(GQEForCausalLM, "_keep_in_fp32_modules_strict", ["router"])
+    model = GQEForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert {n for n, p in model.named_parameters() if p.dtype == torch.float32} == {
+        "model.layers.0.self_attn.router.weight"
+    }
+    ids = random_tokens(1, 5)
+    logits = model(ids, labels=ids).logits
+    assert logits.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "again")
+    again = GQEForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again.model.layers[0].self_attn.router.weight, weight)
+    assert torch.equal(again(ids).logits, logits)
