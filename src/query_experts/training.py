@@ -49,6 +49,7 @@ class GQETrainer(Trainer):
         self._logged_as = "lm_loss" if self.model.can_generate() else "task_loss"
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
+        self._lm_loss_state = self.state
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -67,8 +68,10 @@ class GQETrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         lm_loss = self.lm_loss(outputs, num_items_in_batch)
         if model.training:
-            if self._lm_loss_sum is None:
+            # each call of `train`, and each retry of auto_find_batch_size, has a state of its own
+            if self._lm_loss_sum is None or self._lm_loss_state is not self.state:
                 self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
+                self._lm_loss_state = self.state
             self._lm_loss_sum += lm_loss.detach() / self.averaged_losses(num_items_in_batch)
         else:
             loss = lm_loss * self.num_averaging_ranks(num_items_in_batch)
