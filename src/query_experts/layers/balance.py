@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -26,23 +27,24 @@ class RoutingStatistics:
 
 
 def routing_statistics(
-    router_logits: tuple[Tensor, ...], num_groups: int, top_k: int, token_mask: Tensor | None
+    router_logits: tuple[Tensor, ...], num_groups: int, top_k: int | Sequence[int], token_mask: Tensor | None
 ) -> RoutingStatistics:
     """Counts one forward pass.
 
     Args:
         router_logits: L tensors [B*T, N], float32 or float64, one per layer.
         num_groups: G.
-        top_k: k.
+        top_k: k, or the k of each layer.
         token_mask: [B, T], nonzero where a token counts, or None for all.
     """
     device, dtype = router_logits[0].device, router_logits[0].dtype
     count = token_mask.reshape(-1).to(device).ne(0).to(dtype) if token_mask is not None else None
     selected, prob_sum, z_sum = [], [], []
-    for logits in router_logits:
+    top_ks = [top_k] * len(router_logits) if isinstance(top_k, int) else top_k
+    for logits, k in zip(router_logits, top_ks, strict=True):
         grouped = logits.to(device).unflatten(-1, (num_groups, -1))  # [B*T, G, M]
         probs = grouped.softmax(-1)
-        chosen = F.one_hot(select_top_k(grouped.detach(), top_k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
+        chosen = F.one_hot(select_top_k(grouped.detach(), k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
         z = grouped.logsumexp(-1).square().mean(-1)  # [B*T]
         if count is not None:
             chosen, probs, z = chosen * count[:, None, None], probs * count[:, None, None], z * count

@@ -22,6 +22,7 @@ class RouterLosses:
     doesn't depend on how a batch is split.
     """
 
+    base_model: Any
     config: GQEConfig
     training: bool
     balance_window: BalanceWindow
@@ -44,9 +45,8 @@ class RouterLosses:
             num_tokens_in_batch: real tokens of the step.
         """
         config = self.config
-        statistics = routing_statistics(
-            router_logits, config.num_key_value_heads, config.active_query_experts, token_mask
-        )
+        top_k = [layer.self_attn.top_k for layer in self.base_model.layers[: len(router_logits)]]
+        statistics = routing_statistics(router_logits, config.num_key_value_heads, top_k, token_mask)
         here = statistics.tokens.clamp(min=1)
         items = total = None  # this micro-batch's and the step's tokens, or else labels
         if num_tokens_in_batch is not None:
@@ -54,15 +54,16 @@ class RouterLosses:
         elif num_items_in_batch is not None and num_items is not None:
             items, total = num_items.to(here), num_items_in_batch
 
+        if total is not None:
+            total = torch.as_tensor(total, device=here.device, dtype=here.dtype)
         selected, tokens = statistics.selected, statistics.tokens
         if self.training:
             window_items = items if items is not None else tokens
             selected, tokens, window_items = sum_over_ranks(selected, tokens, window_items)
             if total is not None:
-                total = torch.as_tensor(total, device=here.device, dtype=here.dtype)
                 ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
                 selected, tokens = self.balance_window.add(selected, tokens, window_items, total * ranks)
-        share = items / total if items is not None and total is not None else 1.0
+        share = items / total.clamp(min=1) if items is not None and total is not None else 1.0
         balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
         z_loss = statistics.z_sum.sum() / here
         return balance, share * (config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss)
