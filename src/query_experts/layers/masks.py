@@ -103,7 +103,8 @@ def causal_mask(
         layer_idx: the layer of the cache whose length counts.
 
     Raises:
-        ValueError: for a dtype or packed documents that flash attention can't serve.
+        ValueError: for a dtype or packed documents that flash attention can't serve, and for packed documents without
+            causality.
     """
     if is_empty(x):
         return None
@@ -114,7 +115,10 @@ def causal_mask(
     documents = None
     if position_ids is not None and (attention_mask is None or len(attention_mask.shape) == 2):
         documents = document_rule(x, attention_mask, cache, position_ids)
-    if materialise:
+    causal = getattr(config, "is_causal", True)  # Transformers' switch, which makes an encoder of a decoder
+    if documents is not None and not causal:
+        raise ValueError("is_causal is False, and position_ids restart; a row must then hold one document")
+    if materialise and causal:
         config = SDPA
     elif flash and documents is not None and position_ids is not None:
         return _flash_documents(position_ids, x.shape[0], attention_mask, cache)
