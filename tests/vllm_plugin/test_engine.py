@@ -123,7 +123,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(name, tmp_path: Path):
     refused(tmp_path, f"checkpoint lacks {name}; it must hold every tensor")
 
 
-@pytest.mark.parametrize(("name", "value"), [("sliding_window", 32), ("logit_scale", 0.5), ("is_causal", False)])
+@pytest.mark.parametrize(("name", "value"), [("logit_scale", 0.5), ("is_causal", False)])
 def test_a_field_that_vllm_alone_would_obey_is_refused(name, value, tmp_path: Path):
     save_checkpoint(tmp_path)
     change_config(tmp_path, **{name: value})

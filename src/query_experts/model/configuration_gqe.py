@@ -13,6 +13,8 @@ from query_experts.layers.validation import CONFIG_NAMES, check_layout, default_
 from query_experts.model.remote_code import AUTO_MAP, write_shim
 from query_experts.model.rotary import check_rope_parameters
 
+WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")  # which Transformers' caches obey in any model
+
 
 @strict
 class GQEConfig(LlamaConfig):
@@ -84,6 +86,11 @@ class GQEConfig(LlamaConfig):
         dropout = self.attention_dropout
         if not (is_number(dropout) and 0 <= dropout < 1):
             raise ValueError(f"attention_dropout is {dropout!r}; it must be a number, 0 or more and below 1")
+        for name in WINDOW_FIELDS:
+            if (window := getattr(self, name, None)) is not None:
+                raise ValueError(f"{name} is {window!r}; GQE has no such field, so it must be left out, or None")
+        if other := set(getattr(self, "layer_types", None) or ()) - {"full_attention"}:
+            raise ValueError(f"layer_types hold {min(other)!r}; in GQE all must be 'full_attention'")
 
     def validate_rope(self) -> None:
         """Part of strict validation, as Transformers', which warns of what gives NaN or an error later."""

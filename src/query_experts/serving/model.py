@@ -15,7 +15,7 @@ from query_experts.serving.attention import VLLMGQEAttention
 from query_experts.serving.sharding import output_projection_width, shard_for_ranks
 
 # fields of Llama that vLLM obeys and GQE doesn't have -> the value without effect
-UNSUPPORTED_FIELDS = {"sliding_window": None, "logit_scale": 1.0, "is_causal": True}
+UNSUPPORTED_FIELDS = {"logit_scale": 1.0, "is_causal": True}
 
 
 class VLLMGQEDecoderLayer(LlamaDecoderLayer):
