@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from query_experts.common.checkpoints import TOKENIZER_FILES, has_tokenizer, matches_any, reason
 from query_experts.common.errors import SettingError
-from query_experts.common.files import parse_json
+from query_experts.common.files import parse_json, write_json
 
 # patterns of the copied files, in lower case
 COPIED_FILES = (
@@ -56,3 +56,27 @@ def copy_sidecar_files(folder: Path, target: Path) -> None:
     templates = "additional_chat_templates"
     if (folder / templates).is_dir():
         shutil.copytree(folder / templates, target / templates)
+    keep_tokenizer_class(folder, target)
+
+
+def keep_tokenizer_class(folder: Path, target: Path) -> None:
+    """Name the tokenizer's class in the copy, where Transformers would load another one than for the dense model.
+
+    For some model types (Mistral, Phi-3, Qwen2) Transformers doesn't load the class that tokenizer_config.json names.
+    """
+    wanted = tokenizer_class(folder)
+    if wanted in (None, tokenizer_class(target)):
+        return
+    path = target / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, config | {"tokenizer_class": wanted})
+
+
+def tokenizer_class(folder: Path) -> str | None:
+    """The name of the class of a checkpoint's tokenizer; None if it has none, or it can't be loaded."""
+    if not has_tokenizer(str(folder)):
+        return None
+    try:
+        return type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+    except Exception:  # Transformers and tokenizers raise errors of any kind; `tokenizer_note` tells them
+        return None
