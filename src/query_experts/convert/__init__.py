@@ -126,6 +126,11 @@ class LoadedModel:
         self.config = model.config
         self.layers: list[dict[str, Tensor]] = [{} for _ in range(model.config.num_hidden_layers)]
         self.rest = model.state_dict()
+        if offloaded := next((name for name, tensor in self.rest.items() if tensor.is_meta), None):
+            raise SettingError(
+                f"model has no values in memory for {offloaded} (it is offloaded, or on the meta device); it must have "
+                "them for all weights"
+            )
         for name in list(self.rest):
             number, _, name_in_layer = name.removeprefix(LAYER_PREFIX).partition(".")
             if name.startswith(LAYER_PREFIX) and int(number) < len(self.layers):
