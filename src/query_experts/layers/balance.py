@@ -40,7 +40,7 @@ def routing_statistics(
     device, dtype = router_logits[0].device, router_logits[0].dtype
     count = token_mask.reshape(-1).to(device).ne(0).to(dtype) if token_mask is not None else None
     selected, prob_sum, z_sum = [], [], []
-    top_ks = [top_k] * len(router_logits) if isinstance(top_k, int) else top_k
+    top_ks = top_k if isinstance(top_k, Sequence) else [top_k] * len(router_logits)
     for logits, k in zip(router_logits, top_ks, strict=True):
         grouped = logits.to(device).unflatten(-1, (num_groups, -1))  # [B*T, G, M]
         probs = grouped.softmax(-1)
