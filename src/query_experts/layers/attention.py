@@ -138,7 +138,7 @@ class GQEAttention(nn.Module):
         output_bias = bias if output_bias is None else output_bias
         check_switches(bias=bias, output_bias=output_bias, qk_norm=qk_norm)
         num_query_experts, num_kv_heads, top_k, head_dim = map(int, (num_query_experts, num_kv_heads, top_k, head_dim))
-        self.hidden_size = hidden_size
+        self.hidden_size = int(hidden_size)
         self.num_query_experts = num_query_experts
         self.num_kv_heads = num_kv_heads
         self.experts_per_group = num_query_experts // num_kv_heads
