@@ -68,7 +68,7 @@ def keep_tokenizer_class(folder: Path, target: Path) -> None:
     if wanted in (None, tokenizer_class(target)):
         return
     path = target / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
     write_json(path, config | {"tokenizer_class": wanted})
 
 
