@@ -313,6 +313,7 @@ def test_the_console_command_is_installed():
     assert script.load() is main
 
 
+@pytest.mark.full
 def test_as_a_process_a_refusal_is_one_line_without_a_traceback(tmp_path, text):
     argv = options("train", tmp_path / "out", text, arm="sparse")
     done = subprocess.run([sys.executable, "-m", "query_experts.cli", *map(str, argv)], capture_output=True, text=True)

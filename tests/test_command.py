@@ -187,6 +187,7 @@ sys.exit(main())
     assert (process.returncode, error) == (130, "query-experts: stopped\n")
 
 
+@pytest.mark.full
 def test_ctrl_c_during_the_work_says_that_the_command_goes_on():
     code = """
 import sys
@@ -216,6 +217,7 @@ def run_without_a_reader(argv, env=ENVIRONMENT):
         os.close(writer)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "argv", [["--help"], ["--version"], ["compare", "--help"], ["train", "--preset", "small", "--help"]], ids=" ".join
 )
@@ -225,12 +227,14 @@ def test_help_that_nobody_reads_ends_quietly(argv, unbuffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.full
 def test_text_that_nobody_reads_ends_quietly():
     argv = ["generate", str(FIXTURES / "model"), "--prompt", "def ", "--max_new_tokens", "3", "--device", "cpu"]
     done = run_without_a_reader([*COMMAND, *argv])
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.full
 def test_a_report_that_nobody_reads_is_written_and_ends_quietly(tmp_path):
     shutil.copy(FIXTURES / "compare_finished" / "comparison.json", tmp_path)
     done = run_without_a_reader([*COMMAND, "report", str(tmp_path)])

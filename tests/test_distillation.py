@@ -149,6 +149,7 @@ def test_k_falls_one_by_one_and_reaches_its_end_in_time():
     assert [TopKSchedule(1, 0.9).at(step, 100, 10) for step in (9, 10, 79, 80, 89, 90)] == [10, 9, 3, 2, 2, 1]
 
 
+@pytest.mark.full
 def test_a_run_that_is_resumed_validates_as_one_that_was_not(tmp_path):
     """k falls during the run; a checkpoint in between must not be validated at another k."""
     teacher = model_of("dense").eval()

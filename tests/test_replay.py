@@ -81,7 +81,7 @@ FITTING = torch.tensor([1, 0, 4, 7])  # of a layer of tiny_model(active_query_ex
 
 
 @pytest.mark.parametrize("tokens", [(2, 12), (2, 14), (1, 13), (13, 2)])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_tokens_that_the_experts_arent_for_are_refused(tokens, compiled):
     model = tiny_model(active_query_experts=2)
     run = torch.compile(model, backend="eager") if compiled else model

@@ -254,7 +254,7 @@ def curves(trainer):
 
 
 @pytest.mark.parametrize("arm", ["dense", "gqe"])
-@pytest.mark.parametrize("warmup", [6, 3], ids=["in ZClip's warm-up", "after it"])
+@pytest.mark.parametrize("warmup", [pytest.param(6, marks=pytest.mark.full), 3], ids=["in ZClip's warm-up", "after it"])
 def test_a_run_resumed_from_its_checkpoint_at_step_4_ends_bit_equal_to_one_without_a_break(tmp_path, arm, warmup):
     whole = run(tmp_path / "whole", arm, warmup=warmup)
     with pytest.raises(Killed):

@@ -201,6 +201,7 @@ def test_the_correctness_check_covers_gqe_where_only_its_parts_are_timed(monkeyp
         check_correctness(replace(SMALL, arms=["dense"], suites=["parts"]), "cpu")
 
 
+@pytest.mark.full
 def test_a_compiled_arm_is_compiled_at_every_point(monkeypatch):
     """A Python profiler sees whether the layer's own code runs, as it does where Dynamo falls back to eager."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import gpu
 from query_experts.bench import settings as bench_settings
 from query_experts.bench.results import read_bench, read_gpu
@@ -36,6 +38,7 @@ def test_every_part_of_the_gpu_command_asks_for_what_bench_takes(monkeypatch):
     assert suites == set(SUITES)
 
 
+@pytest.mark.full
 def test_it_runs_with_torch_transformers_triton_and_pytest_only(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)  # in child processes too
     path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])

@@ -294,6 +294,7 @@ def test_the_library_and_the_benchmark_need_no_package_of_an_extra():
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.full
 def test_the_benchmark_runs_without_pydantic(tmp_path):
     argv = ["bench", "--preset", "tiny", "--suites", "prefill", "--lengths", "8", "--out", str(tmp_path)]
     run = f"from query_experts.cli import main\nsys.exit(main({argv!r}))"

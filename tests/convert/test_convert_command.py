@@ -387,6 +387,7 @@ def test_when_it_is_ended_nothing_is_left(tmp_path, dense, monkeypatch, capsys, 
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("there", [True, False])
 def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, dense, refused, there):
     out = tmp_path / "out"
@@ -1005,6 +1006,7 @@ def test_what_an_error_says_is_cut_but_not_to_nothing():
     assert checkpoints.reason(ValueError("a\n  b")) == "a b"
 
 
+@pytest.mark.full
 def test_as_a_process_a_refusal_is_one_line(tmp_path):
     argv = [sys.executable, "-m", "query_experts.cli", "convert", str(tmp_path / "no"), str(tmp_path / "out")]
     done = subprocess.run(argv, capture_output=True, text=True)

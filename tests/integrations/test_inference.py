@@ -101,7 +101,9 @@ class Logits(torch.nn.Module):
         ).logits
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=setting_id)
+@pytest.mark.parametrize(
+    "setting", [SETTINGS[0], *(pytest.param(each, marks=pytest.mark.full) for each in SETTINGS[1:])], ids=setting_id
+)
 def test_the_model_exports_for_any_length(setting):
     ids = [{"input_ids": random_tokens(2, length)} for length in (16, 3, 40)]
     assert_exports(Logits(tiny_model(**setting)), ids[0], {"input_ids": {1: LENGTH}}, ids)
@@ -113,12 +115,15 @@ def padded(length):
     return {"input_ids": random_tokens(2, length), "attention_mask": mask, "position_ids": positions_of(mask)}
 
 
+@pytest.mark.full
 def test_the_model_exports_with_padding_and_positions():
     shapes = {name: {1: LENGTH} for name in ("input_ids", "attention_mask", "position_ids")}
     assert_exports(Logits(tiny_model()), padded(16), shapes, [padded(length) for length in (16, 4, 40)])
 
 
-@pytest.mark.parametrize("setting", [{}, {"variant": "hard_concat"}], ids=setting_id)
+@pytest.mark.parametrize(
+    "setting", [{}, pytest.param({"variant": "hard_concat"}, marks=pytest.mark.full)], ids=setting_id
+)
 def test_a_step_of_decoding_over_a_static_cache_exports(setting):
     model, ids = tiny_model(**setting), random_tokens(1, 9)
     model.generation_config = GenerationConfig(

@@ -94,6 +94,7 @@ def test_the_wheel_holds_each_file_of_the_package_and_no_other(wheel):
     assert information + "licenses/LICENSE" in held
 
 
+@pytest.mark.full
 def test_the_installed_wheel_is_what_is_imported_and_it_works(environment, tmp_path):
     said = run(environment / "bin" / "python", "-c", USE, cwd=tmp_path)
     assert str(ROOT) not in said

@@ -319,7 +319,7 @@ def train_one_step(trainer_class, directory, rows: int, data: Rows, steps: int =
 
 @pytest.mark.parametrize("trainer", [Trainer, GQETrainer])
 @pytest.mark.parametrize("rows", [2, 1])
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_the_trainer_gives_the_same_parameters_with_and_without_accumulation(trainer, rows, steps, tmp_path):
     ids = random_tokens(1, 12).repeat(8 * steps, 1)
     data = Rows(input_ids=ids, labels=ids)

@@ -73,6 +73,7 @@ def test_a_training_step_of_a_classifying_head_is_one_graph():
     assert_same_tensors(grads, expected[1])
 
 
+@pytest.mark.full
 def test_a_training_step_compiled_by_inductor_is_the_same():
     exact, model = one_layer().train(), one_layer(dtype=torch.float32).train()  # torch 2.11 fails on float64 here
     expected = trained(exact, exact, **padded())
@@ -90,6 +91,7 @@ def test_a_fresh_model_compiles_without_an_eager_pass_before():
         assert_same_tensors(grads, expected[1])
 
 
+@pytest.mark.full
 def test_a_compiled_training_step_keeps_packed_documents_apart():
     model = one_layer().train()
     ids = random_tokens(2, 20)
@@ -101,6 +103,7 @@ def test_a_compiled_training_step_keeps_packed_documents_apart():
     assert_same_tensors(grads, expected[1])
 
 
+@pytest.mark.full
 def test_the_balance_window_spans_compiled_micro_batches_without_recompiling_for_each():
     eager, model = one_layer().train(), one_layer().train()
     counter = CompileCounterWithBackend("aot_eager")
@@ -138,7 +141,7 @@ def decode_masks(padded: bool) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.full), True])
 @each_setting
 @torch.no_grad()
 def test_a_compiled_decoding_step_is_one_graph_for_every_position(setting, masked):

@@ -396,6 +396,7 @@ def test_the_eager_backends_gradients_are_sdpas(setting):
     assert_same_tensors(*(gradients(model) for model in models), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.full
 def test_compiled_flex_attention_is_as_near_to_float64_as_eager_attention_is():
     ids, mask, _ = right_padded()
     with torch.no_grad():

@@ -318,7 +318,9 @@ class Killed(BaseException):
     """No error that any handler would catch."""
 
 
-@pytest.mark.parametrize(("step", "left"), [(2, 6), (4, 3), (6, 3)])
+@pytest.mark.parametrize(
+    ("step", "left"), [pytest.param(2, 6, marks=pytest.mark.full), (4, 3), pytest.param(6, 3, marks=pytest.mark.full)]
+)
 def test_a_run_killed_in_mid_training_goes_on_and_ends_as_without_the_kill(
     finished, tmp_path, monkeypatch, begun, step, left
 ):
@@ -387,6 +389,7 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(
     assert not checkpoints.exists()  # of no use to a finished run
 
 
+@pytest.mark.full
 def test_a_long_run_killed_between_two_logs_logs_the_same_means(tmp_path, monkeypatch):
     """From 100 steps on there is not a log for each step, and a checkpoint may fall between two."""
     changes = {"steps": 100, "evaluations": 4, "num_hidden_layers": 1, "validation_sequences": 1}
@@ -452,6 +455,7 @@ def test_a_comparison_goes_on_without_an_arm_that_diverged_and_says_so(tmp_path,
         assert "gqe diverged with seed 0" in text
 
 
+@pytest.mark.full
 def test_prefill_is_measured_once_for_each_length_and_anew_for_other_models(folder, finished, monkeypatch):
     timed = []
     original = prefill_module.time_prefill
@@ -622,6 +626,7 @@ def test_files_of_other_kinds_are_counted_and_said(tmp_path):
     assert "1 document, " in said(console)
 
 
+@pytest.mark.full
 def test_prefill_of_other_models_is_measured_anew_though_their_folders_have_the_same_names(folder, monkeypatch):
     before = comparison_of(folder)["prefill"]["seconds"]
     shutil.rmtree(folder / "out" / "runs")
@@ -668,7 +673,13 @@ def test_a_trained_model_that_is_missing_is_named(folder):
         compare(tiny_compare(folder), quiet())
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        *(pytest.param(each, marks=pytest.mark.full) for each in ("optimizer.pt", "scheduler.pt", "rng_state.pth")),
+    ],
+)
 def test_a_checkpoint_with_a_file_cut_short_is_passed_over(finished, tmp_path, monkeypatch, begun, name):
     shutil.copy(finished / "text.txt", tmp_path)
     with monkeypatch.context() as patch:

@@ -206,7 +206,9 @@ def test_on_paper_the_page_is_dark_on_white_with_nothing_cut_off_or_folded(opene
     page = opened(SHEET, color_scheme=scheme)
     page.emulate_media(media="print")
     assert not page.evaluate(WIDER)
-    cut = "found => found.filter((each) => each.scrollWidth > each.clientWidth + 1).map((e) => e.outerHTML.slice(0, 90))"
+    cut = (
+        "found => found.filter((each) => each.scrollWidth > each.clientWidth + 1).map((e) => e.outerHTML.slice(0, 90))"
+    )
     assert not page.eval_on_selector_all(".scroll", cut)
     assert page.locator("details table").first.is_visible()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

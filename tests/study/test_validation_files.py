@@ -148,6 +148,7 @@ def test_a_comparison_holds_the_files_and_its_page_names_them(tmp_path, files):
     assert re.search(r"validation files\s+name: a, documents: 1, tokens: [\d,]+, bytes: [\d,]+, name: b, ", page)
 
 
+@pytest.mark.full
 def test_a_run_goes_on_with_its_files_and_with_the_folder_of_tokens_instead(tmp_path, files):
     settings = {"validation": files, "validation_sequences": None}
     assert train(tiny_train(tmp_path, out=str(tmp_path / "whole"), **settings), quiet())

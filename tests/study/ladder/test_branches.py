@@ -49,7 +49,7 @@ def facts(result) -> dict:
     return {name: value for name, value in values.items() if name not in ("train_seconds", "tokens_per_s", "pieces")}
 
 
-@pytest.mark.parametrize("arm", ["dense", "gqe"])
+@pytest.mark.parametrize("arm", [pytest.param("dense", marks=pytest.mark.full), "gqe"])
 def test_every_branch_equals_the_straight_run_of_its_budget_bit_for_bit(place, tmp_path, arm):
     corpus = corpus_of(place[0])
     losses = {}
@@ -66,6 +66,7 @@ def test_every_branch_equals_the_straight_run_of_its_budget_bit_for_bit(place, t
     assert len({*losses.values()}) == 3
 
 
+@pytest.mark.full
 def test_a_branch_goes_on_from_the_stable_part_before_it(place, tmp_path, monkeypatch):
     corpus, begun = corpus_of(place[0]), []
     real = branches.train_from
@@ -79,6 +80,7 @@ def test_a_branch_goes_on_from_the_stable_part_before_it(place, tmp_path, monkey
     ]  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lost", ["nothing", "forks", "all checkpoints"])
 def test_a_branch_that_was_stopped_ends_as_if_it_had_not_been(place, tmp_path, lost):
     corpus = corpus_of(place[0])
@@ -112,6 +114,7 @@ class StopAfterLogs(StopRequest):
         return self.left < 0
 
 
+@pytest.mark.full
 def test_a_model_that_trained_another_seed_before_gives_the_same(place, tmp_path):
     corpus = corpus_of(place[0])
     fresh = trained(branch(place, tmp_path / "a", 0.25, seed=1), corpus)
@@ -122,6 +125,7 @@ def test_a_model_that_trained_another_seed_before_gives_the_same(place, tmp_path
     assert all(torch.equal(value, again[1][name]) for name, value in fresh[1].items())
 
 
+@pytest.mark.full
 def test_a_compiled_branch_resumes_bit_for_bit(place, tmp_path):
     corpus = corpus_of(place[0])
     whole = trained(branch(place, tmp_path / "whole", 0.25, compile=True), corpus)
@@ -140,6 +144,7 @@ WRAPS_AGAIN = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=WRAPS_AGAIN)])
 def test_a_model_is_compiled_once_for_all_seeds_and_budgets(place, tmp_path, dtype):
     corpus, compiled = corpus_of(place[0]), []
@@ -183,6 +188,7 @@ def test_a_run_that_diverges_is_a_result_without_a_loss(place, tmp_path):
     assert 0 < result.diverged_at_tokens <= branch(place, tmp_path, 0.25).settings.steps * 32
 
 
+@pytest.mark.full
 def test_a_budget_that_is_added_later_does_not_go_on_from_a_later_stable_part(place, tmp_path):
     corpus = corpus_of(place[0])
     alone = trained(branch(place, tmp_path / "alone", 0.5), corpus)

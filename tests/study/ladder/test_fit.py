@@ -43,6 +43,7 @@ def test_a_law_of_one_arm_is_found_again():
     assert pytest.approx(E, abs=1e-3) == found.best.E
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("rungs", "scatter"), [(SEEDS, 0.0), (SEEDS, 0.02), (FIVE, 0.02)])
 def test_most_intervals_hold_the_true_law_where_rungs_scatter_too(rungs, scatter):
     """19 of 20 in the mean over more ladders; here at least two thirds of each kind, and nine of ten of all."""
@@ -320,6 +321,7 @@ def test_a_line_predicts_no_largest_rung_that_has_only_a_part_of_its_tokens():
     assert {each.by for each in found} == {"law"}  # which knows what fewer tokens do
 
 
+@pytest.mark.full
 def test_extrapolations_of_nothing_are_not_known():
     """19 of 20 intervals hold zero; the limit allows for chance, as those of one ladder aren't independent."""
     fits = [fit_ladder(ladder(FLAT, random=random)) for random in range(3)]
@@ -335,6 +337,7 @@ def test_a_large_gap_that_grows_is_known_far_away_by_its_line():
     assert {each.gap.known for each in fit.extrapolations if each.by == "line"} == {"lower"}
 
 
+@pytest.mark.full
 def test_runs_that_diverged_change_no_fit():
     results = ladder(FLAT, rungs=FOUR)
     more = [run("gqe", rung, seed=90, budget=budget, loss=None) for rung in FOUR for budget in (0.25, 1.0)]

@@ -145,6 +145,7 @@ def test_a_run_that_would_not_end_in_time_leaves_no_result_and_its_rung_is_not_b
     assert "large-dense-seed0 is given up" in words
 
 
+@pytest.mark.full
 def test_what_is_measured_on_another_device_or_beside_others_predicts_nothing(tmp_path):
     file = write_ladder(tmp_path, **TWO)
     run_queue(scaling(file), quiet())
@@ -179,6 +180,7 @@ def test_compiling_counts_where_an_arm_is_not_compiled_yet():
     assert Rates(queue, []).warm_up(dense) == 0.0
 
 
+@pytest.mark.full
 def test_an_unmeasured_run_says_what_is_assumed(tmp_path, monkeypatch):
     file, console = write_ladder(tmp_path, **TWO), quiet()
     monkeypatch.setattr(worker, "peak", lambda hardware: 1e9)
@@ -190,6 +192,7 @@ def test_an_unmeasured_run_says_what_is_assumed(tmp_path, monkeypatch):
 # one file
 
 
+@pytest.mark.full
 def test_collected_results_are_those_of_separate_files(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     one.mkdir(), other.mkdir()
@@ -219,6 +222,7 @@ def test_a_file_of_results_refuses_a_key_twice_and_paths(tmp_path):
     assert [result.seed for result in read_files([file])] == [0, 1]
 
 
+@pytest.mark.full
 def test_results_of_other_tokens_are_refused(tmp_path, monkeypatch):
     file = write_ladder(tmp_path, **TWO)
     run_queue(scaling(file), quiet())
@@ -281,6 +285,7 @@ def test_options_of_another_action_and_values_that_cannot_be_are_refused(tmp_pat
 # processes beside one another
 
 
+@pytest.mark.full
 def test_a_machine_with_tokens_and_few_packages_takes_each_run_once_in_two_processes(tmp_path):
     plan = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 2}]}
     alone, both = tmp_path / "alone", tmp_path / "both"
@@ -328,6 +333,7 @@ def test_a_last_run_that_is_alone_counts_as_alone(tmp_path):
     assert {result["beside"] for result in results_of(tmp_path).values()} == {1}
 
 
+@pytest.mark.full
 def test_a_signal_goes_on_to_the_processes_which_save(tmp_path):
     class WhenReady(StopRequest):
         """Asked as soon as the processes listen."""
@@ -344,6 +350,7 @@ def test_a_signal_goes_on_to_the_processes_which_save(tmp_path):
     assert len([*tmp_path.glob("saved-*")]) == 2
 
 
+@pytest.mark.full
 def test_a_process_that_cannot_work_says_so(capfd):
     assert run_beside(refuse, (), 2, StopRequest()) == [2, 2]
     assert capfd.readouterr().err.count("steps is 0; it must be 1 or more") == 2

@@ -29,6 +29,7 @@ FEW = {
     "only a quarter": ladder(ARMS_SHOWN, rungs=dict.fromkeys(SEEDS, 3), budgets=(0.25,)),
     "all diverged": [run(arm, loss=None, seed=seed) for arm in ("dense", "gqe") for seed in range(3)],
 }
+QUICK = ("nothing", "one run", "one rung")
 
 
 def whole():
@@ -98,12 +99,13 @@ def test_the_page_lists_what_is_missing_and_escapes_it(page):
     assert "d192: 2 runs of &lt;gqe-m8&gt;." in page
 
 
+@pytest.mark.full
 def test_the_same_results_give_the_same_bytes(results, fit, page, tmp_path):
     write_page(results, fit, tmp_path / "again.html", ["d192: 2 runs of <gqe-m8>."])
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in FEW])
 def test_terminal_and_page_work_on_whatever_there_is(name, tmp_path):
     few = fit_ladder(FEW[name])
     write_page(FEW[name], few, tmp_path / "ladder.html")

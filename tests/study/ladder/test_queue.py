@@ -112,6 +112,7 @@ def test_results_of_one_tag_only_stand_in_a_rung_that_is_not_complete(tmp_path, 
         run_queue(scaling(other), quiet())
 
 
+@pytest.mark.full
 def test_hours_stop_a_run_that_goes_on_later(tmp_path):
     file = write_ladder(tmp_path, **ONE)
     assert not run_queue(scaling(file, hours=1e-7), quiet())
@@ -119,6 +120,7 @@ def test_hours_stop_a_run_that_goes_on_later(tmp_path):
     assert run_queue(scaling(file), quiet())
 
 
+@pytest.mark.full
 def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
     plan = {"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": 1}], "tokens_per_parameter": 2}
     changed = {"rungs": {"small": RUNG | {"learning_rate": 0.01}, "large": RUNG}}
@@ -140,6 +142,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
     assert results_of(tmp_path) == alone
 
 
+@pytest.mark.full
 def test_minutes_leave_out_runs_that_would_not_end_in_time(tmp_path):
     file = write_ladder(tmp_path, plan=[{"rungs": ["small"], "arms": ["dense"], "seeds": 2}])
     run_queue(scaling(file), quiet())
@@ -151,6 +154,7 @@ def test_minutes_leave_out_runs_that_would_not_end_in_time(tmp_path):
     assert run_queue(scaling(file, minutes=seconds + 10), quiet())
 
 
+@pytest.mark.full
 def test_rates_of_other_runs_stand_in_by_their_flops(tmp_path):
     file = write_ladder(tmp_path)
     run_queue(scaling(file, only=["small", "dense"]), quiet())
@@ -197,6 +201,7 @@ def command(file: Path, *more: str) -> list[str]:
             "--out", str(file.parent / "out"), *more]  # fmt: skip
 
 
+@pytest.mark.full
 def test_two_workers_and_kills_at_random_moments_give_the_results_of_one_quiet_worker(tmp_path):
     plan = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 2}], "tokens_per_parameter": 2}
     quiet_one, killed = tmp_path / "one", tmp_path / "killed"
@@ -217,6 +222,7 @@ def test_two_workers_and_kills_at_random_moments_give_the_results_of_one_quiet_w
     assert results_of(killed) == results_of(quiet_one)
 
 
+@pytest.mark.full
 def test_each_run_of_a_sweep_trains_a_model_with_its_own_values(tmp_path):
     vary = {"router_aux_loss_coef": [0.0, 10.0]}
     file = write_ladder(tmp_path, plan=[{"rungs": ["small"], "arms": ["gqe"], "seeds": 1, "vary": vary}])
@@ -226,6 +232,7 @@ def test_each_run_of_a_sweep_trains_a_model_with_its_own_values(tmp_path):
     assert whole[0]["routing"]["load"] != whole[1]["routing"]["load"]
 
 
+@pytest.mark.full
 def test_a_routed_run_that_diverges_is_kept_as_such_and_the_queue_goes_on(tmp_path):
     vary = {"learning_rate": [1e6, 0.002]}
     file = write_ladder(tmp_path, plan=[{"rungs": ["small"], "arms": ["gqe"], "seeds": 1, "vary": vary}])
@@ -236,6 +243,7 @@ def test_a_routed_run_that_diverges_is_kept_as_such_and_the_queue_goes_on(tmp_pa
         assert (result["validation_loss"] is None) == (result["settings"]["learning_rate"] == 1e6)
 
 
+@pytest.mark.full
 def test_every_model_of_a_worker_is_compiled_however_many_there_are():
     torch._dynamo.reset()
     settings = RunSettings(**LADDER["settings"] | RUNG, compile=True)
@@ -265,6 +273,7 @@ def test_an_action_that_does_not_exist_is_refused(tmp_path, capsys):
     assert "action is 'start'; it must be run, status, fit, report" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_the_same_tokens_made_twice_are_found_without_their_texts(tmp_path):
     file = write_ladder(tmp_path, **ONE)
     run_queue(scaling(file), quiet())
