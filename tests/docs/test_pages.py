@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "dev" / "LOG.md", *DOCS]
+OTHERS = ("CHANGELOG.md", "CONTRIBUTING.md", "dev/LOG.md", "examples/README.md")
+PAGES = [README, *(ROOT / name for name in OTHERS), *DOCS]
 FORBIDDEN = re.compile("wake|woke|waking|asleep|sleeping|starved", re.IGNORECASE)
 ON_DISK = re.compile(r"woken_experts|woken-cpu|all-awake|[\"`]woken[\"`]")  # keys and names of committed results
 
@@ -63,8 +64,9 @@ def test_a_page_has_a_thousand_words_at_most_outside_tables_and_code(page):
 
 def test_no_file_uses_a_forbidden_word():
     """Routers select, and heads are active. Names in committed result files are the only exceptions."""
-    files = {path for folder in ("src", "tests", "benchmarks", "docs") for path in (ROOT / folder).rglob("*")}
-    text = (".py", ".md", ".yaml", ".j2", ".svg", ".ini")
+    folders = ("src", "tests", "benchmarks", "docs", "examples")
+    files = {path for folder in folders for path in (ROOT / folder).rglob("*")}
+    text = (".py", ".md", ".yaml", ".j2", ".svg", ".ini", ".ipynb")
     files = {path for path in files if path.suffix in text} - {Path(__file__).resolve()}
     found = []
     for path in sorted({*files, *PAGES}):

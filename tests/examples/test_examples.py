@@ -1,10 +1,15 @@
-"""The scripts and the notebook of examples/ run, and show what their page says."""
+"""The scripts and the notebook of examples/ run, and show what their page says. (serve.py: tests/vllm_plugin.)"""
 
 import ast
+import contextlib
+import io
+import itertools
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,64 +18,108 @@ from study_helpers import write_text
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NOTEBOOK = EXAMPLES / "routing.ipynb"
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
+ONE_LINE = re.compile(r"^CHECKPOINT = None", re.MULTILINE)
 
 
-@pytest.fixture
-def shown(monkeypatch, capsys):
-    """Runs a script in this process; what it printed."""
-
-    def run(name, *argv):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+def printed_by(name, *argv):
+    """Runs a script in this process. -> what it printed."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", [name, *map(str, argv)]), contextlib.redirect_stdout(out):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
+    return out.getvalue()
 
 
-def losses_of(printed):
-    lines = [line.removeprefix("held-out loss, ").rsplit(": ", 1) for line in printed.splitlines() if "loss, " in line]
-    return {name: float(loss) for name, loss in lines}
+def cells(kind):
+    return [
+        "".join(cell["source"])
+        for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
+        if kind == cell["cell_type"]
+    ]
 
 
-def test_the_layer_trains_in_a_plain_loop_and_every_load_is_printed(shown, text):
-    lines = shown("train_layer.py", "--text", text, "--steps", 2).splitlines()
+def run_notebook(checkpoint):
+    """Runs the notebook's code with a checkpoint, or with one step of training. -> its names."""
+    names = {}
+    for code in cells("code"):
+        code = ONE_LINE.sub(f"CHECKPOINT = {checkpoint and str(checkpoint)!r}", code).replace(
+            "STEPS = 150", "STEPS = 1"
+        )
+        *before, last = ast.parse(code).body
+        exec(compile(ast.Module(before, []), str(NOTEBOOK), "exec"), names)
+        if isinstance(last, ast.Expr):
+            names["shown"] = eval(ast.unparse(last), names)
+            if hasattr(names["shown"], "_repr_html_"):
+                names["page"] = names["shown"]._repr_html_()
+        else:
+            exec(ast.unparse(last), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def distilled(text, tmp_path_factory):
+    """What convert_and_distill.py prints, and the folder that it writes."""
+    folder = tmp_path_factory.mktemp("example")
+    return printed_by("convert_and_distill.py", "--text", text, "--steps", 2, "--out", folder), folder
+
+
+def test_the_layer_trains_in_a_plain_loop_and_every_load_is_printed(text):
+    lines = printed_by("train_layer.py", "--text", text, "--steps", 2).splitlines()
     assert lines[0].startswith("step 2: loss ")
     assert lines[1].startswith("held-out loss: ")
     loads = [line.partition("group: ")[2].split(" | ") for line in lines[2:]]
     assert [len(layer) for layer in loads] == [4] * 4
-    for group in sum(loads, []):
+    for group in itertools.chain(*loads):
         assert sum(int(share.rstrip("%")) for share in group.split()) in (99, 100, 101)
 
 
 @pytest.mark.parametrize("script", ["train_layer.py", "convert_and_distill.py"])
-def test_a_text_that_is_too_short_is_refused_in_one_sentence(shown, script, tmp_path, capsys):
+def test_a_text_that_is_too_short_is_refused_in_one_sentence(script, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        shown(script, "--text", write_text(tmp_path / "text.txt", lines=2))
+        printed_by(script, "--text", write_text(tmp_path / "text.txt", lines=2))
     assert "--text holds" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_dense_llama_is_made_converted_and_distilled(shown, text, tmp_path):
-    printed = shown("convert_and_distill.py", "--text", text, "--steps", 6, "--out", tmp_path)
-    losses = losses_of(printed)
+def test_a_dense_llama_is_made_converted_and_distilled(distilled):
+    printed, folder = distilled
+    found = [line.removeprefix("held-out loss, ").rsplit(": ", 1) for line in printed.splitlines() if "loss, " in line]
+    losses = {name: float(loss) for name, loss in found}
     assert list(losses) == ["dense", "all experts active", "k = 1, before training", "k = 1, after training"]
     assert losses["all experts active"] == losses["dense"]
     assert losses["k = 1, after training"] != losses["k = 1, before training"]
-    assert GQEForCausalLM.from_pretrained(tmp_path).config.active_query_experts == 1
-    assert last_cells(f'CHECKPOINT = "{tmp_path}"')["layers"] == 2
+    assert GQEForCausalLM.from_pretrained(folder).config.active_query_experts == 1
 
 
-def last_cells(first_line):
-    """Runs the notebook's code, with its first line replaced. -> its names; what each cell shows under its number."""
-    names = {}
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
-    for number, cell in enumerate(cells):
-        source = "".join(cell["source"])
-        if number == 0:
-            source = "\n".join([first_line, "STEPS = 1"])
-        tree = ast.parse(source)
-        *before, last = tree.body
-        exec(compile(ast.Module(before, []), f"cell {number}", "exec"), names)
-        shows = isinstance(last, ast.Expr)
-        names[number] = eval(ast.unparse(last), names) if shows else exec(ast.unparse(last), names)
-    return names
+def test_the_notebook_shows_the_routing_of_a_tiny_model_that_it_trains():
+    names = run_notebook(None)
+    assert names["load"].sum(-1).allclose(names["load"].new_tensor(1.0))
+    assert 0 < names["entropy"].min() <= names["entropy"].max() <= 1 + 1e-6
+    assert names["page"].count("<h4>") == names["groups"] == 2
+    assert names["page"].count("<span") == 2 * (names["length"] + names["experts"])
+
+
+def test_one_changed_line_shows_the_routing_of_a_checkpoint(distilled):
+    names = run_notebook(distilled[1])
+    assert names["load"].shape == (2, 4, 2)
+    assert names["page"].count("<h4>") == 4
+
+
+def test_the_notebook_holds_no_outputs_and_says_so():
+    held = json.loads(NOTEBOOK.read_text("utf-8"))
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in held["cells"])
+    assert "No outputs are stored" in cells("markdown")[0]
+    assert held["metadata"]["kernelspec"]["name"] == "python3"
+    assert len(ONE_LINE.findall(cells("code")[0])) == 1
+
+
+@pytest.mark.full
+def test_jupyter_runs_the_notebook(tmp_path):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is missing: pip install query-experts[full]")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source = first.source.replace("STEPS = 150", "STEPS = 2")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    kinds = {kind for cell in notebook.cells for out in cell.get("outputs", []) for kind in out.get("data", {})}
+    assert {"text/html", "image/png"} <= kinds
