@@ -88,11 +88,16 @@ def test_charts_have_a_title_for_those_who_do_not_see_them(page):
 
 def test_charts_follow_the_scheme_of_the_page(page):
     assert "var(--arm-gqe, #0067b0)" in page
-    assert "@media (prefers-color-scheme: dark)" in page
+    assert "@media screen and (prefers-color-scheme: dark)" in page
+    texts = re.findall(r"<text[^>]*>", page)
+    assert len(texts) > 50
+    assert not [text for text in texts if "fill: var(--" not in text]
 
 
-def test_tables_scroll_by_keyboard(page):
-    assert page.count("<table") == len(re.findall(r'<div class="scroll" tabindex="0" role="region"', page))
+def test_tables_and_charts_scroll_by_keyboard(page):
+    scrolling = re.findall(r'<div class="scroll" tabindex="0" role="region" aria-label[^>]*>\s*<(table|svg)', page)
+    assert scrolling.count("table") == page.count("<table")
+    assert scrolling.count("svg") == page.count("<svg")
 
 
 def test_the_page_lists_what_is_missing_and_escapes_it(page):

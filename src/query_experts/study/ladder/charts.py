@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,12 +59,16 @@ def law_figure(fit: Fit) -> Figure | None:
 
 
 def _log_scale(axes: Axes) -> None:
-    """A logarithmic x axis with labels such as 3e+14, since the digits of an exponent would be too small to read."""
+    """A logarithmic x axis with labels such as 3e14, since the digits of an exponent would be too small to read."""
     from matplotlib.ticker import LogFormatter
 
+    class ShortLogFormatter(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return re.sub(r"e\+0*", "e", super().__call__(x, pos))
+
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(LogFormatter())
-    axes.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    axes.xaxis.set_major_formatter(ShortLogFormatter())
+    axes.xaxis.set_minor_formatter(ShortLogFormatter(labelOnlyBase=False))
 
 
 def _look(arm: str, cell: Cell) -> dict[str, Any]:
