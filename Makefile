@@ -42,7 +42,7 @@ gpu-ladder: $(VENV)/.installed-study
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-test-full: lint $(VENV)/.installed-docs
+test-full: lint $(VENV)/.installed-full
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "full or not full" $(ARGS)
 
 test-oldest: $(VENV)-oldest/.installed-$(OLDEST_TORCH)
