@@ -151,7 +151,7 @@ def test_projections_have_biases_where_transformers_has_them(foreign, tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"active_query_experts": 5}, r"active_query_experts\) is 5; it must be 1 to 4"),
+        ({"active_query_experts": 5}, "active_query_experts is 5; it must be 1 to 4"),
         ({"variant": "concat"}, "variant is 'concat'; it must be one of gqe"),
         ({"active_query_experts": 2}, r"o_proj.weight is \[64, 128\]; with active_query_experts 2, .* \[64, 192\]"),
     ],
