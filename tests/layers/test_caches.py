@@ -134,6 +134,38 @@ def test_weights_that_cannot_be_compared_are_no_reason_to_refuse(change, x):
     assert second(x, past_key_values=cache).isfinite().all()
 
 
+def biased():
+    return layer(bias=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (biased, lambda m: m.k_proj.bias.data.add_(1)),
+        (biased, lambda m: setattr(m.v_proj, "bias", None)),
+        (lambda: layer(qk_norm=True), lambda m: m.k_norm.weight.data.mul_(2)),
+        (layer, lambda m: setattr(m, "rope_theta", 1e5)),
+    ],
+    ids=["a bias", "no bias", "a norm", "a rotary base"],
+)
+def test_a_clone_that_computes_other_keys_or_values_with_equal_weights_is_refused(make, change, x):
+    first = make()
+    second = copy.deepcopy(first)
+    change(second)
+    cache = DynamicCache()
+    first(x, past_key_values=cache)
+    with pytest.raises(ValueError, match="another layer has written"):
+        second(x, past_key_values=cache)
+
+
+def test_a_layer_of_another_width_is_refused_whatever_its_dtype(x):
+    first, cache = layer(), DynamicCache()
+    first(x, past_key_values=cache)
+    wide = GQEAttention(2 * D, 4, 2, head_dim=4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="another layer has written"):
+        wide(torch.cat([x, x], -1).double(), past_key_values=cache)
+
+
 def test_recomputation_of_a_checkpointed_layer_is_no_second_layer(x):
     one, cache = layer(), new_cache("dynamic")
     one(x, past_key_values=cache)

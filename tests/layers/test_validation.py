@@ -1,5 +1,7 @@
 """What `GQEAttention` refuses: arguments of the constructor and of a call, each with a sentence that names it."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -60,8 +62,9 @@ def test_a_bad_argument_of_a_call_is_refused_with_its_name_and_what_is_allowed(l
     assert str(refused.value).startswith(said)
 
 
-def test_a_mask_must_have_a_column_for_each_cached_key_too(layer):
-    cache = DynamicCache()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_mask_must_have_a_column_for_each_cached_key_too(layer, kind):
+    cache = DynamicCache() if kind == "dynamic" else static_cache()
     layer(x, past_key_values=cache)
     with pytest.raises(ValueError, match="attention_mask has 5 columns; it must have one for each of the 10 keys"):
         layer(x, torch.ones(B, T).long(), past_key_values=cache)
@@ -93,11 +96,11 @@ def test_the_checks_of_a_call_leave_one_compiled_graph(layer):
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
-        ("rope_theta", [0, -1.0, float("nan"), float("inf"), "10000", True], "a number above 0, or None"),
-        ("dropout", [1.5, -0.1, float("nan"), "0", None, False], "a number, 0 or more and below 1"),
+        ("rope_theta", [0, 1e-300, float("nan"), float("inf"), 10**400, "10000", True], "a number, 1 or more, or None"),
+        ("dropout", [1.5, 10**400, -0.1, float("nan"), "0", None, False], "a number, 0 or more and below 1"),
         ("norm_eps", [-1e-6, float("nan"), float("inf"), "1e-6", None], "a number, 0 or more"),
         ("layer_idx", [-1, 0.0, "0", None, True], "a whole number, 0 or more"),
-        ("bias", ["no", None, 2], "True or False"),
+        ("bias", ["no", None, 2, 1, torch.tensor([True, False])], "True or False"),
         ("output_bias", ["false", 2], "True or False"),
         ("qk_norm", ["false", None], "True or False"),
         ("hidden_size", [True, "16", 16.0, None], "a whole number"),
@@ -115,6 +118,13 @@ def test_a_bad_argument_of_the_constructor_is_refused_with_its_name_what_it_held
         with pytest.raises(ValueError, match="must be") as refused:
             GQEAttention(**{"hidden_size": D, "num_query_experts": 4, "num_kv_heads": 2} | {name: value})
         assert str(refused.value) == f"{name} is {value!r}; it must be {allowed}"
+
+
+def test_a_layer_that_an_older_version_pickled_runs(layer):
+    """It has no hidden_size."""
+    state = pickle.loads(pickle.dumps(layer))
+    del state.__dict__["hidden_size"]
+    torch.testing.assert_close(pickle.loads(pickle.dumps(state))(x), layer(x))
 
 
 def test_numbers_of_numpy_are_numbers():

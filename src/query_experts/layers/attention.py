@@ -102,6 +102,7 @@ class GQEAttention(nn.Module):
 
     fused_decode = False
     forced_indices: Tensor | None = None
+    hidden_size: int | None = None  # of a layer that an older version pickled
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Checks which GQE layers can be built, and what a layer may be called with: by types and shapes, never by values."""
+"""Checks which GQE layers can be built, and what a layer may be called with: by types, shapes and numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
+
+from query_experts.layers.caches import cached_tokens
 
 VARIANTS = ("gqe", "hard_concat", "weighted_concat")
 OUTPUT_PROJECTIONS = ("slot", "expert")
@@ -30,8 +32,13 @@ def is_whole(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; a bool isn't."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a float can hold, and finite; a bool isn't."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def default_head_dim(hidden_size: int, num_query_experts: int, names: Mapping[str, str] | None = None) -> int:
@@ -126,8 +133,8 @@ def check_heads(
 
 def check_numbers(rope_theta: float | None, dropout: float, norm_eps: float, layer_idx: int) -> None:
     """Refuses a layer's other numbers where it can't compute with them. Errors as in `check_layout`."""
-    if rope_theta is not None and not (is_number(rope_theta) and rope_theta > 0):
-        raise ValueError(f"rope_theta is {rope_theta!r}; it must be a number above 0, or None")
+    if rope_theta is not None and not (is_number(rope_theta) and rope_theta >= 1):
+        raise ValueError(f"rope_theta is {rope_theta!r}; it must be a number, 1 or more, or None")
     if not (is_number(dropout) and 0 <= dropout < 1):
         raise ValueError(f"dropout is {dropout!r}; it must be a number, 0 or more and below 1")
     if not (is_number(norm_eps) and norm_eps >= 0):
@@ -139,19 +146,19 @@ def check_numbers(rope_theta: float | None, dropout: float, norm_eps: float, lay
 def check_switches(**switches: Any) -> None:
     """Refuses what isn't True or False: a text such as "false" would count as True. Errors as in `check_layout`."""
     for name, value in switches.items():
-        if value not in (True, False):
+        if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it must be True or False")
 
 
 def check_inputs(
-    hidden_size: int,
+    hidden_size: int | None,
     layer_idx: int,
     x: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     past_key_values: Cache | None,
 ) -> None:
-    """Refuses what a layer can't be called with; arguments as in `GQEAttention.forward`.
+    """Refuses what a layer can't be called with; arguments as in `GQEAttention.forward`, hidden_size None if unknown.
 
     Raises:
         ValueError: The sentence names the argument, its shape or type, and what is allowed.
@@ -159,7 +166,7 @@ def check_inputs(
     _check_tensor("x", x, "[batch, tokens, hidden size]", 3)
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; it must be a float dtype")
-    if x.shape[2] != hidden_size:
+    if hidden_size is not None and x.shape[2] != hidden_size:
         raise ValueError(f"x has shape {list(x.shape)}; its last size must be hidden_size, {hidden_size}")
     if past_key_values is not None and not isinstance(past_key_values, Cache):
         raise ValueError(
@@ -175,7 +182,7 @@ def check_inputs(
                 f"position_ids has shape {list(position_ids.shape)}; it must be {[batch, tokens]} or {[1, tokens]}"
             )
     if attention_mask is not None:
-        past = past_key_values.get_seq_length(layer_idx) if past_key_values is not None else 0
+        past = (cached_tokens(past_key_values, layer_idx) or 0) if past_key_values is not None else 0
         _check_mask(attention_mask, batch, tokens, past, exact=past_key_values is None)
 
 
@@ -186,8 +193,8 @@ def _check_tensor(name: str, value: Any, form: str, ndim: int) -> None:
         raise ValueError(f"{name} has {value.ndim} dimensions; it must be {form}")
 
 
-def _check_mask(mask: Tensor, batch: int, tokens: int, past: Any, exact: bool) -> None:
-    """past: cached tokens; a static cache's number is a tensor, which isn't read. exact: no more columns than keys."""
+def _check_mask(mask: Tensor, batch: int, tokens: int, past: int, exact: bool) -> None:
+    """past: cached tokens, as far as they are known. exact: no more columns than keys."""
     _check_tensor("attention_mask", mask, "[batch, keys]", 2)
     if mask.is_floating_point() or mask.is_complex():
         raise ValueError(
@@ -199,7 +206,7 @@ def _check_mask(mask: Tensor, batch: int, tokens: int, past: Any, exact: bool) -
             f"attention_mask has shape {[rows, columns]}; it must have a row for each of the {batch} rows of x "
             "(it marks real tokens; causality holds in addition)"
         )
-    keys = tokens + (past if isinstance(past, int) else 0)
+    keys = tokens + past
     if columns < keys or (exact and columns > keys):
         raise ValueError(
             f"attention_mask has {columns} columns; it must have one for each of the {keys} keys, cached and new"
