@@ -883,7 +883,7 @@ def test_values_that_no_model_can_have_are_refused(tmp_path, dense, refused):
     for number, theta in enumerate((0, -1.0, "x", None)):
         turned = {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
         wrong = copy_with(dense, tmp_path / f"theta{number}", turned)
-        refused(["convert", wrong, out], f"{wrong}, whose rope_theta is {theta!r}; it must be a number above 0")
+        refused(["convert", wrong, out], f"{wrong}, whose rope_theta is {theta!r}; it must be a number, 1 or more")
     longrope = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
     for number, (rope, words) in enumerate(
         [

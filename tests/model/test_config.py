@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from model_helpers import COMMON, VOCABULARY, no_router_warning, random_tokens, tiny_config, tiny_model
+from model_helpers import (
+    COMMON,
+    VOCABULARY,
+    no_router_warning,
+    random_tokens,
+    tiny_config,
+    tiny_llama_config,
+    tiny_model,
+)
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM, GQEModel
+from query_experts.convert import from_dense
 
 OURS = {
     "active_query_experts": 1,
@@ -137,7 +147,7 @@ def test_rotary_parameters_that_give_an_error_or_nan_are_refused_by_their_names(
             with pytest.raises(StrictDataclassError, match=re.escape(f"{name} is {value!r}; it must be a number")):
                 tiny_config(rope_parameters=right | {name: value})
         if name != "partial_rotary_factor":
-            with pytest.raises(StrictDataclassError, match=f"{name} is 0; it must be a number above 0"):
+            with pytest.raises(StrictDataclassError, match=f"{name} is 0; it must be a number"):
                 tiny_config(rope_parameters=right | {name: 0})
 
 
@@ -152,6 +162,64 @@ def test_lists_of_rotary_factors_must_fit_the_rotated_dimensions(name):
             tiny_config(rope_parameters=right | {name: numbers})
     half = {"partial_rotary_factor": 0.5, "short_factor": [1.0], "long_factor": [2.0]}
     assert tiny_config(rope_parameters=right | half).rope_parameters["partial_rotary_factor"] == 0.5
+
+
+@pytest.mark.parametrize("rope_type", ROPE)
+def test_none_counts_as_left_out_and_so_does_all_that_the_rope_type_does_not_read(rope_type):
+    right = {"rope_type": rope_type, "rope_theta": 1e4, **ROPE[rope_type]}
+    expected = Phi3RotaryEmbedding(tiny_config(rope_parameters=dict(right))).inv_freq
+    names = {name for values in ROPE.values() for name in values} | {"partial_rotary_factor", "mscale"}
+    for name in names - right.keys():
+        config = tiny_config(rope_parameters=right | {name: None})
+        torch.testing.assert_close(Phi3RotaryEmbedding(config).inv_freq, expected)
+    if rope_type == "default":
+        assert tiny_config(rope_parameters=right | {"factor": "x", "long_factor": 3})
+
+
+def test_a_checkpoint_of_an_old_version_whose_rotary_values_are_null_loads_and_converts(tmp_path):
+    old = {"rope_type": "default", "rope_theta": 1e4, "factor": None, "partial_rotary_factor": None}
+    tiny_model(num_hidden_layers=1).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"rope_parameters": old}))
+    assert GQEForCausalLM.from_pretrained(tmp_path)(random_tokens(1, 5)).logits.isfinite().all()
+    dense = LlamaForCausalLM(tiny_llama_config(num_hidden_layers=1, rope_parameters=old))
+    assert from_dense(dense)(random_tokens(1, 5)).logits.isfinite().all()
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize("name", ["mscale", "mscale_all_dim"])
+def test_factors_of_yarn_s_attention_must_be_numbers(name):
+    assert tiny_config(rope_parameters=YARN | {"mscale": 0, "mscale_all_dim": 0.7})
+    for value in ("1.0", float("nan"), True):
+        with pytest.raises(StrictDataclassError, match=f"{name} is {value!r}; it must be a number, or None"):
+            tiny_config(rope_parameters=YARN | {name: value})
+
+
+UNFIT = {
+    "a logarithm of 1": YARN | {"rope_theta": 1.0},
+    "a negative attention factor": YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": -5.0},
+    "one position": ROPE["longrope"] | {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 1},
+    "angles beyond float32": {"rope_type": "linear", "factor": 1e-38},
+    "one frequency": {"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_rotary_parameters_that_fail_together_are_refused(case, device):
+    rope = {"rope_theta": 1e4} | UNFIT[case]
+    with torch.device(device), pytest.raises(StrictDataclassError, match="must give finite frequencies and an"):
+        tiny_config(rope_parameters=rope)
+    with torch.device(device):
+        assert tiny_config(rope_parameters=dict(YARN))
+
+
+def test_rotary_parameters_by_layer_type_are_refused():
+    for layer_types in ({}, {"layer_types": ["full_attention"] * 2}):
+        with pytest.raises(StrictDataclassError, match="hold a dictionary for 'full_attention'; they must be one dict"):
+            tiny_config(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 5e5}}, **layer_types)
 
 
 def test_an_unknown_rope_type_is_refused():

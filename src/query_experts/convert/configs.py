@@ -12,7 +12,7 @@ from query_experts.common.errors import SettingError
 from query_experts.convert.weight_map import LAYER_RULES
 from query_experts.layers.validation import is_number
 from query_experts.model.configuration_gqe import GQEConfig
-from query_experts.model.rotary import check_rope_parameters
+from query_experts.model.rotary import check_rope_frequencies, check_rope_parameters
 
 COPIED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -78,7 +78,7 @@ def rope_parameters(dense: PreTrainedConfig) -> dict[str, Any]:
     """
     parameters = dict(dense.rope_parameters)
     factor = parameters.get("partial_rotary_factor", 1.0)
-    if dense.model_type != "phi3" and factor != 1.0:
+    if dense.model_type != "phi3" and factor not in (1.0, None):
         rope_type = parameters.get("rope_type", "default")
         if rope_type == "proportional":  # uses the factor in every family
             return parameters
@@ -169,6 +169,7 @@ def check_rotary(dense: PreTrainedConfig) -> None:
     """Raises SettingError for rotary parameters that Transformers can't compute."""
     head_dim = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
     try:
-        check_rope_parameters(dense.rope_parameters, head_dim)
+        check_rope_parameters(dense, head_dim)
+        check_rope_frequencies(dense)
     except ValueError as error:
         raise SettingError(str(error)) from error

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from query_experts.layers.validation import CONFIG_NAMES, check_layout, default_head_dim, is_number
 from query_experts.model.remote_code import AUTO_MAP, write_shim
-from query_experts.model.rotary import check_rope_parameters
+from query_experts.model.rotary import check_rope_frequencies, check_rope_parameters, without_none
 
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")  # which Transformers' caches obey in any model
 
@@ -94,8 +94,10 @@ class GQEConfig(LlamaConfig):
 
     def validate_rope(self) -> None:
         """Part of strict validation, as Transformers', which warns of what gives NaN or an error later."""
-        check_rope_parameters(self.rope_parameters, self.head_dim)
+        check_rope_parameters(self, self.head_dim)
+        self.rope_parameters = without_none(self.rope_parameters)  # type: ignore[has-type]
         super().validate_rope()
+        check_rope_frequencies(self)
 
     def __getattr__(self, name: str) -> Any:
         """Raises AttributeError. TRL reads num_experts to balance one list of experts per layer, which GQE hasn't.
