@@ -128,9 +128,33 @@ def test_regression_and_several_classes_are_weighted_by_their_share_too(labels):
     torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=0)
 
 
-def test_a_micro_batch_without_labelled_tokens_adds_nothing_of_the_task():
+@torch.no_grad()
+def test_a_regression_s_label_of_minus_100_is_a_number():
+    head = head_of("sequence", num_labels=1, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    labels = torch.tensor([-100.0, 0.0, 0.0, 0.0]).double()
+    halves = [head(IDS[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=4).task_loss for i in (0, 2)]
+    torch.testing.assert_close(sum(halves), head(IDS, labels=labels).task_loss, rtol=1e-6, atol=0)
+
+
+@each_head
+@torch.no_grad()
+def test_one_row_of_an_attention_mask_holds_for_all(kind):
+    head, given = head_of(kind), answers(kind)
+    ones = torch.ones(4, 9).long()
+    each, one = (head(IDS, attention_mask=mask, output_router_logits=True, **given) for mask in (ones, ones[:1]))
+    torch.testing.assert_close((one.loss, one.aux_loss), (each.loss, each.aux_loss), **EXACT)
+
+
+@each_head
+def test_a_call_without_ids_and_embeddings_says_so(kind):
+    with pytest.raises(ValueError, match="You must specify exactly one of input_ids or inputs_embeds"):
+        head_of(kind)(attention_mask=MASK, **answers(kind))
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0), 7], ids=["no label in the step", "in a tensor", "others have"])
+def test_a_micro_batch_without_labelled_tokens_adds_nothing_of_the_task(items):
     head = head_of("token", router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
-    output = head(IDS, labels=torch.full_like(IDS, -100), num_items_in_batch=7)
+    output = head(IDS, labels=torch.full_like(IDS, -100), num_items_in_batch=items)
     output.loss.backward()
     assert output.loss == 0
     assert all(p.grad is None or not p.grad.any() for p in head.parameters())

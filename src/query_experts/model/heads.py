@@ -68,30 +68,28 @@ class GQEQuestionAnsweringOutput(QuestionAnsweringModelOutput):
 class RoutedHead(RouterLosses):
     """Adds the router's losses to a generic head's loss. It stands before the generic class among the bases."""
 
+    output_class: type
+
     def __init__(self, config: GQEConfig):
         super().__init__(config)  # type: ignore[call-arg]
         self.balance_window = BalanceWindow()
 
     def _forward(
         self,
-        output_class: type,
         answers: Tensor | None,
-        inputs: dict[str, Any],
         output_router_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         num_tokens_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        **inputs: Any,
     ) -> Any:
         """The generic head's forward.
 
         Args:
-            output_class: of the output.
-            answers: what the labels are counted on, -100 where there is none; None without labels.
-            inputs: the generic head's arguments.
+            answers: what the labels are counted on; -100 is none, but a number of a regression. None without labels.
             output_router_logits: add `router_logits` and `aux_loss` to the output.
             num_items_in_batch: labels of the optimizer step; the loss is then this micro-batch's share of the step's.
             num_tokens_in_batch: real tokens of the optimizer step, over micro-batches and ranks.
-            **kwargs: for the decoder.
+            **inputs: for the generic head, and through it for the decoder.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -101,17 +99,16 @@ class RoutedHead(RouterLosses):
             new = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
             tokens = real_tokens(inputs["attention_mask"], new, inputs["past_key_values"])
         outputs = dict(
-            super().forward(  # type: ignore[misc]
-                **inputs, output_router_logits=routed, kept=kept, return_dict=True, **kwargs
-            )
+            super().forward(**inputs, output_router_logits=routed, kept=kept, return_dict=True)  # type: ignore[misc]
         )
 
         items = aux_loss = None
         loss = task_loss = outputs.pop("loss", None)
         if answers is not None:
-            items = answers.ne(-100).sum()
+            items = (answers.ne(-100) | answers.is_floating_point()).sum()
             if num_items_in_batch is not None:  # a micro-batch without labels has no mean
-                task_loss = torch.where(items > 0, task_loss, 0.0) * items / num_items_in_batch
+                step_items = torch.as_tensor(num_items_in_batch, device=items.device).clamp(min=1)
+                task_loss = torch.where(items > 0, task_loss, 0.0) * (items / step_items)
             loss = task_loss.clone()  # the Trainer scales `loss` in place
         if routed:
             aux_loss, router_loss = self._router_losses(
@@ -119,7 +116,7 @@ class RoutedHead(RouterLosses):
             )
             if loss is not None:
                 loss = loss + router_loss.to(loss.device, loss.dtype)
-        return output_class(
+        return self.output_class(
             loss=loss,
             task_loss=task_loss,
             aux_loss=aux_loss if output_router_logits else None,
@@ -128,8 +125,8 @@ class RoutedHead(RouterLosses):
         )
 
 
-class GQEForSequenceClassification(RoutedHead, GenericForSequenceClassification, GQEPreTrainedModel):
-    """A GQE decoder that classifies a sequence by its last token. loss = classification loss + the router's losses."""
+class LabelledHead(RoutedHead):
+    """A head whose answers are `labels`."""
 
     @can_return_tuple
     def forward(
@@ -142,59 +139,40 @@ class GQEForSequenceClassification(RoutedHead, GenericForSequenceClassification,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> GQESequenceClassifierOutput:
+    ) -> Any:
         """As Llama's forward, with the router's losses in the loss.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: as in `GQEForCausalLM`.
-            labels: [B], classes as int64, or numbers for a regression; [B, num_labels] for several of either.
+            labels: of a sequence [B], classes as int64, or numbers for a regression; [B, num_labels] for several of
+                either. Of tokens int64 [B, T], -100 for a token without a class.
             **kwargs: `output_router_logits` and `num_tokens_in_batch` as in `GQEForCausalLM`.
 
         Raises:
-            ValueError: for several rows where the configuration has no `pad_token_id`.
+            ValueError: for several sequences to classify where the configuration has no `pad_token_id`.
         """
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "use_cache": use_cache,
-        }
-        return self._forward(GQESequenceClassifierOutput, labels, inputs, **kwargs)
+        return self._forward(
+            labels, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
 
 
-class GQEForTokenClassification(RoutedHead, GenericForTokenClassification, GQEPreTrainedModel):
+class GQEForSequenceClassification(LabelledHead, GenericForSequenceClassification, GQEPreTrainedModel):
+    """A GQE decoder that classifies a sequence by its last token. loss = classification loss + the router's losses."""
+
+    output_class = GQESequenceClassifierOutput
+
+
+class GQEForTokenClassification(LabelledHead, GenericForTokenClassification, GQEPreTrainedModel):
     """A GQE decoder that classifies each token. loss = classification loss + the router's losses."""
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> GQETokenClassifierOutput:
-        """As `GQEForSequenceClassification.forward`; labels: int64 [B, T], -100 for a token without a class."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "use_cache": use_cache,
-        }
-        return self._forward(GQETokenClassifierOutput, labels, inputs, **kwargs)
+    output_class = GQETokenClassifierOutput
 
 
 class GQEForQuestionAnswering(RoutedHead, GenericForQuestionAnswering, GQEPreTrainedModel):
     """A GQE decoder that finds the span of an answer. loss = mean loss of its two ends + the router's losses."""
+
+    output_class = GQEQuestionAnsweringOutput
 
     @can_return_tuple
     def forward(
@@ -207,19 +185,14 @@ class GQEForQuestionAnswering(RoutedHead, GenericForQuestionAnswering, GQEPreTra
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         **kwargs: Any,
-    ) -> GQEQuestionAnsweringOutput:
-        """As `GQEForSequenceClassification.forward`; start_positions and end_positions: int64 [B], tokens of a row."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "start_positions": start_positions,
-            "end_positions": end_positions,
-        }
+    ) -> Any:
+        """As in the other heads; start_positions and end_positions: int64 [B], tokens of a row."""
         answers = start_positions if end_positions is not None else None
-        return self._forward(GQEQuestionAnsweringOutput, answers, inputs, **kwargs)
+        return self._forward(
+            answers, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, start_positions=start_positions,
+            end_positions=end_positions, **kwargs,
+        )  # fmt: skip
 
 
 AutoModelForSequenceClassification.register(GQEConfig, GQEForSequenceClassification, exist_ok=True)

@@ -75,11 +75,12 @@ def predicted_tokens(labels: Tensor, shift_labels: Tensor | None = None, **_: An
 
 
 def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Any) -> Tensor | None:
-    """The columns [B, T] of a [B, S] attention mask for the new tokens; None where all tokens are real.
+    """The columns [B, T] of a [B or 1, S] attention mask for the new tokens; None where all tokens are real.
 
-    tokens: ids [B, T] or embeddings [B, T, D]. past_key_values: a cache without them, or None.
+    tokens: ids [B, T] or embeddings [B, T, D]; None, which the decoder refuses. past_key_values: a cache without them,
+    or None.
     """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or tokens is None:
         return None
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
     if isinstance(past, int) and attention_mask.shape[1] < past + tokens.shape[1]:
@@ -87,6 +88,8 @@ def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Any) -> Tenso
             f"attention_mask has {attention_mask.shape[1]} columns; it must have one for each of the {past} cached and "
             f"{tokens.shape[1]} new tokens"
         )
+    if attention_mask.shape[0] == 1:
+        attention_mask = attention_mask.expand(tokens.shape[0], -1)
     return attention_mask[:, torch.arange(tokens.shape[1], device=attention_mask.device) + past]
 
 
