@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from transformers import PreTrainedModel
 
 
@@ -18,6 +21,13 @@ def register() -> None:
     except ModuleNotFoundError as error:
         raise ImportError("use_liger_kernel is True, which needs Liger: pip install liger-kernel") from error
     MODEL_TYPE_TO_APPLY_LIGER_FN["gqe"] = apply_to_gqe
+
+
+def check_config(kernel_config: dict[str, Any]) -> None:
+    """Raises ValueError for a key of `liger_kernel_config` that `apply_to_gqe` doesn't have: Liger would drop it."""
+    known = list(inspect.signature(apply_to_gqe).parameters)[1:]
+    if unknown := sorted(kernel_config.keys() - known):
+        raise ValueError(f"liger_kernel_config has {unknown[0]}; for a GQE model it must have rms_norm and swiglu only")
 
 
 def apply_to_gqe(

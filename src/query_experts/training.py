@@ -46,14 +46,17 @@ class GQETrainer(Trainer):
             )
         if self.args.use_liger_kernel:
             liger.register()
-        self._logged_as = "lm_loss" if self.model.can_generate() else "task_loss"
+            if is_gqe(self.model):
+                liger.check_config(self.args.liger_kernel_config or {})
+        # for a dense model; outputs of a GQE model tell
+        self._logged_as = "lm_loss" if getattr(self.model, "can_generate", lambda: True)() else "task_loss"
         self._lm_loss_sum: Tensor | None = None
         self._lm_loss_step = 0
         self._lm_loss_state = self.state
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if num_items is not None and self.model.config.model_type == "gqe":  # else the Trainer averages micro-batches
+        if num_items is not None and is_gqe(self.model):  # else the Trainer averages micro-batches
             tokens = torch.tensor(sum(count_tokens(batch) for batch in batches), device=device)
             if self.args.average_tokens_across_devices:
                 tokens = self.accelerator.reduce(tokens, "sum")
@@ -79,8 +82,11 @@ class GQETrainer(Trainer):
 
     def lm_loss(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
         """The model's loss without the router's losses and without the factor `num_averaging_ranks`."""
-        lm_loss = outputs.get(self._logged_as)
-        return outputs["loss"] / self.num_averaging_ranks(num_items_in_batch) if lm_loss is None else lm_loss
+        for name in ("lm_loss", "task_loss"):
+            if outputs.get(name) is not None:
+                self._logged_as = name
+                return outputs[name]
+        return outputs["loss"] / self.num_averaging_ranks(num_items_in_batch)
 
     def num_averaging_ranks(self, num_items_in_batch: Any) -> int:
         """Ranks over which gradients are averaged although the loss is divided by the whole step's items.
@@ -109,6 +115,11 @@ class GQETrainer(Trainer):
             logs[self._logged_as] = total / steps
             self._lm_loss_sum = None
         super().log(logs, *args, **kwargs)
+
+
+def is_gqe(model: nn.Module) -> bool:
+    """Whether a model, or the one that it wraps, is a GQE model, as far as its configuration tells."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "gqe"
 
 
 def count_tokens(batch: dict[str, Any]) -> int:

@@ -86,6 +86,28 @@ def test_the_trainer_evaluates_the_task_s_loss(tmp_path, kind):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+class Wrapped(torch.nn.Module):
+    """A head within a module that has only its forward and its configuration."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.config = head, head.config
+
+    def forward(self, input_ids, attention_mask, labels, **kwargs):
+        return self.head(input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+
+def test_a_wrapped_head_trains_and_its_loss_is_logged_as_the_task_s(tmp_path):
+    data = Answers("sequence")
+    losses = []
+    for wrap in (lambda head: head, Wrapped):
+        model = wrap(head_of("sequence", router_aux_loss_coef=3.0))
+        trainer = GQETrainer(model, arguments(tmp_path), train_dataset=data)
+        trainer.train()
+        losses.append(logged(trainer, "task_loss"))
+    assert losses[0] == losses[1] != []
+
+
 def test_a_head_s_predictions_are_its_logits_alone(tmp_path):
     model = head_of("sequence", output_router_logits=True)
     trainer = Trainer(model, arguments(tmp_path, prediction_loss_only=False))

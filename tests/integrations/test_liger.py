@@ -66,6 +66,25 @@ def test_a_trainer_trains_and_evaluates_with_the_kernels_and_the_model_s_own_los
     assert not patched
 
 
+def test_a_second_training_keeps_the_kernels(tmp_path, patched):
+    losses = {}
+    for use in (False, True):
+        trainer = GQETrainer(model_of(), arguments(tmp_path, use_liger_kernel=use), train_dataset=Rows(4))
+        for _ in range(2):
+            patched.clear()
+            trainer.train()
+        losses[use] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        assert bool(patched) == use
+    assert losses[True] == losses[False]
+
+
+def test_the_trainer_refuses_a_kernel_that_liger_would_leave_out_silently(tmp_path, patched):
+    args = arguments(tmp_path, use_liger_kernel=True, liger_kernel_config={"swiglu": True, "geglu": True})
+    with pytest.raises(ValueError, match="liger_kernel_config has geglu; for a GQE model it must have rms_norm and"):
+        GQETrainer(model_of(), args, train_dataset=Rows(4))
+    assert GQETrainer(modeling_llama.LlamaForCausalLM(tiny_llama_config()), args, train_dataset=Rows(4))
+
+
 def test_either_kernel_can_be_left_out(patched):
     model = tiny_model(num_hidden_layers=1)
     liger.apply_to_gqe(model, swiglu=False, fused_linear_cross_entropy=False)  # as TRL passes it
