@@ -1,9 +1,10 @@
 """A long text has the tokens of the whole text, whatever its tokenizer, though it is tokenised in windows."""
 
 import random
+from unittest import mock
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from query_experts.data import tokenizing, windows
@@ -103,3 +104,52 @@ def test_the_tokens_come_in_pieces(tokenizer, small_windows):
     assert 3 < len(pieces) <= 1 + len(TEXTS["lines"]) // 900
     assert max(piece.text_bytes for piece in pieces) < len(TEXTS["lines"].encode()) / 2
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def of_characters(*before):
+    """A tokenizer whose words, which `before` makes, have one token or one for each character."""
+    splits = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in "0123456789" for b in "0123456789"]
+    backend = Tokenizer(
+        models.BPE({word: i for i, word in enumerate([*alphabet, *(a + b for a, b in pairs), "</s>"])}, pairs)
+    )
+    backend.pre_tokenizer, backend.decoder = splits, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize("length", [6_000, 6_001, 30_001])
+def test_no_token_is_lost_where_digits_are_grouped_from_an_end_that_a_window_does_not_know(small_windows, length):
+    twos = of_characters(pre_tokenizers.Split(Regex(r"\d{1,2}(?=(?:\d{2})*\b)"), "isolated"))
+    text = "".join(random.Random(length).choices("0123456789", k=length))
+    pieces = [*tokenize_documents([("train", text, 0)], twos)]
+    assert "".join(twos.decode(piece.ids, skip_special_tokens=True) for piece in pieces) == text
+    assert sum(piece.text_bytes for piece in pieces) == length
+
+
+def test_a_run_without_a_place_at_which_windows_agree_is_encoded_a_few_times_and_cut(small_windows, monkeypatch):
+    monkeypatch.setattr(windows, "_seam", lambda before, after: None)
+    encoded = []
+    encode = windows._encoded
+    monkeypatch.setattr(
+        windows, "_encoded", lambda window, one: encoded.append(len(window.text)) or encode(window, one)
+    )
+    text = text_of(5, 3000)
+    tokenizer = of_characters()
+    pieces = [*tokenize_documents([("train", text, 0)], tokenizer)]
+    assert "".join(tokenizer.decode(piece.ids, skip_special_tokens=True) for piece in pieces) == text
+    assert max(piece.text_bytes for piece in pieces) < 5 * 900 * 4
+    assert len(text) < sum(encoded) < 6 * len(text)
+
+
+def test_only_parts_of_documents_are_encoded_with_offsets(small_windows, monkeypatch):
+    monkeypatch.setattr(tokenizing, "_BATCH_CHARACTERS", 1 << 20)
+    tokenizer = of_characters()
+    backend = mock.Mock(wraps=tokenizer.backend_tokenizer)
+    monkeypatch.setattr(tokenizing, "Tokenizer", mock.Mock(**{"from_str.return_value": backend}))
+    texts = ["short", TEXTS["lines"], "another"]
+    pieces = [*tokenize_documents([("train", text, 0) for text in texts], tokenizer)]
+    assert tokenizer.decode([token for piece in pieces for token in piece.ids]) == "</s>".join([*texts, ""])
+    fast, slow = (call.args[0] for call in (backend.encode_batch_fast.call_args, backend.encode_batch.call_args))
+    assert [*fast] == ["short", "another"]
+    assert len(slow) > 3

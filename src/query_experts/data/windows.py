@@ -3,6 +3,9 @@
 Cut anywhere, a text has other tokens than as a whole: words, runs of white space and a first word's mark depend on what
 is beside them. So neighbouring windows overlap, and one goes over into the next at a token that both have, in the
 middle of the overlap, where neither knows of an end of the text.
+
+Windows without such a token are joined, four at most. A run of so many characters without a place at which two windows
+agree is no language. It is cut at a window's border, and its tokens there may differ from those of the whole text.
 """
 
 from bisect import bisect_left
@@ -15,6 +18,7 @@ from tokenizers import Encoding, Tokenizer
 _WINDOW_CHARACTERS = 1 << 20
 _OVERLAP = 1 << 12  # characters
 _AGREEING = 16  # tokens before and after the seam
+_JOINED_WINDOWS = 4  # at most; each of them may be encoded as often
 
 
 class Window(NamedTuple):
@@ -55,7 +59,8 @@ class _Encoded:
 
 
 def _encoded(window: Window, encoding: Encoding) -> _Encoded:
-    return _Encoded(window, encoding.ids, [window.start + start for start, _ in encoding.offsets])
+    starts = [window.start + start for start, _ in encoding.offsets]
+    return _Encoded(window, encoding.ids, starts, begin=window.start)
 
 
 class JoinedWindows:
@@ -73,23 +78,37 @@ class JoinedWindows:
         """Gives the tokens that are certain with one more window, and the text that they stand for."""
         after = _encoded(window, encoding)
         if (before := self._before) is not None:
-            if (seam := _seam(before, after)) is None:
-                after = self._both(before, window)
-            else:
+            if (seam := _seam(before, after)) is not None:
                 end, begin = seam
                 place = before.starts[end]
                 yield before.until(place, end)
                 after = replace(after, first=begin, begin=place)
+            elif (both := self._both(before, window)) is not None:
+                after = both
+            else:
+                border = before.window.start + len(before.window.text)
+                yield before.until(border)
+                after = self._encode(Window(border, window.text[border - window.start :], window.last))
         self._before = after
         if window.last:
             yield after.until(window.start + len(window.text))
 
-    def _both(self, before: _Encoded, window: Window) -> _Encoded:
-        """The tokens of two windows as one: a long run without words has its tokens in another place in each."""
+    def _both(self, before: _Encoded, window: Window) -> _Encoded | None:
+        """The tokens of two windows as one: a long run without words has its tokens in another place in each.
+
+        None where the two are too long, or have no token that begins where those already given end.
+        """
         text = before.window.text[: window.start - before.window.start] + window.text
-        both = Window(before.window.start, text, window.last)
-        encoded = _encoded(both, self._backend.encode(text, add_special_tokens=False))
-        return replace(encoded, first=bisect_left(encoded.starts, before.begin), begin=before.begin)
+        if len(text) > _JOINED_WINDOWS * _WINDOW_CHARACTERS + _OVERLAP:
+            return None
+        encoded = self._encode(Window(before.window.start, text, window.last))
+        first = bisect_left(encoded.starts, before.begin)
+        if before.first and before.begin not in encoded.starts[first : first + 1]:
+            return None
+        return replace(encoded, first=first, begin=before.begin)
+
+    def _encode(self, window: Window) -> _Encoded:
+        return _encoded(window, self._backend.encode(window.text, add_special_tokens=False))
 
 
 def _seam(before: _Encoded, after: _Encoded) -> tuple[int, int] | None:
