@@ -97,6 +97,17 @@ def test_what_the_command_does_not_use_is_named(checkpoint, streamed, capsys):
     [
         ({"eos_token_id": "x"}, "whose eos_token_id is 'x'; it must be an id or a list of ids"),
         ({"eos_token_id": [1, 2.5]}, "whose eos_token_id is [1, 2.5]; it must be"),
+        ({"eos_token_id": True}, "whose eos_token_id is True; it must be"),
+        ({"eos_token_id": -1}, "whose eos_token_id is -1; it must be"),
+        (
+            {"eos_token_id": [0, 300]},
+            "whose eos_token_id is [0, 300]; it must be an id or a list of ids, from 0 to 299",
+        ),
+        ({"suppress_tokens": [1, 300]}, "in suppress_tokens: it is [1, 300]; it must hold ids from 0 to 299"),
+        ({"begin_suppress_tokens": [-1]}, "in begin_suppress_tokens: it is [-1]; it must"),
+        ({"forced_eos_token_id": 300}, "in forced_eos_token_id: it is 300; it must"),
+        ({"min_new_tokens": -1}, "in min_new_tokens: it is -1; it must be a number of tokens, 0 or more"),
+        ({"min_length": True}, "in min_length: it is True; it must be"),
         ({"top_p": -1}, "generation_config.json holds what can't be used in top_p: "),
         ({"suppress_tokens": ["a"]}, "generation_config.json holds what can't be used in suppress_tokens: "),
         ({"bad_words_ids": 3}, "generation_config.json holds what can't be used in bad_words_ids: "),
@@ -106,6 +117,43 @@ def test_what_the_command_does_not_use_is_named(checkpoint, streamed, capsys):
 def test_what_cannot_be_followed_is_refused(checkpoint, refused, fields, words):
     folder = checkpoint("generation_config.json", **fields)
     refused(["generate", folder, "--device", "cpu", "--max_new_tokens", 2], f"checkpoint is {folder}", words)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"top_p": -1}, {"bad_words_ids": [[300]]}, {"forced_eos_token_id": "x"}, {"repetition_penalty": "a"}],
+    ids=str,
+)  # fmt: skip
+def test_nothing_is_printed_before_a_refusal(checkpoint, capsys, fields):
+    folder = checkpoint("generation_config.json", **fields)
+    assert main(["generate", str(folder), "--device", "cpu", "--max_new_tokens", "2"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_penalty_on_length_is_refused_where_no_token_ends_a_text(checkpoint, refused):
+    checkpoint("tokenizer_config.json", eos_token=None)
+    checkpoint("config.json", eos_token_id=None)
+    folder = checkpoint("generation_config.json", eos_token_id=None, exponential_decay_length_penalty=[1, 2.0])
+    argv = ["generate", folder, "--device", "cpu", "--max_new_tokens", 2]
+    refused(argv, "in exponential_decay_length_penalty: it needs an eos token")
+
+
+@pytest.mark.parametrize("fields", [{"min_new_tokens": 3}, {"min_length": 4}, {"min_new_tokens": 3, "min_length": 1}])
+def test_the_checkpoints_fewest_tokens_come(checkpoint, streamed, capsys, fields):
+    prompt, whole = streamed(MODEL)
+    fields = {name: value + (len(prompt) - 1 if name == "min_length" else 0) for name, value in fields.items()}
+    folder = checkpoint("generation_config.json", eos_token_id=whole[0])
+    assert streamed(folder)[1] == whole[:1]
+    capsys.readouterr()
+    assert len(streamed(checkpoint("generation_config.json", **fields))[1]) >= 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("field", ["min_new_tokens", "min_length"])
+def test_more_tokens_than_the_command_makes_are_noted(checkpoint, streamed, capsys, field):
+    assert len(streamed(checkpoint("generation_config.json", **{field: 900}))[1]) == LENGTH
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("query-experts: ")] == lines
+    assert f"new tokens or more; the text ends after {LENGTH} (max_new_tokens)" in lines[-1]
 
 
 @pytest.mark.parametrize(
