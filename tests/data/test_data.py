@@ -718,10 +718,12 @@ def test_a_file_that_is_not_utf8_is_named_with_the_byte(tmp_path):
         ('["text"]', "line 3 is a JSON list"),
         ('{"id": 1, "body": "x"}', "line 3 has no 'text' among its fields (id, body)"),
         ('{"text": 5}', "line 3 has 'text' of type int"),
+        ('{"text": {"a": 1, "a": 2}}', "line 3 has 'text' of type dict"),
         ('{"text": "ab\\ud800"}', "line 3 has half a surrogate pair in 'text' at character 2"),
         (f'{{"text": {"9" * 5000}}}', "line 3 has 'text' of type int"),
         ('{"text": NaN}', "line 3 has 'text' of type float"),
         ('{"text": "x", "id": 5, "text": "y"}', "line 3 has 'text' more than once"),
+        (r'{"text": "x", "t\u0065xt": "y"}', "line 3 has 'text' more than once"),
         ('{"text": "x", "meta": ' + "[" * 100_000, "line 3 is not JSON (nested too deeply)"),
         ('{"text": "x"}\r{"text": "y"}', "line 3 is not JSON (Extra data at column 15)"),
         ('{"text": "x\0"}', "line 3 is not JSON (Invalid control character"),
@@ -736,7 +738,7 @@ def test_a_bad_jsonl_line_is_named_with_file_and_number(tmp_path, line, message)
 @pytest.mark.parametrize(
     "metadata",
     [
-        "9" * 5000, "-" + "9" * 5000, "NaN", "[-Infinity, 1e9999]", '{"text": "inner", "a": {"text": 5}}', '"\\ud800"',
+        "9" * 5000, "-" + "9" * 5000, "NaN", "[-Infinity, 1e9999]", '{"text": "inner", "a": {"text": 5, "text": 6}}', '"\\ud800"',
         '5, "id": 6', "[" * 500 + "]" * 500,
     ],
     ids=lambda value: value[:40],

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import tokenize
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,20 @@ FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 _CHUNK = 1 << 18
 _PARQUET_ROWS = 1000
-_DECODER = json.JSONDecoder(parse_int=lambda digits: 0)  # text has no numbers, and Python's may not be of any length
+
+
+_REPEATED = object()  # stands for the values of a name that several fields of an object have
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(fields)
+    if len(row) < len(fields):
+        row |= {name: _REPEATED for name, count in Counter(name for name, _ in fields).items() if count > 1}
+    return row
+
+
+# text has no numbers, and Python's may not be of any length
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=lambda digits: 0)
 
 
 def format_of(path: Path) -> str | None:
@@ -242,14 +256,9 @@ def _jsonl(path: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
                 f"data holds {where} is a JSON {type(row).__name__}; "
                 f"each line must be a JSON object with the field {text_field!r}"
             )
-        if line.count(f'"{text_field}"') > 1 and _outer_names(line).count(text_field) > 1:
+        if row.get(text_field) is _REPEATED:
             raise SettingError(f"data holds {where} has {text_field!r} more than once; it must have one text")
         yield _text_of(row, text_field, where, "fields")
-
-
-def _outer_names(line: str) -> list[str]:
-    """The names of the fields of a JSON object, each as often as it is there."""
-    return [name for name, _ in json.JSONDecoder(object_pairs_hook=list, parse_int=len).decode(line)]
 
 
 @contextmanager
