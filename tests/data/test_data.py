@@ -99,7 +99,8 @@ def names_of(folder, skipped=None):
 
 def test_links_to_files_and_folders_are_read(linked):
     (linked / "link").symlink_to("../beside")
-    (linked / "d.txt").symlink_to("../beside/deep/c.txt")
+    (linked.parent / "alone.txt").write_text("text")
+    (linked / "d.txt").symlink_to("../alone.txt")
     assert names_of(linked) == ["a.txt", "d.txt", "link/b.txt", "link/deep/c.txt"]
     (linked.parent / "all").symlink_to("texts")
     assert names_of(linked.parent / "all") == names_of(linked)
@@ -126,16 +127,48 @@ def test_a_link_to_a_folder_around_it_is_counted_and_not_followed(linked):
     assert names_of(linked, {"link to a folder around it": 5}) == names
 
 
-def test_a_link_to_nothing_is_refused_where_it_may_hide_text_and_else_counted(tmp_path, linked):
-    (linked / "x.bin").symlink_to("nowhere")
+@pytest.mark.parametrize("name", ["x.txt", "books", "books.v2"])
+def test_a_link_to_nothing_or_to_itself_is_refused(tmp_path, linked, name):
     (linked / ".hidden").symlink_to("nowhere")
-    assert names_of(linked, {".bin": 1}) == ["a.txt"]
-    for name, words in (("x.txt", "'x.txt' can't be read: No such file"), ("books", "'books' is a link to nothing")):
-        (linked / name).symlink_to("nowhere")
-        assert f"texts', where {words}" in refused(tmp_path, [str(linked)])
+    assert names_of(linked) == ["a.txt"]
+    for target, words in (("nowhere", "is a link to nothing"), (name, "is a link to itself")):
+        (linked / name).symlink_to(target)
+        assert f"texts', where {name!r} {words}; a link must" in refused(tmp_path, [str(linked)])
+        assert f"{name}', which {words}; a link must" in refused(tmp_path, [str(linked / name)])
         (linked / name).unlink()
-    (linked / "x.txt").symlink_to("x.txt")
-    assert "'x.txt' can't be read: Too many levels" in refused(tmp_path, [str(linked)])
+
+
+def test_a_link_to_a_hidden_folder_is_hidden(linked):
+    for hidden in (linked / ".store" / "deep", linked.parent / ".aside"):
+        hidden.mkdir(parents=True)
+        (hidden / "b.txt").write_text("hidden")
+    for name, target in (("b", ".store"), ("c", ".store/deep"), ("d", "../.aside")):
+        (linked / name).symlink_to(target)
+    assert names_of(linked) == ["a.txt"]
+    (linked / "x.txt").symlink_to(".store/deep/b.txt")  # a name that isn't hidden
+    assert names_of(linked) == ["a.txt", "x.txt"]
+
+
+def test_a_file_of_several_names_is_read_once(linked, monkeypatch):
+    beside = linked.parent / "beside"
+    (linked / "b.txt").symlink_to("../beside/b.txt")
+    os.link(linked / "a.txt", linked / "z.txt")
+    (linked.parent / "link").symlink_to("texts")
+    entries = [str(entry) for entry in (linked, linked / "a.txt", beside, beside / "deep", linked.parent / "link")]
+    found = [file.path.resolve() for file in find_sources(entries).files]
+    assert len(found) == 3
+    assert {os.stat(path).st_ino for path in found} == {
+        os.stat(path).st_ino for path in (linked / "a.txt", beside / "b.txt", beside / "deep" / "c.txt")
+    }
+    assert len(find_sources([str(linked)]).files) == 2
+
+    def without_inode(path, **kwargs):
+        mode, _, *others = stat(path, **kwargs)
+        return os.stat_result([mode, 0, *others])
+
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", without_inode)
+    assert len(find_sources([str(linked)]).files) == 3
 
 
 def test_what_is_neither_a_file_nor_a_folder_is_counted(linked):
@@ -738,8 +771,8 @@ def test_a_bad_jsonl_line_is_named_with_file_and_number(tmp_path, line, message)
 @pytest.mark.parametrize(
     "metadata",
     [
-        "9" * 5000, "-" + "9" * 5000, "NaN", "[-Infinity, 1e9999]", '{"text": "inner", "a": {"text": 5, "text": 6}}', '"\\ud800"',
-        '5, "id": 6', "[" * 500 + "]" * 500,
+        "9" * 5000, "-" + "9" * 5000, "NaN", "[-Infinity, 1e9999]", '{"text": "inner", "a": {"text": 5, "text": 6}}',
+        '"\\ud800"', '5, "id": 6', "[" * 500 + "]" * 500,
     ],
     ids=lambda value: value[:40],
 )  # fmt: skip

@@ -154,9 +154,10 @@ def prepare(
     A failed build leaves nothing behind. Tokens that are too few for `seq_len` stay cached for a shorter one.
 
     Args:
-        data: what to read. Files, or folders (recursive, also through links, without hidden files), of .txt, .md and
-            .py (a file is one document), .jsonl (a line is one) and .parquet (a row is one), each also with .gz, .xz
-            or .zst. Hub data sets, as owner/name or owner/name:config, whose train split is streamed. One folder of
+        data: what to read. Files, or folders (recursive, also through links, without hidden files and what links to
+            hidden folders), each file once, whatever names and links lead to it: .txt, .md and .py (a file is one
+            document), .jsonl (a line is one) and .parquet (a row is one), each also with .gz, .xz or .zst. Hub
+            data sets, as owner/name or owner/name:config, whose train split is streamed. One folder of
             tokens that an earlier call made in its `cache_dir`: its tokens are used as they are, so a machine without
             the text can use them too; of the settings only `seq_len` applies then. None reads the source code of this
             machine's Python standard library.

@@ -1,5 +1,6 @@
 """Finds text: in files and folders, on the Hugging Face hub, or in this machine's Python standard library."""
 
+import errno
 import hashlib
 import os
 import platform
@@ -25,7 +26,7 @@ _STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "tes
 class SourceFile:
     """One file to read.
 
-    entry: the entry of `data` that led to it. name: its path below that entry.
+    entry: the entry of `data` that led to it. name: its path below that entry. identity: its device and inode.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class SourceFile:
     name: str
     size: int
     mtime_ns: int
+    identity: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class Sources:
 
 
 def find_sources(data: Sequence[str] | None) -> Sources:
-    """Resolve the `data` setting without reading text. Raises SettingError for a missing or unreadable entry."""
+    """Resolve the `data` setting without reading text. Raises SettingError for a missing or unreadable entry.
+
+    A file that has several names, within an entry or in several, is there once, by the first name in reading order.
+    """
     if data is None:
         return _standard_library()
     entries = [data] if isinstance(data, str | os.PathLike) else list(data)
@@ -93,13 +98,13 @@ def find_sources(data: Sequence[str] | None) -> Sources:
         if not name:  # a shell's unset variable; Path("") would be the working directory
             raise SettingError(f"data holds {name!r}; {_ALLOWED}")
         path = Path(name).expanduser()
-        if path.exists():
+        if os.path.lexists(path):
             files += [(_shuffle_key(file.name), file) for file in _files_of(path, name, skipped)]
         elif (match := _HUB_NAME.fullmatch(name)) and readers.format_of(path) is None:
             hub.append((match["name"], match["config"]))
         else:
             raise missing(name)
-    in_order = [file for _, file in sorted(files, key=lambda pair: pair[0])]
+    in_order = _once([file for _, file in sorted(files, key=lambda pair: pair[0])])
     return Sources(names, in_order, hub, skipped=dict(skipped.most_common()))
 
 
@@ -115,12 +120,26 @@ def missing(entry: str) -> SettingError:
     return SettingError(f"data holds {entry!r}, which doesn't exist; {_ALLOWED}")
 
 
+def _once(files: list[SourceFile]) -> list[SourceFile]:
+    """Each file by its first name. A file system without inodes tells 0 for each, which stand for different files."""
+    seen: set[tuple[int, int]] = set()
+    kept = []
+    for file in files:
+        if file.identity not in seen:
+            kept.append(file)
+        if file.identity[1]:
+            seen.add(file.identity)
+    return kept
+
+
 def _shuffle_key(name: str) -> bytes:
     return hashlib.sha256(name.encode(errors="surrogateescape")).digest()
 
 
 def _files_of(path: Path, entry: str, skipped: Counter[str]) -> list[SourceFile]:
     """The readable files of a file or folder; counts files of other kinds in `skipped`."""
+    if (why := _unreachable(path)) is not None:
+        raise SettingError(f"data holds {entry!r}, which {why}")
     if path.is_file():
         if readers.format_of(path) is None:
             raise SettingError(f"data holds {entry!r}, a kind of file that can't be read; {_ALLOWED}")
@@ -144,8 +163,8 @@ def _files_of(path: Path, entry: str, skipped: Counter[str]) -> list[SourceFile]
 def _below(root: Path, entry: str, skipped: Counter[str]) -> Iterator[Path]:
     """The files below a folder and below the folders that links in it lead to, each folder once.
 
-    A link to a folder that the link or the root is in is counted in `skipped`. Raises SettingError for a link to
-    nothing that may be one to a folder, and for a folder that can't be read.
+    A link to a hidden folder is hidden too. A link to a folder that the link or the root is in is counted in `skipped`.
+    Raises SettingError for a link to nothing, which may be one to a folder, and for a folder that can't be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -155,18 +174,33 @@ def _below(root: Path, entry: str, skipped: Counter[str]) -> Iterator[Path]:
     waiting = deque([root])
     while waiting:
         for found in _walk(waiting.popleft(), seen, refuse):
-            if os.path.isdir(found):
-                if _is_around(found, root):
-                    skipped[_LINK_AROUND] += 1
-                else:
-                    waiting.append(found)
-            elif found.suffix or os.path.exists(found):
+            if (why := _unreachable(found)) is not None:
+                raise SettingError(f"data holds {entry!r}, where {found.relative_to(root).as_posix()!r} {why}")
+            if not os.path.isdir(found):
                 yield found
-            else:
-                raise SettingError(
-                    f"data holds {entry!r}, where {found.relative_to(root).as_posix()!r} is a link to nothing; a link "
-                    "must lead to a file or folder"
-                )
+            elif _is_around(found, root):
+                skipped[_LINK_AROUND] += 1
+            elif not _is_hidden(found, root):
+                waiting.append(found)
+
+
+def _unreachable(path: Path) -> str | None:
+    """The end of a sentence about a link that leads to nothing; None for any other path."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return "is a link to nothing; a link must lead to a file or folder"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "is a link to itself; a link must lead to a file or folder"
+    return None
+
+
+def _is_hidden(link: Path, root: Path) -> bool:
+    """Whether a link leads to a folder that is hidden, or that is in a hidden one below the root."""
+    inside, target = Path(os.path.realpath(root)), Path(os.path.realpath(link))
+    names = target.relative_to(inside).parts if target.is_relative_to(inside) else [target.name]
+    return any(name.startswith(".") for name in names)
 
 
 def _is_around(link: Path, root: Path) -> bool:
@@ -207,7 +241,7 @@ def _source_file(path: Path, entry: str, name: str) -> SourceFile:
         status = path.stat()
     except OSError as error:
         raise SettingError(f"data holds {entry!r}, where {name!r} can't be read: {error.strerror}") from error
-    return SourceFile(path, entry, name, status.st_size, status.st_mtime_ns)
+    return SourceFile(path, entry, name, status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino))
 
 
 def _standard_library() -> Sources:
