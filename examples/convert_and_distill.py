@@ -27,14 +27,20 @@ from query_experts.distillation import DistillationTrainer
 from query_experts.training import GQETrainer
 
 BATCH, LENGTH = 8, 64
+CHARACTERS = 8 * BATCH * LENGTH  # of the text for each step
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--dense", type=Path, help="folder of a Llama, Mistral, Qwen2, Qwen3 or Phi-3 with its tokenizer")
-parser.add_argument("--text", type=Path, help="a file to train on; by default Python's standard library")
+parser.add_argument(
+    "--text", type=Path,
+    help=f"a UTF-8 file to train on; {CHARACTERS:,} characters a step are read; by default Python's standard library",
+)  # fmt: skip
 parser.add_argument("--top-k", type=int, default=1, help="active experts in each group")
 parser.add_argument("--steps", type=int, default=150)
 parser.add_argument("--out", type=Path, default=Path("runs/example"))
 args = parser.parse_args()
+if args.steps < 1:
+    parser.error(f"--steps is {args.steps}; it must be 1 or more")
 
 
 def arguments(learning_rate: float = 3e-3) -> TrainingArguments:
@@ -63,7 +69,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 set_seed(0)
 files = [args.text] if args.text else sorted(Path(os.__file__).parent.glob("*.py"))
-text = "\n".join(file.read_text(encoding="utf-8") for file in files)[: 8 * args.steps * BATCH * LENGTH]
+try:
+    whole = "\n".join(file.read_text(encoding="utf-8") for file in files)
+except (OSError, UnicodeDecodeError) as error:
+    parser.error(f"--text is {args.text}, which can't be read: {error}")
+text = whole[: CHARACTERS * args.steps]
+print(f"reads {len(text):,} of {len(whole):,} characters of text")
 tokenizer = AutoTokenizer.from_pretrained(args.dense) if args.dense else byte_tokenizer()
 tokens = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -80,12 +91,18 @@ else:
         num_key_value_heads=4, head_dim=32, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     dense = LlamaForCausalLM(config)
+try:
+    from_dense(dense, top_k=args.top_k)
+except ValueError as error:
+    parser.error(f"--dense and --top-k can't be used: {error}")
+if not args.dense:
     GQETrainer(model=dense, args=arguments(), train_dataset=examples(training)).train()
 dense.eval()
 
 full = from_dense(dense)  # all experts active
 with torch.no_grad():
-    rounding = (full(held_out[:4]).logits - dense(held_out[:4]).logits).abs().max()
+    some = held_out[:4].to(dense.device)  # a trainer may have moved the model to a GPU
+    rounding = (full(some).logits - dense(some).logits).abs().max()
 sparse = from_dense(dense, top_k=args.top_k, calibration=training[:64])  # the router is fitted to text
 losses = {"dense": held_out_loss(dense), "all experts active": held_out_loss(full)}
 losses[f"k = {args.top_k}, before training"] = held_out_loss(sparse)

@@ -64,8 +64,13 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--text", type=Path, help="a file to train on")
 parser.add_argument("--steps", type=int, default=300)
 args = parser.parse_args()
+if args.steps < 1:
+    parser.error(f"--steps is {args.steps}; it must be 1 or more")
 files = [args.text] if args.text else sorted(Path(os.__file__).parent.glob("*.py"))
-data = torch.tensor(list(b"".join(file.read_bytes() for file in files)))
+try:
+    data = torch.tensor(list(b"".join(file.read_bytes() for file in files)))
+except OSError as error:
+    parser.error(f"--text is {args.text}, which can't be read: {error}")
 training, held_out = data.tensor_split([len(data) * 19 // 20])
 if len(held_out) <= LENGTH:
     parser.error(f"--text holds {len(data)} bytes; it must hold more than {20 * LENGTH}")

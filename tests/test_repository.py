@@ -77,13 +77,6 @@ def test_a_workflow_runs_targets_of_the_makefile_on_the_supported_pythons(path):
     supported = {kind.rsplit(" ", 1)[-1] for kind in PROJECT["classifiers"] if " :: Python :: " in kind}
     pythons = {one for value in values(workflow, "python-version") + values(workflow, "python") for one in flat(value)}
     assert pythons - {"${{ matrix.python }}"} == supported
-    torch = re.findall(r"torch[=~<>]+([\d.]+)", path.read_text(encoding="utf-8"))
-    assert set(torch) <= {versions("constraints.txt")["torch"], oldest_torch()}
-
-
-def oldest_torch():
-    (needed,) = (need for need in PROJECT["dependencies"] if need.startswith("torch>="))
-    return needed.removeprefix("torch>=") + ".0"
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

@@ -79,6 +79,41 @@ def test_a_text_that_is_too_short_is_refused_in_one_sentence(script, tmp_path, c
     assert "--text holds" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("script", ["train_layer.py", "convert_and_distill.py"])
+@pytest.mark.parametrize(
+    ("name", "steps", "words"),
+    [
+        ("absent.txt", 2, "absent.txt, which can't be read: "),
+        (".", 2, "can't be read: "),
+        ("x.txt", 0, "--steps is 0;"),
+    ],
+)
+def test_an_unreadable_text_and_no_step_are_refused_in_one_sentence(script, name, steps, words, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        printed_by(script, "--text", tmp_path / name, "--steps", steps)
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_text_that_is_not_utf_8_is_refused_where_it_is_read_as_text(tmp_path, capsys):
+    (tmp_path / "x.txt").write_bytes(b"caf\xe9" * 9999)
+    with pytest.raises(SystemExit, match="2"):
+        printed_by("convert_and_distill.py", "--text", tmp_path / "x.txt")
+    assert "x.txt, which can't be read: 'utf-8' codec" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 3])
+def test_a_wrong_top_k_is_refused_before_anything_is_trained(text, top_k, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"), mock.patch("query_experts.training.GQETrainer.train") as train:
+        printed_by("convert_and_distill.py", "--text", text, "--steps", 2, "--top-k", top_k, "--out", tmp_path)
+    assert f"top_k is {top_k}; it must be" in capsys.readouterr().err.splitlines()[-1]
+    assert not train.called
+
+
+def test_how_much_of_a_text_is_read_is_printed(distilled, text):
+    held = len(Path(text).read_text(encoding="utf-8"))
+    assert distilled[0].startswith(f"reads {min(held, 2 * 8 * 8 * 64):,} of {held:,} characters of text\n")
+
+
 def test_a_dense_llama_is_made_converted_and_distilled(distilled):
     printed, folder = distilled
     found = [line.removeprefix("held-out loss, ").rsplit(": ", 1) for line in printed.splitlines() if "loss, " in line]
