@@ -234,7 +234,6 @@ def test_text_that_nobody_reads_ends_quietly():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.full
 def test_a_report_that_nobody_reads_is_written_and_ends_quietly(tmp_path):
     shutil.copy(FIXTURES / "compare_finished" / "comparison.json", tmp_path)
     done = run_without_a_reader([*COMMAND, "report", str(tmp_path)])

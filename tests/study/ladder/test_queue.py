@@ -120,7 +120,6 @@ def test_hours_stop_a_run_that_goes_on_later(tmp_path):
     assert run_queue(scaling(file), quiet())
 
 
-@pytest.mark.full
 def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
     plan = {"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": 1}], "tokens_per_parameter": 2}
     changed = {"rungs": {"small": RUNG | {"learning_rate": 0.01}, "large": RUNG}}
