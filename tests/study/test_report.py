@@ -479,11 +479,29 @@ def test_every_studied_arm_is_compared_with_every_control_that_has_a_run():
     assert "frozen" not in findings_table(read(comparison())).note
 
 
-def test_the_limits_are_five_lines_at_most():
-    of = comparison({"gqe": LOSSES["gqe"], "hard": LOSSES["gqe"]})
+def test_the_page_says_what_spread_is_left_between_seeds():
+    of = comparison({"static": {0: 4.0, 1: 4.1, 2: 4.2}, "gqe": {0: 4.01, 1: 4.12, 2: 4.23}})
+    reach = 4.302653 * 0.01 / 3**0.5  # Student's t with two degrees of freedom, at 97.5%
+    assert (
+        "Between seeds, gqe minus static varies with a standard deviation of 0.0100: here a mean difference of less "
+        f"than {reach:.4f} can't be told from none." in limits_of(of)
+    )
+    assert "Between seeds" not in limits_of(comparison(seeds=(0, 1)))
+
+
+def test_the_widest_spread_is_told_where_several_arms_are_studied():
+    even = {seed: loss + 0.01 for seed, loss in LOSSES["static"].items()}
+    uneven = {seed: loss + 0.01 * seed for seed, loss in LOSSES["static"].items()}
+    of = comparison({"static": LOSSES["static"], "gqe": even, "hard": uneven})
+    assert "Between seeds, hard minus static varies" in limits_of(of)
+    assert limits_of(of).count("Between seeds") == 1
+
+
+def test_the_limits_are_six_lines_at_most():
+    of = comparison({"static": LOSSES["static"], "gqe": LOSSES["gqe"], "hard": LOSSES["gqe"]})
     of["runs"][0]["train_tokens"] = 4_000
     of["data"] |= {"epochs": 39, "validation_tokens_used": 1536}
-    assert len(limits(read(of))) == 5
+    assert len(limits(read(of))) == 6
 
 
 def test_one_seed_and_one_repeat_are_written_in_the_singular(tmp_path):

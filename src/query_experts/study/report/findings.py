@@ -5,6 +5,7 @@ Also lists what limits a comparison. Every word depends on the numbers only, whi
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -105,8 +106,14 @@ def _certainty(difference: PairedDifference | None) -> Certainty | None:
 
 
 def limits(comparison: Comparison) -> list[str]:
-    """What limits the findings, at most five sentences."""
-    return [*_absent_baselines(comparison), *_scale(comparison), *_text(comparison), *_unequal_training(comparison)]
+    """What limits the findings, at most six sentences."""
+    return [
+        *_absent_baselines(comparison),
+        *_spread_of_seeds(comparison),
+        *_scale(comparison),
+        *_text(comparison),
+        *_unequal_training(comparison),
+    ]
 
 
 def _absent_baselines(comparison: Comparison) -> Iterator[str]:
@@ -114,6 +121,25 @@ def _absent_baselines(comparison: Comparison) -> Iterator[str]:
     if absent:
         verb = "was" if len(absent) == 1 else "were"
         yield f"No arm is compared with {text.join_words(absent)}, which {verb} not asked for."
+
+
+def _spread_of_seeds(comparison: Comparison) -> Iterator[str]:
+    """How much the difference from static changes with the seed, for the studied arm in which it changes most."""
+    widest = max(
+        (
+            (statistics.stdev(difference.differences.values()), (difference.high - difference.low) / 2, row.arm)
+            for row in summary_rows(comparison)
+            if row.arm not in CONTROLS and (difference := row.versus["static"]) is not None
+            if difference.low is not None and difference.high is not None
+        ),
+        default=None,
+    )
+    if widest is not None:
+        spread, reach, arm = widest
+        yield (
+            f"Between seeds, {arm} minus static varies with a standard deviation of {spread:.4f}: here a mean difference "
+            f"of less than {reach:.4f} can't be told from none."
+        )
 
 
 def _scale(comparison: Comparison) -> Iterator[str]:
