@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "dev" / "LOG.md")
@@ -49,6 +51,23 @@ def gqe_behind_static(result: Any) -> list[str]:
     found = losses(result)
     seeds = sorted({seed for _, seed in found})
     return [f"{found['gqe', seed] - found['static', seed]:.3f}" for seed in seeds]
+
+
+def differences(result: Any, candidate: str) -> list[float]:
+    """`gqe` - `static` in bits per byte for a candidate of the demo, by seed."""
+    (found,) = (each["bits_per_byte"] for each in result if each["name"] == candidate)
+    return [found["gqe"][seed] - found["static"][seed] for seed in found["static"]]
+
+
+def spread(result: Any, candidate: str) -> list[str]:
+    """The standard deviation of these differences."""
+    return [f"{statistics.stdev(differences(result, candidate)):.3f}"]
+
+
+def reach(result: Any, candidate: str, seeds: str) -> list[str]:
+    """How far the 95% interval of their mean over so many seeds reaches to either side."""
+    count = int(seeds)
+    return [f"{t.ppf(0.975, count - 1) * statistics.stdev(differences(result, candidate)) / count**0.5:.3f}"]
 
 
 def speed(result: Any, suite: str, arm: str, *lengths: str) -> list[str]:
@@ -156,9 +175,11 @@ FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "gqe-behind-static": gqe_behind_static,
     "loss-by-kernels": loss_by_kernels,
     "one-loss": one_loss,
+    "reach": reach,
     "selected-only": selected_only,
     "share-of-layer": share_of_layer,
     "speed": speed,
+    "spread": spread,
     "spread-by-kernels": spread_by_kernels,
     "tokens": tokens,
     "training-speed": training_speed,

@@ -137,8 +137,8 @@ def _spread_of_seeds(comparison: Comparison) -> Iterator[str]:
     if widest is not None:
         spread, reach, arm = widest
         yield (
-            f"Between seeds, {arm} minus static varies with a standard deviation of {spread:.4f}: here a mean difference "
-            f"of less than {reach:.4f} can't be told from none."
+            f"Between seeds, {arm} minus static varies with a standard deviation of {spread:.4f}: here a mean "
+            f"difference of less than {reach:.4f} can't be told from none."
         )
 
 
