@@ -21,7 +21,7 @@ from rich.console import Console
 
 from page_tables import markdown, with_tables
 from query_experts.common import formatting as text
-from query_experts.common.files import read_json, write_json
+from query_experts.common.files import write_json
 from query_experts.study.compare import compare
 from query_experts.study.results import Comparison, parse_comparison
 from query_experts.study.settings import CompareSettings
@@ -45,7 +45,7 @@ class Candidate:
         parameters: Those of gqe.
         bits_per_byte: By arm and seed.
         hardware: Where its runs were trained.
-        commit: The code that trained the last of them.
+        commit: The code that gathered the results.
     """
 
     name: str
@@ -122,7 +122,7 @@ def candidate(name: str, settings: dict[str, Any], comparison: Comparison) -> Ca
 
 def read_candidates() -> list[Candidate]:
     """The committed measurement."""
-    return TypeAdapter(list[Candidate]).validate_python(read_json(RESULT))
+    return TypeAdapter(list[Candidate]).validate_json(RESULT.read_bytes())
 
 
 def filled(page: str) -> str:
