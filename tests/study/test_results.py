@@ -107,7 +107,7 @@ def test_a_committed_comparison_is_read_and_written_as_it_was(file, tmp_path):
         else:
             assert (type(old), old) == (type(new), new)
 
-    assert len(COMMITTED) == 4
+    assert len(COMMITTED) == 5
     check(before, after)
 
 

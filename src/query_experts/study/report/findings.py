@@ -129,7 +129,8 @@ def _spread_of_seeds(comparison: Comparison) -> Iterator[str]:
         (
             (statistics.stdev(difference.differences.values()), (difference.high - difference.low) / 2, row.arm)
             for row in summary_rows(comparison)
-            if row.arm not in CONTROLS and (difference := row.versus["static"]) is not None
+            for base, difference in row.versus.items()
+            if row.arm not in CONTROLS and base == "static" and difference is not None
             if difference.low is not None and difference.high is not None
         ),
         default=None,
