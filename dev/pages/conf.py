@@ -62,7 +62,9 @@ author = "The query-experts authors"
 version = release = __version__
 
 root_doc = "README"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "examples/*.md", "dev/LOG.md", "dev/pages/*.rst"]
+include_patterns = [
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "examples/*.md", "dev/LOG.md", "dev/pages/*.rst",
+]  # fmt: skip
 exclude_patterns = [".*", "build", "dist", "runs", "**/__pycache__"]  # folders not to search
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
