@@ -87,7 +87,7 @@ def main() -> None:
         for name, settings in known.items()
         if (options.out / name / "comparison.json").exists()
     ]
-    write_json(RESULT, [asdict(each) for each in candidates])
+    write_json(RESULT, {"candidates": [asdict(each) for each in candidates]})
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(table(candidates))
 
@@ -122,7 +122,7 @@ def candidate(name: str, settings: dict[str, Any], comparison: Comparison) -> Ca
 
 def read_candidates() -> list[Candidate]:
     """The committed measurement."""
-    return TypeAdapter(list[Candidate]).validate_json(RESULT.read_bytes())
+    return TypeAdapter(dict[str, list[Candidate]]).validate_json(RESULT.read_bytes())["candidates"]
 
 
 def filled(page: str) -> str:

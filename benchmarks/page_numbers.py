@@ -55,7 +55,7 @@ def gqe_behind_static(result: Any) -> list[str]:
 
 def differences(result: Any, candidate: str) -> list[float]:
     """`gqe` - `static` in bits per byte for a candidate of the demo, by seed."""
-    (found,) = (each["bits_per_byte"] for each in result if each["name"] == candidate)
+    (found,) = (each["bits_per_byte"] for each in result["candidates"] if each["name"] == candidate)
     return [found["gqe"][seed] - found["static"][seed] for seed in found["static"]]
 
 

@@ -77,7 +77,7 @@ def test_help_beside_other_options_shows_the_defaults_that_they_leave(capsys):
     plain = capsys.readouterr().out
     assert main(["compare", "--preset", "small", "--help"]) == 0
     small = capsys.readouterr().out
-    assert "hidden size D (default: 192)" in plain
+    assert "hidden size D (default: 64)" in plain
     assert "hidden size D (default: 256)" in small
     assert [line[:36] for line in plain.splitlines()[:9]] == [line[:36] for line in small.splitlines()[:9]]
     assert "one of demo, distill, gpu, small" in " ".join(plain.split())
@@ -94,7 +94,7 @@ def test_a_file_of_arguments_beside_the_command_is_not_read(tmp_path, monkeypatc
     held = []
     monkeypatch.setattr(single, "train", lambda settings, console: held.append(settings) or True)
     assert main(["train"]) == 0
-    assert held[0].steps == 240
+    assert held[0].steps == 1000
 
 
 # what isn't installed

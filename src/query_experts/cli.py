@@ -15,14 +15,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import Settings
 from query_experts_command import CLOSED_PIPE, COMMANDS, INTERRUPTED, main, refuse
 
+if TYPE_CHECKING:
+    from query_experts.study.settings import RunSettings
+
 Work = Callable[[], int]  # returns the exit status
 Kind = TypeVar("Kind", bound=Settings)
+Run = TypeVar("Run", bound="RunSettings")
 
 EXAMPLES = {
     "compare": "query-experts compare --data my-texts/ --arms dense static gqe --seeds 0 1 2 --out runs/mine",
@@ -138,12 +142,16 @@ def parse(command: str, kind: type[Kind], argv: list[str], **more: Any) -> Kind:
     return settings
 
 
-def parse_run(command: str, kind: type[Kind], argv: list[str], preset: str = "demo", **more: Any) -> Kind:
+def parse_run(command: str, kind: type[Run], argv: list[str], preset: str = "demo", **more: Any) -> Run:
     """The settings of a command that trains, whose recipes may be those of others."""
     from query_experts.study.settings import CompareSettings, DistillSettings, TrainSettings
 
     known = {f.name for settings in (CompareSettings, TrainSettings, DistillSettings) for f in fields(settings)}
-    return parse(command, kind, argv, folder="recipes", preset=preset, also_known=known, **more)
+    settings = parse(command, kind, argv, folder="recipes", preset=preset, also_known=known, **more)
+    from query_experts.study.workspace import go_on_with_first_demo
+
+    go_on_with_first_demo(settings)
+    return settings
 
 
 def load_compare(command: str, argv: list[str]) -> Work:

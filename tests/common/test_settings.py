@@ -209,7 +209,7 @@ def test_a_value_of_a_recipe_may_begin_with_a_hyphen(of_recipe):
 def test_a_preset_of_a_command_line_is_a_default_that_the_next_does_not_have(of_recipe):
     assert of_recipe("seeds: [7]\n").seeds == [7]
     assert CompareSettings().seeds == [0, 1]
-    assert of_recipe("steps: 3\n").seeds == [0, 1]
+    assert of_recipe("steps: 3\n").seeds == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

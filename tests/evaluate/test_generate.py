@@ -179,7 +179,7 @@ def test_a_prompt_that_is_no_token_is_refused_without_a_bos_token(checkpoint, re
     checkpoint("tokenizer_config.json", bos_token=None)
     normalizer = {"type": "Replace", "pattern": {"String": "\N{SOFT HYPHEN}"}, "content": ""}
     folder = checkpoint("tokenizer.json", normalizer=normalizer)
-    refused(["generate", folder, "--prompt", prompt], f"prompt is {prompt!r}, which is no token", "no bos_token")
+    refused(["generate", folder, "--prompt", prompt], f"prompt is {prompt!r}, of which", "no bos_token")
     assert prompt_ids("", AutoTokenizer.from_pretrained(folder), 7) == [7]
 
 

@@ -758,3 +758,27 @@ def test_a_router_asked_to_stay_in_float32_stays_exact_through_loading_and_savin
     assert again.dtype == torch.bfloat16
     assert torch.equal(again.model.layers[0].self_attn.router.weight, weight)
     assert torch.equal(again(ids).logits, logits)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(6, 6).tril().long(), r"shape \[6, 6\]; it must have a row for each of the 2 rows"),
+        (torch.ones(3, 6).long(), r"shape \[3, 6\]; it must have a row for each of the 2 rows"),
+        (torch.ones(2, 5).long(), "has 5 columns; it must have one for each of the 0 cached and 6 new"),
+    ],
+    ids=["causal", "another batch's", "short"],
+)
+def test_a_mask_of_another_shape_is_refused_with_and_without_labels(mask, message, labels):
+    ids = random_tokens(2, 6)
+    with pytest.raises(ValueError, match=message):
+        tiny_model(num_hidden_layers=1)(ids, attention_mask=mask, labels=ids if labels else None)
+
+
+def test_a_mask_of_one_row_serves_all_rows():
+    model, ids = tiny_model(num_hidden_layers=1), random_tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    alone, all_rows = (model(ids, attention_mask=m, labels=ids) for m in (mask, mask.expand(2, -1)))
+    assert torch.equal(alone.logits[:, 2:], all_rows.logits[:, 2:])
+    assert torch.equal(alone.loss, all_rows.loss)

@@ -18,6 +18,7 @@ RUN = ["--data", "text.txt", "--device", "cpu", "--dtype", "float32", "--seq_len
 RUN += ["--batch_size", "2", "--evaluations", "4", "--validation_sequences", "4"]
 SIZE = ["--vocab_size", "300", "--hidden_size", "16", "--intermediate_size", "24", "--num_hidden_layers", "2"]
 SIZE += ["--num_attention_heads", "4", "--num_key_value_heads", "2", "--head_dim", "8"]
+FIRST_DEMO = ["--learning_rate", "2e-3", "--initializer_range", "0.02"]
 OLD = "train_init_half_finished"  # by `train --preset distill --init converted`
 DISTILL = ["distill", "--init", "converted", "--teacher", "dense", "--gradient_accumulation_steps", "2"]
 DISTILL += ["--sparsify_fraction", "0.75", *RUN]
@@ -68,7 +69,7 @@ def test_a_folder_of_an_earlier_version_goes_on_and_ends_as_it_did_there(fixture
 
 
 def test_a_new_folder_has_the_settings_that_an_earlier_version_wrote_in_their_order(fixtures):
-    for argv, old in ((DISTILL, OLD), (TRAIN, "train_half_finished")):
+    for argv, old in ((DISTILL, OLD), ([*TRAIN, *FIRST_DEMO], "train_half_finished")):
         assert main([*argv, "--out", "new", "--stop_after_minutes", "0"]) == 1
         new, before = (json.loads((fixtures / name / "settings.json").read_text()) for name in ("new", old))
         added = {"compile": False, "initializer_range": 0.02}  # newer than the fixtures

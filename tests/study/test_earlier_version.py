@@ -65,6 +65,11 @@ def test_a_half_finished_run_goes_on(kept):
     assert [piece["first_step"] for piece in result["pieces"]] == [0, 4]
 
 
+def test_a_value_that_is_given_is_not_taken_from_the_first_demo(kept, refused):
+    argv = ["train", *options(out="train_half_finished", data="text.txt", arm="gqe", **SIZES, **RUN)]
+    refused([*argv, "--learning_rate", "3e-3"], "learning_rate was 0.002, now 0.003")
+
+
 def test_a_half_finished_run_with_other_settings_is_refused(kept, refused):
     argv = ["train", *options(out="train_half_finished", data="text.txt", arm="gqe", **SIZES, **RUN | {"steps": 9})]
     refused(argv, "steps was 8, now 9")

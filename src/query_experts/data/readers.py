@@ -247,7 +247,11 @@ def _jsonl(path: Path, stream: BinaryIO, text_field: str) -> Iterator[str]:
         try:
             row = _DECODER.decode(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            why = f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deeply"
+            why = (
+                f"{error.msg.removesuffix(' at')} at column {error.colno}"
+                if isinstance(error, ValueError)
+                else "nested too deeply"
+            )
             raise SettingError(
                 f"data holds {where} is not JSON ({why}); each line must be a JSON object with the field {text_field!r}"
             ) from error

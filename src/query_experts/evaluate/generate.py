@@ -119,8 +119,8 @@ def prompt_ids(prompt: str, tokenizer: Any, bos_token_id: int | None) -> list[in
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos_token_id
     if first is None:
         raise SettingError(
-            f"prompt is {prompt!r}, which is no token to the checkpoint's tokenizer, and that has no bos_token to "
-            "begin with; it must hold text"
+            f"prompt is {prompt!r}, of which the checkpoint's tokenizer makes no token, and it has no bos_token to "
+            "begin with; prompt must hold text"
         )
     return [first]
 

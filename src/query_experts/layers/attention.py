@@ -231,8 +231,8 @@ class GQEAttention(nn.Module):
             y [B, T, D], or (y, `Routing`).
 
         Raises:
-            ValueError: for an argument of another type, dtype or shape, and for a cache in which another layer wrote
-                to this `layer_idx`.
+            ValueError: for an argument of another type or shape, an x of integers, and a cache in which another layer
+                wrote to this `layer_idx`.
         """
         check_inputs(self.hidden_size, self.layer_idx, x, attention_mask, position_ids, past_key_values)
         mask = causal_mask(

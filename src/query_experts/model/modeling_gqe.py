@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from query_experts.layers.attention import GQEAttention
 from query_experts.layers.balance import BalanceWindow
-from query_experts.layers.masks import causal_mask
+from query_experts.layers.masks import causal_mask, padding_mask
 from query_experts.layers.router import Router
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.router_losses import RouterLosses, predicted_tokens, real_tokens
@@ -167,7 +167,7 @@ class GQEModel(GQEPreTrainedModel):
 
         Args:
             input_ids: [B, T], int64.
-            attention_mask: [B, S], nonzero for real tokens, or a prepared mask.
+            attention_mask: [B or 1, S], nonzero for real tokens, or a prepared 4D mask.
             position_ids: [B or 1, T]; by default they continue from the cached tokens.
             past_key_values: a Transformers cache.
             inputs_embeds: [B, T, D], in place of input_ids.
@@ -176,7 +176,8 @@ class GQEModel(GQEPreTrainedModel):
             kept: where to keep `router_logits` too.
 
         Raises:
-            ValueError: unless exactly one of input_ids and inputs_embeds is given.
+            ValueError: unless exactly one of input_ids and inputs_embeds is given; for a 2D attention_mask with
+                another number of rows or too few columns.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -184,12 +185,15 @@ class GQEModel(GQEPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            batch, tokens = inputs_embeds.shape[:2]
+            attention_mask = padding_mask(attention_mask, batch, tokens, past)
         mask = causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids,
             materialise=uses_shared_decode(self.config, inputs_embeds.shape[1], past_key_values),
         )  # fmt: skip
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
 
         if output_router_logits is None:
@@ -269,7 +273,7 @@ class GQEForCausalLM(RouterLosses, GQEPreTrainedModel, LlamaForCausalLM):
 
         Args:
             input_ids: [B, T], int64.
-            attention_mask: [B, S], nonzero for real tokens, or a prepared mask.
+            attention_mask: [B or 1, S], nonzero for real tokens, or a prepared 4D mask.
             position_ids: [B or 1, T]; where they restart, a new document begins.
             past_key_values: a Transformers cache.
             inputs_embeds: [B, T, D], in place of input_ids.
@@ -280,7 +284,7 @@ class GQEForCausalLM(RouterLosses, GQEPreTrainedModel, LlamaForCausalLM):
             num_tokens_in_batch: real tokens in the global batch of this optimizer step, over micro-batches and ranks.
 
         Raises:
-            ValueError: for an attention_mask that leaves out cached keys, where the router's losses need it.
+            ValueError: as `GQEModel.forward`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits

@@ -37,11 +37,14 @@ TEACHER = NotEmpty("be the dense model's checkpoint, or none to train with only 
 
 @dataclass
 class RunSettings(Settings):
-    """What all training runs of the study have in common. The defaults are the `demo` preset, except for its dtype.
+    """What all training runs of the study have in common. The defaults are what the demo was at first.
 
     Attributes:
         torch_device: The device that `device` means on this machine.
+        given: What the command line or a recipe sets, even to the default.
     """
+
+    given: ClassVar[frozenset[str]] = frozenset()
 
     out: OutFolder = option("runs/demo", "folder for checkpoints, results and the report", "output", metavar="FOLDER")
     data: list[str] = option(
@@ -162,7 +165,6 @@ class DistillSettings(RunSettings):
 
     elsewhere = Elsewhere({"arm": "gqe"}, "and init brings its own; it must be left out")
     unlisted = frozenset(f.name for f in fields(ModelSize) if f.metadata["group"] == "model") | {"tokenizer"}
-    given: ClassVar[frozenset[str]] = frozenset()  # what the user set, even to the default
 
     out: OutFolder = option("runs/distill", "folder for checkpoints, model and result", "output", metavar="FOLDER")
     router_aux_loss_coef: NonNegative = option(0.01, "weight of the balance loss; default: that of init", "training")

@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import no_empty_folders
+from query_experts.common.files import no_empty_folders, parse_json
+from query_experts.common.settings import presets, read_recipe
 from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
 LOCK = ".lock"
@@ -61,6 +62,23 @@ def _defaults() -> dict[str, Any]:
     kinds = (CompareSettings, DistillSettings, TrainSettings)
     own = {f.name: f.default for kind in kinds for f in fields(kind) if f.default is not MISSING}
     return own | TrainSettings.elsewhere.defaults
+
+
+def go_on_with_first_demo(settings: RunSettings) -> None:
+    """Takes the first demo's values, which are the defaults, for a folder that it began.
+
+    Only for what the demo of today sets in place of the user.
+    """
+    file = Path(settings.out) / "settings.json"
+    try:
+        held = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # a new folder; a damaged file is named later
+    for name, value in read_recipe(presets("recipes")["demo"]).items():
+        default = _defaults().get(name)
+        unset = name not in settings.given and getattr(settings, name, None) == value
+        if unset and default is not None and isinstance(held, dict) and held.get(name, default) == default:
+            setattr(settings, name, default)
 
 
 @contextmanager
