@@ -165,6 +165,7 @@ def test_stock_trainer_trains_gqe_too(tmp_path):
     assert trainer.train().training_loss > 0
 
 
+@pytest.mark.full
 def test_the_data_order_depends_on_the_seed_and_not_on_the_arm(tmp_path):
     seen = {}
     for arm, seed in itertools.product(("dense", "gqe", "gqe-m4"), (0, 1)):

@@ -339,6 +339,7 @@ def test_every_suite_has_its_points():
     assert len([p for p in points if p.suite == "decode"]) == 2 * 2 * 2
 
 
+@pytest.mark.full
 def test_the_command_measures_every_suite_and_ends_with_a_table_a_plot_and_one_json_line(tmp_path, capsys):
     assert main(["bench", "--preset", "tiny", "--out", str(tmp_path), "--repeats", "1"]) == 0
     printed = capsys.readouterr().out
@@ -401,6 +402,7 @@ def test_a_setting_that_cannot_be_used_is_refused(changes, sentence):
         bench(replace(SMALL, **changes), quiet())
 
 
+@pytest.mark.full
 def test_tables_fit_eighty_columns(tmp_path):
     console = quiet()
     console.width = 80

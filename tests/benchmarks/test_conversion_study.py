@@ -11,6 +11,7 @@ from query_experts.cli import main
 from query_experts.common import formatting as text
 from study_helpers import options, write_text
 
+pytestmark = pytest.mark.full
 SIZES = ["--hidden_size", "32", "--num_attention_heads", "8", "--num_key_value_heads", "2", "--head_dim", "8"]
 SHORT = ["--steps", "4", "--batch_size", "2", "--seq_len", "16", "--evaluations", "2", "--validation_sequences", "4"]
 

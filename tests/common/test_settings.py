@@ -285,6 +285,7 @@ print(sorted(name for name in BLOCKED if name in sys.modules))
 """
 
 
+@pytest.mark.full
 def test_the_library_and_the_benchmark_need_no_package_of_an_extra():
     done = subprocess.run(
         [sys.executable, "-c", f"BLOCKED = {BLOCKED!r}\n{HIDE}\n{USE}"],

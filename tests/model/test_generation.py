@@ -306,6 +306,7 @@ def test_a_mask_of_the_new_tokens_alone_does_not_break_a_forward_pass_without_la
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_generation_with_a_compiled_step_over_a_static_cache_is_greedy_decoding():
     model = tiny_model()
     ids, mask = left_padded()

@@ -294,6 +294,7 @@ def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
         compare(tiny_compare(tmp_path, out=str(tmp_path / "out" / "thesis.tex")), quiet())
 
 
+@pytest.mark.full
 def test_stopping_when_the_time_is_up_and_going_on_ends_as_without_a_stop(finished, tmp_path):
     shutil.copy(finished / "text.txt", tmp_path)
     calls = 1
@@ -554,6 +555,7 @@ def test_a_stopped_call_keeps_the_prefill_of_the_report(folder, finished):
     assert comparison_of(folder)["prefill"] == before
 
 
+@pytest.mark.full
 def test_a_stopped_call_reports_what_was_timed_and_names_what_was_not(folder, finished):
     before = comparison_of(folder)["prefill"]["seconds"]
     assert not compare(tiny_compare(folder, seeds=[0, 1], prefill_lengths=[8, 16, 24], stop_after_minutes=0), quiet())
@@ -729,6 +731,7 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path):
     assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+@pytest.mark.full
 def test_the_page_is_there_as_soon_as_a_run_is_finished(tmp_path, monkeypatch):
     held = []
     original = compare_module.train_arm

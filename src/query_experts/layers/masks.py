@@ -79,28 +79,16 @@ def has_values(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
 
 
-def padding_mask(mask: Tensor, batch: int, tokens: int, past: Any) -> Tensor:
-    """A model's attention mask [B or 1, S] with B rows.
-
-    Args:
-        mask: nonzero for real tokens.
-        batch: B.
-        tokens: T, the new ones.
-        past: cached tokens; a static cache's number is a tensor, which isn't read.
+def padding_mask(mask: Tensor, batch: int) -> Tensor:
+    """A model's attention mask [B or 1, S], nonzero for real tokens, with B rows.
 
     Raises:
-        ValueError: for another number of rows, as a causal [T, T] mask has, and for too few columns.
+        ValueError: for another number of rows, as a causal [T, T] mask has.
     """
-    rows, columns = mask.shape
-    if rows not in (1, batch):
+    if mask.shape[0] not in (1, batch):
         raise ValueError(
-            f"attention_mask has shape {[rows, columns]}; it must have a row for each of the {batch} rows of tokens, "
+            f"attention_mask has shape {list(mask.shape)}; it must have a row for each of the {batch} rows of tokens, "
             "nonzero for real tokens (no mask is needed for causality)"
-        )
-    if isinstance(past, int) and columns < past + tokens:
-        raise ValueError(
-            f"attention_mask has {columns} columns; it must have one for each of the {past} cached and {tokens} new "
-            "tokens"
         )
     return mask.expand(batch, -1)
 

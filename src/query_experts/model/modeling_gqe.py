@@ -177,7 +177,7 @@ class GQEModel(GQEPreTrainedModel):
 
         Raises:
             ValueError: unless exactly one of input_ids and inputs_embeds is given; for a 2D attention_mask with
-                another number of rows or too few columns.
+                another number of rows.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -185,15 +185,14 @@ class GQEModel(GQEPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            batch, tokens = inputs_embeds.shape[:2]
-            attention_mask = padding_mask(attention_mask, batch, tokens, past)
+            attention_mask = padding_mask(attention_mask, inputs_embeds.shape[0])
         mask = causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids,
             materialise=uses_shared_decode(self.config, inputs_embeds.shape[1], past_key_values),
         )  # fmt: skip
         if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past)[None]
 
         if output_router_logits is None:
@@ -284,7 +283,8 @@ class GQEForCausalLM(RouterLosses, GQEPreTrainedModel, LlamaForCausalLM):
             num_tokens_in_batch: real tokens in the global batch of this optimizer step, over micro-batches and ranks.
 
         Raises:
-            ValueError: as `GQEModel.forward`.
+            ValueError: as `GQEModel.forward`; for an attention_mask that leaves out cached keys, where the router's
+                losses need it.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits

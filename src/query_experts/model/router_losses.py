@@ -84,7 +84,12 @@ def real_tokens(attention_mask: Any, tokens: Any, past_key_values: Any) -> Tenso
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or tokens is None:
         return None
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
-    attention_mask = padding_mask(attention_mask, tokens.shape[0], tokens.shape[1], past)
+    attention_mask = padding_mask(attention_mask, tokens.shape[0])
+    if isinstance(past, int) and attention_mask.shape[1] < past + tokens.shape[1]:
+        raise ValueError(
+            f"attention_mask has {attention_mask.shape[1]} columns; it must have one for each of the {past} cached and "
+            f"{tokens.shape[1]} new tokens"
+        )
     return attention_mask[:, torch.arange(tokens.shape[1], device=attention_mask.device) + past]
 
 

@@ -80,6 +80,7 @@ def test_more_than_four_epochs_are_refused(tmp_path):
         run_queue(scaling(file), quiet())
 
 
+@pytest.mark.full
 def test_a_locked_run_is_left_to_its_worker(tmp_path):
     file = write_ladder(tmp_path, **ONE)
     queue = Queue.read(file)
@@ -89,6 +90,7 @@ def test_a_locked_run_is_left_to_its_worker(tmp_path):
     assert run_queue(scaling(file), quiet())
 
 
+@pytest.mark.full
 def test_a_result_made_with_other_settings_is_refused(tmp_path):
     run_queue(scaling(write_ladder(tmp_path, **ONE)), quiet())
     file = write_ladder(tmp_path, **ONE, rungs={"small": RUNG | {"learning_rate": 0.5}, "large": RUNG})
@@ -96,6 +98,7 @@ def test_a_result_made_with_other_settings_is_refused(tmp_path):
         Queue.read(file).results()
 
 
+@pytest.mark.full
 def test_results_of_one_tag_only_stand_in_a_rung_that_is_not_complete(tmp_path, monkeypatch):
     file = write_ladder(tmp_path, **ONE, tag="one", commit="1234567890")
     for running in (None, "1234567+", "7654321"):
@@ -170,6 +173,7 @@ def test_rates_of_other_runs_stand_in_by_their_flops(tmp_path):
     assert Rates(queue, []).seconds(small, [1.0]) is None
 
 
+@pytest.mark.full
 def test_status_counts_what_is_done_running_and_missing(tmp_path):
     file = write_ladder(tmp_path)
     run_queue(scaling(file, only=["small", "dense"]), quiet())
