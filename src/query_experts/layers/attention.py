@@ -34,6 +34,7 @@ from query_experts.layers.validation import (
 )
 from query_experts.ops.attend import CausalKernel, attend, uses_shared_decode
 from query_experts.ops.combine import weighted_slot
+from query_experts.ops.kernels import Kernels, check_kernels, no_triton, not_covered, uses_triton
 from query_experts.ops.rotate import rotary_cos_sin, rotate
 from query_experts.ops.select import scatter_experts, selected_queries
 
@@ -44,19 +45,21 @@ class Routing:
 
     Attributes:
         logits: [B, T, G, M], float32 (float64 in float64); None where `routing="none"`.
-        probs: [B, T, G, M], softmax over a group's experts, dtype as the logits.
+        probs: [B, T, G, M], softmax over a group's experts, dtype as the logits; None within a model that runs the
+            Triton kernels, which need the logits alone.
         indices: [B, T, G, k], int64, the selected experts, most probable first.
         balance_loss: scalar, over the tokens that attention_mask keeps; None inside a model, which computes its own.
     """
 
     logits: Tensor | None
-    probs: Tensor
+    probs: Tensor | None
     indices: Tensor
     balance_loss: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
         """Probabilities of the selected experts, [B, T, G, k]."""
+        assert self.probs is not None
         return self.probs.gather(-1, self.indices)
 
 
@@ -90,17 +93,17 @@ class GQEAttention(nn.Module):
         attn_implementation: `sdpa`, `eager` or `flex_attention`, or another backend of Transformers.
         device: of the weights, as in `nn.Linear`; `meta` for none yet (then `to_empty` and `reset_parameters`).
         dtype: of the weights.
+        kernels: `torch`, the plain path, on any device; `triton`, fused kernels for NVIDIA GPUs; `auto`, the latter
+            only on GPUs for which they were measured. Not a part of a checkpoint; `set_kernels` changes it.
 
     Attributes:
         forced_indices: experts [B, T, G, k] to select in place of the router's choice; see `replay`.
-        fused_decode: whether a Triton kernel decodes single tokens on a GPU. Off by default: it is faster over long
-            caches and within CUDA graphs (docs/performance.md). Set it on a layer or on the class.
 
     Raises:
-        ValueError: for a layout that can't be built.
+        ValueError: for a layout that can't be built, and for kernels that can't run in this installation.
     """
 
-    fused_decode = False
+    kernels: Kernels = "auto"
     forced_indices: Tensor | None = None
     hidden_size: int | None = None  # of a layer that an older version pickled
 
@@ -126,6 +129,7 @@ class GQEAttention(nn.Module):
         attn_implementation: str = "sdpa",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kernels: Kernels = "auto",
         _config: Any = None,
     ):
         super().__init__()
@@ -170,6 +174,7 @@ class GQEAttention(nn.Module):
         self.k_norm = LlamaRMSNorm(head_dim, eps=norm_eps).to(**factory) if qk_norm else None
         self.routed_heads = CausalKernel(self.config, top_k, layer_idx)
         self.shared_head = CausalKernel(self.config, 1, layer_idx) if variant == "gqe" else None
+        self.set_kernels(kernels)
         self._warn_if_router_gets_no_gradient()
 
     def reset_parameters(self) -> None:
@@ -195,6 +200,22 @@ class GQEAttention(nn.Module):
         if not is_whole(top_k) or not 1 <= top_k <= self.experts_per_group:
             raise ValueError(f"top_k is {top_k!r}; it must be 1 to {self.experts_per_group}, the experts in a group")
         self.top_k = self.routed_heads.num_key_value_groups = top_k
+
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Runs the layer by `torch`, `triton` or `auto` kernels from now on.
+
+        Raises:
+            ValueError: for another name, and for `triton` where this installation or the layout can't have it. What
+                depends on the device and the input is checked when the layer is called.
+        """
+        if check_kernels(kernels) == "triton" and (reason := no_triton() or not_covered(self)):
+            raise ValueError(f"kernels is 'triton', which {reason}; kernels='torch' runs here")
+        self.kernels = kernels
+
+    def _refuse_fused_decode(self, value: bool) -> None:
+        raise AttributeError(f"fused_decode is {value}; it has become kernels='triton' (or 'torch'), by set_kernels")
+
+    fused_decode = property(None, _refuse_fused_decode)
 
     def _warn_if_router_gets_no_gradient(self) -> None:
         reason = None
@@ -231,8 +252,8 @@ class GQEAttention(nn.Module):
             y [B, T, D], or (y, `Routing`).
 
         Raises:
-            ValueError: for an argument of another type or shape, an x of integers, and a cache in which another layer
-                wrote to this `layer_idx`.
+            ValueError: for an argument of another type or shape, an x of integers, a cache in which another layer
+                wrote to this `layer_idx`, and kernels that can't run here.
         """
         check_inputs(self.hidden_size, self.layer_idx, x, attention_mask, position_ids, past_key_values)
         mask = causal_mask(
@@ -250,7 +271,9 @@ class GQEAttention(nn.Module):
         if not output_routing:
             return y
         token_mask = attention_mask[:, new] if attention_mask is not None else None
-        return y, Routing(routing.logits, routing.probs, routing.indices, self._balance_loss(routing, token_mask))
+        probs = self.probabilities(x, routing.logits) if routing.probs is None else routing.probs
+        loss = probs.new_zeros(()) if routing.logits is None else self._balance_loss(routing.logits, token_mask)
+        return y, Routing(routing.logits, probs, routing.indices, loss)
 
     def route_and_attend(
         self, x: Tensor, mask: Any, cos_sin: tuple[Tensor, Tensor] | None, past_key_values: Cache | None, **kwargs: Any
@@ -260,6 +283,12 @@ class GQEAttention(nn.Module):
         Returns:
             y [B, T, D], attention weights [B, heads, T, S] or None, and the routing.
         """
+        if uses_triton(self, x):  # the same steps by fewer kernels
+            from query_experts.layers.fused import fused_attention  # needs triton
+
+            y, weights, logits, indices = fused_attention(self, x, mask, cos_sin, past_key_values, **kwargs)
+            return y, weights, Routing(logits, None, self.all_experts(x) if indices is None else indices)
+
         # Route: p_g = softmax(r_g x) over the M experts of each group; K_g = the k largest, found by their logits.
         routing = self.route(x)
 
@@ -268,11 +297,7 @@ class GQEAttention(nn.Module):
         key, value = self.project_keys_values(x)  # [B, G, T, d]
         query, key = self.normalise(query, key)
         query, key = rotate(query, key, cos_sin)
-        if past_key_values is not None:
-            check_writer(past_key_values, self.layer_idx, self)
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if kwargs.get("cache") is not None:
-            key, value = self._update_paged_cache(key, value, kwargs)
+        key, value = self.update_caches(key, value, past_key_values, kwargs)  # [B, G, S, d]
 
         # Attend, causally: o_{g,m}, each selected expert over its group's K/V; s, the shared head over their mean.
         routed, shared, weights = attend(self, query, key, value, mask, past_key_values, **kwargs)
@@ -282,16 +307,26 @@ class GQEAttention(nn.Module):
 
     def route(self, x: Tensor) -> Routing:
         """x [B, T, D] -> probabilities [B, T, G, M] and selected experts [B, T, G, k]: top-k by the logits."""
-        B, T, _ = x.shape
-        G, M = self.num_kv_heads, self.experts_per_group
         if self.router is None:
-            probs = torch.full((B, T, G, M), 1 / M, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-            return Routing(None, probs, torch.arange(M, device=x.device).expand(B, T, G, M))
-        logits = self.router(x).view(B, T, G, M)
-        probs = logits.softmax(-1)
+            return Routing(None, self.probabilities(x, None), self.all_experts(x))
+        logits = self.router(x).view(*x.shape[:2], self.num_kv_heads, self.experts_per_group)
+        probs = self.probabilities(x, logits)
         if self.forced_indices is not None:
             return Routing(logits, probs, self.forced_indices)
         return Routing(logits, probs, select_top_k(logits.detach(), self.top_k))
+
+    def probabilities(self, x: Tensor, logits: Tensor | None) -> Tensor:
+        """Softmax over each group's experts, [B, T, G, M]; without a router, 1/M for each."""
+        if logits is not None:
+            return logits.softmax(-1)
+        shape = (*x.shape[:2], self.num_kv_heads, self.experts_per_group)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.full(shape, 1 / self.experts_per_group, dtype=dtype, device=x.device)
+
+    def all_experts(self, x: Tensor) -> Tensor:
+        """Every group's experts in order, int64 [B, T, G, M]."""
+        experts = torch.arange(self.experts_per_group, device=x.device)
+        return experts.expand(*x.shape[:2], self.num_kv_heads, -1)
 
     def project_queries(self, x: Tensor, routing: Routing) -> Tensor:
         """x [B, T, D] -> queries of the selected experts, then of the shared head if any, [B, G*k (+1), T, d]."""
@@ -332,6 +367,17 @@ class GQEAttention(nn.Module):
             routed = scatter_experts(routed, routing.indices, self.experts_per_group)  # [B, T, G, M, d]
         return torch.cat([routed.flatten(2), *extra], -1)
 
+    def update_caches(
+        self, key: Tensor, value: Tensor, past_key_values: Cache | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Adds keys and values [B, G, T, d] to the caches that there are, and returns those to attend to."""
+        if past_key_values is not None:
+            check_writer(past_key_values, self.layer_idx, self)
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if kwargs.get("cache") is not None:
+            key, value = self._update_paged_cache(key, value, kwargs)
+        return key, value
+
     def _update_paged_cache(self, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Updates continuous batching's cache here where there is a shared head: a kernel would do it in each call."""
         if self.shared_head is None:
@@ -343,10 +389,9 @@ class GQEAttention(nn.Module):
             raise ValueError("continuous batching decodes from a block table, which can't serve the shared head")
         return key, value
 
-    def _balance_loss(self, routing: Routing, token_mask: Tensor | None) -> Tensor:
-        if routing.logits is None:
-            return routing.probs.new_zeros(())
-        logits = routing.logits.flatten(0, 1).flatten(1)
+    def _balance_loss(self, logits: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Of router logits [B, T, G, M], over the tokens that token_mask [B, T] keeps."""
+        logits = logits.flatten(0, 1).flatten(1)
         statistics = routing_statistics((logits,), self.num_kv_heads, self.top_k, token_mask)
         tokens = statistics.tokens.clamp(min=1)
         return balance_loss(statistics.selected / tokens, statistics.prob_sum / tokens)
@@ -354,5 +399,6 @@ class GQEAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"experts={self.num_query_experts}, kv_heads={self.num_kv_heads}, top_k={self.top_k}, "
-            f"variant={self.variant}, output_projection={self.output_projection}, routing={self.routing}"
+            f"variant={self.variant}, output_projection={self.output_projection}, routing={self.routing}, "
+            f"kernels={self.kernels}"
         )

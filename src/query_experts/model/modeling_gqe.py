@@ -34,6 +34,7 @@ from query_experts.layers.router import Router
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.router_losses import RouterLosses, predicted_tokens, real_tokens
 from query_experts.ops.attend import uses_shared_decode
+from query_experts.ops.kernels import Kernels
 
 
 class KeptLogits:
@@ -131,6 +132,16 @@ class GQEPreTrainedModel(LlamaPreTrainedModel):
             if isinstance(module, GQEAttention):
                 module.set_top_k(top_k)
         self.config.active_query_experts = top_k
+
+    def set_kernels(self, kernels: Kernels) -> None:
+        """Runs every layer by `torch`, `triton` or `auto` kernels from now on; not a part of the checkpoint.
+
+        Raises:
+            ValueError: as `GQEAttention.set_kernels`.
+        """
+        for module in self.modules():
+            if isinstance(module, GQEAttention):
+                module.set_kernels(kernels)
 
 
 class GQEModel(GQEPreTrainedModel):

@@ -1,7 +1,7 @@
 """Causal attention of the selected heads, and of the shared head over the mean of all groups' keys and values.
 
-`attend` chooses the implementation: one or two calls of a kernel of Transformers' attention interface (`one_call`), one
-read of the cache for a few new tokens (`shared_decode`), or the Triton kernel for one token (`fused_decode`).
+`attend` chooses the implementation: one or two calls of a kernel of Transformers' attention interface (`one_call`), or
+one read of the cache for a few new tokens (`shared_decode`).
 
 Shapes: B batch, T new tokens, S keys (cached and new), G groups, k selected experts in a group, H = G*k + 1 heads (G*k
 without the shared head), d head dim.
@@ -100,8 +100,6 @@ def attend(
     visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else num_tokens == 1
     dropout = layer.dropout if layer.training else 0.0
     if visible and uses_shared_decode(layer, num_tokens, past_key_values):
-        if layer.fused_decode and num_tokens == 1 and _fits_fused_decode(layer, mask, query, key, value, dropout):
-            return _fused(layer, query, key, value, mask)
         return _decode(layer, query, key, value, mask, dropout)
     kwargs |= {"scaling": layer.scaling, "dropout": dropout}
     if layer.shared_head is None:
@@ -137,24 +135,6 @@ def _decode(
     if layer.config._attn_implementation == "eager":
         returned = torch.cat([weights[:, :, :-1].flatten(1, 2), weights[:, 0, -1:]], 1)  # [B, H, T, S]
     return routed.permute(0, 3, 1, 2, 4), shared, returned
-
-
-def _fused(
-    layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    from query_experts.ops.fused_decode import fused_decode  # needs triton
-
-    routed, shared = fused_decode(*_split_queries(layer, query), key, value, mask, layer.scaling)
-    return routed.permute(0, 3, 1, 2, 4), shared, None
-
-
-def _fits_fused_decode(
-    layer: Any, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, dropout: float
-) -> bool:
-    """Whether nothing is asked that the kernel doesn't give: gradients, weights, float64, dropout, additive masks."""
-    graded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    plain_only = layer.config._attn_implementation == "eager" or query.dtype == torch.float64 or dropout > 0
-    return not (graded or plain_only) and (mask is None or mask.dtype == torch.bool)
 
 
 def _shared_key_value(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,168 @@
+"""The layer's forward pass by Triton kernels: two launches beside the matrix products and attention.
+
+    projections -> prepare (select, normalise, rotate, average for the shared head) -> attention -> combine -> W_O
+
+The backward pass has as many. Attention is one call of the backend where the shared head's keys are those of the new
+tokens alone: `prepare` writes them as one more KV head. Elsewhere `attend` serves it, as on the plain path.
+
+Shapes: B batch, T new tokens, R = B*T, D hidden size, G groups, M experts in a group, k selected in a group, d head
+dim, C copies of the shared query, H = G*k + C query heads, GK = G + 1 key heads with the shared one, else G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from query_experts.layers.router import Router
+from query_experts.ops.attend import ONE_CALL_TOKENS, attend, uses_shared_decode
+from query_experts.ops.fused import Combine, Layout, Prepare, ProjectAndPrepare
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """heads [B, T, H, d], keys and values [B, T, GK, d], logits [R, G*M] or None, indices [B, T, G, k] or None."""
+
+    heads: Tensor
+    keys: Tensor
+    values: Tensor
+    logits: Tensor | None
+    indices: Tensor | None
+
+
+def fused_attention(
+    layer: Any,
+    x: Tensor,
+    mask: Any,
+    cos_sin: tuple[Tensor, Tensor] | None,
+    past_key_values: Cache | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """`GQEAttention.route_and_attend` by the kernels.
+
+    Returns:
+        y [B, T, D], attention weights [B, heads, T, S] or None, router logits [B, T, G, M] or None, and the selected
+        experts [B, T, G, k] or None for all.
+    """
+    batch, num_tokens, _ = x.shape
+    layout = _layout(layer, x, past_key_values, kwargs)
+    prepared = prepare(layer, x, cos_sin, layout)
+    key, value = (t[:, :, : layout.G].transpose(1, 2) for t in (prepared.keys, prepared.values))
+    key, value = layer.update_caches(key, value, past_key_values, kwargs)
+    if layout.shared_key:
+        heads, shared, weights = _attend_to_new_keys(layer, prepared, layout, mask, **kwargs)
+    else:
+        query = prepared.heads.transpose(1, 2)
+        routed, shared, weights = attend(layer, query, key, value, mask, past_key_values, **kwargs)
+        heads = routed.flatten(2, 3)
+    y = layer.o_proj(combine(layer, heads, shared, prepared).view(batch, num_tokens, -1))
+    logits = None
+    if prepared.logits is not None:
+        logits = prepared.logits.view(batch, num_tokens, layout.G, layout.M)
+    return y, weights, logits, prepared.indices
+
+
+def _layout(layer: Any, x: Tensor, past_key_values: Cache | None, kwargs: dict[str, Any]) -> Layout:
+    batch, num_tokens, _ = x.shape
+    shared_key = layer.shared_head is not None and _keys_are_new(layer, num_tokens, past_key_values, kwargs)
+    copies = 0 if layer.shared_head is None else 1
+    if shared_key and _one_call(layer, batch * num_tokens):
+        copies = layer.top_k
+    return Layout(
+        batch, layer.num_kv_heads, layer.experts_per_group, layer.top_k, copies, layer.head_dim, shared_key,
+        layer.shared_head_kv == "mean", 0.0 if layer.q_norm is None else layer.q_norm.variance_epsilon,
+    )  # fmt: skip
+
+
+def _keys_are_new(layer: Any, num_tokens: int, past_key_values: Cache | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the layer attends to the keys of x alone: without a cache, or with one that is empty and grows."""
+    if kwargs.get("cache") is not None:  # continuous batching's
+        return False
+    if past_key_values is None:
+        return True
+    if past_key_values.is_compileable or uses_shared_decode(layer, num_tokens, past_key_values):
+        return False
+    return bool(past_key_values.get_seq_length(layer.layer_idx) == 0)
+
+
+def _one_call(layer: Any, num_rows: int) -> bool:
+    """Whether routed heads and the shared head attend in one call over G + 1 KV heads; the shared query then comes k
+    times, as each KV head serves as many queries."""
+    return layer.top_k == 1 or num_rows < ONE_CALL_TOKENS or layer.config._attn_implementation == "eager"
+
+
+def prepare(layer: Any, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, layout: Layout) -> Prepared:
+    """Projects x [B, T, D], selects, normalises and rotates."""
+    batch, num_tokens, _ = x.shape
+    rows = x.reshape(batch * num_tokens, -1)
+    cos, sin = cos_sin if cos_sin is not None else (None, None)
+    norms = (None, None) if layer.q_norm is None else (layer.q_norm.weight, layer.k_norm.weight)
+    given = None if layer.forced_indices is None or layer.router is None else layer.forced_indices
+    indices = None if given is None else given.reshape(batch * num_tokens, *given.shape[2:])
+    projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.q_shared)
+    if all(_is_plain(module, rows) for module in (*projections, layer.router)):
+        weights, biases = (
+            [None if module is None else getattr(module, name) for module in projections] for name in ("weight", "bias")
+        )
+        router = None if layer.router is None else layer.router.weight
+        heads, keys, values, logits, chosen = ProjectAndPrepare.apply(
+            rows, *weights, *biases, router, indices, cos, sin, *norms, layout
+        )
+    else:
+        logits = None if layer.router is None else layer.router(x)
+        query, key, value, shared = (None if module is None else module(x).flatten(0, 1) for module in projections)
+        heads, keys, values, chosen = Prepare.apply(
+            query, key, value, shared, None if logits is None else logits.detach(), indices, cos, sin, *norms, layout
+        )
+    if given is None and layer.router is not None:
+        given = chosen.view(batch, num_tokens, layout.G, layout.k)
+    return Prepared(heads, keys, values, logits, given)
+
+
+def _is_plain(module: nn.Module | None, rows: Tensor) -> bool:
+    """Whether a module is a linear map, or the router, whose weights can be read past its call, in the dtype of x."""
+    if module is None:
+        return True
+    if type(module).forward not in (nn.Linear.forward, Router.forward) or "forward" in vars(module):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if torch.is_autocast_enabled(rows.device.type):
+        return False
+    tensors = [t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if t is not None]
+    return all(type(t) in (nn.Parameter, Tensor) and (t.dtype, t.device) == (rows.dtype, rows.device) for t in tensors)
+
+
+def _attend_to_new_keys(
+    layer: Any, prepared: Prepared, layout: Layout, mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Heads [B, T, H, d], the shared head apart [B, T, d] if it attends in a call of its own, and weights or None."""
+    kwargs |= {"scaling": layer.scaling, "dropout": layer.dropout if layer.training else 0.0}
+    query, key, value = (t.transpose(1, 2) for t in (prepared.heads, prepared.keys, prepared.values))
+    G, routed = layout.G, layout.G * layout.k
+    if layout.copies == layout.k:
+        heads, weights = layer.routed_heads(query, key, value, mask, **kwargs)
+        return heads, None, None if weights is None else weights[:, : routed + 1]
+    heads, _ = layer.routed_heads(query[:, :routed], key[:, :G], value[:, :G], mask, **kwargs)
+    shared, _ = layer.shared_head(query[:, routed:], key[:, G:], value[:, G:], mask, **kwargs)
+    return heads, shared.squeeze(2), None
+
+
+def combine(layer: Any, heads: Tensor, shared: Tensor | None, prepared: Prepared) -> Tensor:
+    """The rows that W_O takes, [R, slots * d]. heads [B, T, H, d]; shared [B, T, d], or None where it is among them."""
+    weighted_slot, scaled = layer.variant == "gqe", layer.variant == "weighted_concat"
+    by_expert = layer.output_projection == "expert" and layer.router is not None
+    heads = heads.flatten(0, 1)
+    if not (weighted_slot or scaled or by_expert):
+        return heads.flatten(1)
+    indices = None if prepared.indices is None else prepared.indices.flatten(0, 1)
+    logits = prepared.logits if weighted_slot or scaled else None
+    shared = None if shared is None else shared.flatten(0, 1)
+    return Combine.apply(
+        heads, shared, logits, indices, layer.num_kv_heads, layer.experts_per_group, layer.top_k, layer.head_dim,
+        by_expert, weighted_slot, scaled,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""Chooses between the plain path of torch and the Triton kernels, and says why the latter can't run.
+
+`torch` is the reference and runs on any device. `triton` runs the kernels or refuses with a reason. `auto` takes the
+kernels only on a GPU of a family in `MEASURED`, and only for what they cover; else the plain path.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Kernels = Literal["auto", "torch", "triton"]
+KERNELS = get_args(Kernels)
+OLDEST_TRITON = (3, 6)
+MEASURED: frozenset[tuple[int, int]] = frozenset()  # compute capabilities for which a green GPU suite is committed
+LARGEST_HEAD_DIM = 256  # a program holds whole heads
+MOST_GROUPS = 64  # and all groups of a token
+
+
+def check_kernels(kernels: Any) -> Kernels:
+    """Raises ValueError for a name that isn't one of `KERNELS`."""
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels is {kernels!r}; it must be one of {', '.join(KERNELS)}")
+    return kernels
+
+
+def no_triton() -> str | None:
+    """Why Triton's kernels can't run in this installation; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which isn't installed"
+    import triton
+
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    if version < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"needs triton {oldest} or newer, where {triton.__version__} is installed"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, which it then does on a CPU (its TRITON_INTERPRET)."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def no_triton_on(device: torch.device) -> str | None:
+    """Why the kernels can't run on a device; None where they can."""
+    if missing := no_triton():
+        return missing
+    if device.type == "cuda":
+        return "doesn't support ROCm" if torch.version.hip else None
+    if device.type == "cpu" and interpreted():
+        return None
+    return f"needs an NVIDIA GPU, where the device is {device.type}"
+
+
+def not_covered(layer: Any) -> str | None:
+    """What of a layer's layout the kernels don't cover; None where they cover it."""
+    if layer.head_dim > LARGEST_HEAD_DIM:
+        return f"takes head_dim up to {LARGEST_HEAD_DIM}, where it is {layer.head_dim}"
+    if layer.num_kv_heads > MOST_GROUPS or layer.experts_per_group > MOST_GROUPS:
+        return f"takes up to {MOST_GROUPS} groups and {MOST_GROUPS} experts in a group"
+    return None
+
+
+def not_taken(x: Tensor) -> str | None:
+    """What of the input x, or of where the call happens, the kernels don't take; None where they take it."""
+    if torch.compiler.is_exporting():
+        return "can't be exported"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "doesn't support the transforms of torch.func (vmap, grad, jvp)"
+        if type(x) not in (Tensor, torch.nn.Parameter) and not _is_fake(x):
+            return f"takes plain tensors, where x is a {type(x).__name__}"
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        return f"takes floating-point inputs, where x is {x.dtype}"
+    return None
+
+
+def _is_fake(x: Tensor) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor)
+
+
+def uses_triton(layer: Any, x: Tensor) -> bool:
+    """Whether the Triton kernels compute this call of a layer. x [B, T, D].
+
+    Raises:
+        ValueError: where `kernels` is `triton` and they can't.
+    """
+    if layer.kernels == "torch" or x.numel() == 0:
+        return False
+    if layer.kernels == "auto":
+        if not MEASURED or not x.is_cuda or torch.cuda.get_device_capability(x.device) not in MEASURED:
+            return False
+        return not (no_triton_on(x.device) or not_covered(layer) or not_taken(x))
+    reason = no_triton_on(x.device) or not_covered(layer) or not_taken(x)
+    if reason:
+        raise ValueError(f"kernels is 'triton', which {reason}; kernels='torch' runs here")
+    return True
