@@ -27,6 +27,7 @@ TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 class Golden:
     case: dict
     tensors: dict[str, Tensor]
+    kernels: str
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -45,6 +46,7 @@ class Golden:
 
     def layer(self) -> GQEAttention:
         layer = GQEAttention(self.case["dim"], **self.heads, rope_theta=self.rope_theta, bias=self.case["bias"])
+        layer.set_kernels(self.kernels)
         layer = layer.double()
         layer.load_state_dict(self.group("param"))
         return layer
@@ -53,11 +55,18 @@ class Golden:
         return (y * self["cotangent"]).sum() + self.case["aux_loss_weight"] * balance_loss
 
 
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return request.param
+
+
 @pytest.fixture(params=GOLDEN_FILES, ids=lambda path: path.stem)
-def golden(request: pytest.FixtureRequest) -> Golden:
+def golden(request: pytest.FixtureRequest, kernels: str) -> Golden:
     with safe_open(request.param, "pt") as file:
         case = json.loads(file.metadata()["case"])
-    return Golden(case, load_file(request.param))
+    return Golden(case, load_file(request.param), kernels)
 
 
 def dynamic_cache(golden: Golden) -> Cache:

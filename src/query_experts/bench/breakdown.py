@@ -78,6 +78,7 @@ def _forward_with(module: GQEAttention, x: Tensor, inputs: AttentionInputs, rout
 
 def uniform_routing(routing: Routing) -> Routing:
     """Routing of the same shape in which token t selects experts t, t + 1, ... of each group, modulo M."""
+    assert routing.probs is not None  # the plain path's
     B, T, G, M = routing.probs.shape
     k = routing.indices.shape[-1]
     turn = torch.arange(T, device=routing.probs.device)[:, None, None] + torch.arange(k, device=routing.probs.device)

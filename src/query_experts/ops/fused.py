@@ -52,7 +52,7 @@ class Layout:
 
 
 class Prepare(torch.autograd.Function):
-    """`prepare` after projections that autograd sees: modules with hooks or adapters, quantised, sharded or autocast."""
+    """`prepare` after projections by their modules: with hooks or adapters, quantised, under autocast."""
 
     @staticmethod
     def forward(
@@ -95,7 +95,7 @@ def _norm_gradients(partial: Tensor, weights: tuple[Tensor | None, ...]) -> list
     """Partial sums [programs, 2, d] -> gradients of the norms' weights."""
     if weights[0] is None:
         return [None, None]
-    return [gradient.to(weight.dtype) for gradient, weight in zip(partial.sum(0), weights, strict=True)]
+    return [g.to(weight.dtype) for g, weight in zip(partial.sum(0), weights, strict=True) if weight is not None]
 
 
 class ProjectAndPrepare(torch.autograd.Function):

@@ -41,7 +41,8 @@ def launch(kernel: Any, programs: tuple[int, ...], device: Tensor, *args: Any, *
             raise
         reason = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
         raise RuntimeError(
-            f"kernels is 'triton', whose kernel {kernel.__name__} doesn't compile here ({reason}); 'torch' runs anywhere"
+            f"kernels is 'triton', whose kernel {kernel.__name__} doesn't compile here ({reason}); kernels='torch' "
+            "runs here"
         ) from error
 
 
@@ -102,11 +103,12 @@ def _prepare_into(
     sizes = _sizes(G, M, d, r, query_norm is not None)
     launch(
         triton_prepare.prepare, (triton.cdiv(num_rows, sizes["BLOCK"]),), query,
-        query, key, value, *(query if t is None else t for t in (shared, logits, cos, sin, query_norm, key_norm, start)),
+        query, key, value,
+        *(query if t is None else t for t in (shared, logits, cos, sin, query_norm, key_norm, start)),
         heads, keys, values, indices,
         query.stride(0), key.stride(0), value.stride(0), 0 if shared is None else shared.stride(0),
         0 if logits is None else logits.stride(0), cos_batch, *keys.stride()[:3], *values.stride()[:3],
-        num_tokens, num_rows, eps, G, M, k, copies, d, r, **sizes, NORM=query_norm is not None,
+        num_tokens, num_rows, keys.shape[1], eps, G, M, k, copies, d, r, **sizes, NORM=query_norm is not None,
         ROUTED=logits is not None or given is not None, GIVEN=given is not None, SHARED_KEY=shared_key, MEAN=mean,
         CACHED=start is not None, WIDE=wide(query), num_warps=4,
     )  # fmt: skip
@@ -182,6 +184,7 @@ def _prepare_back(
     heads, keys, values, logits, query, key, shared = map(  # type: ignore[assignment]
         _rows, (heads, keys, values, logits, query, key, shared)
     )
+    indices = None if indices is None else indices.contiguous()
     batch, num_tokens = heads.shape[:2]
     num_rows = batch * num_tokens
     cos, sin, cos_batch, r = _angles(cos, sin)
@@ -222,7 +225,8 @@ def _combine(
     heads: Tensor, shared: Tensor | None, logits: Tensor | None, indices: Tensor | None,
     G: int, M: int, k: int, d: int, by_expert: bool, weighted_slot: bool, scaled: bool,
 ) -> Tensor:  # fmt: skip
-    heads, shared = heads.contiguous(), _rows(shared)
+    heads, shared, logits = heads.contiguous(), _rows(shared), _rows(logits)
+    indices = None if indices is None else indices.contiguous()
     num_rows = heads.shape[0]
     slots = _combine_fake(heads, shared, logits, indices, G, M, k, d, by_expert, weighted_slot, scaled)
     behind = heads[:, min(G * k, heads.shape[1] - 1)] if shared is None else shared
@@ -253,7 +257,8 @@ def _combine_back(
     slots: Tensor, heads: Tensor, logits: Tensor | None, indices: Tensor | None, shared_apart: bool,
     G: int, M: int, k: int, d: int, by_expert: bool, weighted_slot: bool, scaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    slots, heads = _rows(slots), heads.contiguous()  # type: ignore[assignment]
+    slots, heads, logits = _rows(slots), heads.contiguous(), _rows(logits)  # type: ignore[assignment]
+    indices = None if indices is None else indices.contiguous()
     num_rows = heads.shape[0]
     of_heads, of_shared, of_logits = _combine_back_fake(
         slots, heads, logits, indices, shared_apart, G, M, k, d, by_expert, weighted_slot, scaled
@@ -277,7 +282,7 @@ def _combine_back_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     num_rows = heads.shape[0]
     return (
-        torch.empty_like(heads),
+        heads.new_empty(heads.shape),
         heads.new_empty(num_rows if shared_apart else 0, d),
         heads.new_empty(
             num_rows if logits is not None else 0, G * M, dtype=torch.promote_types(heads.dtype, torch.float32)

@@ -101,11 +101,11 @@ def _of_all_groups(heads, groups, G: tl.constexpr, MEAN: tl.constexpr):
     return shared[:, None, :]
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "room"])
 def prepare(
     query, key, value, shared, logits, cos, sin, query_norm, key_norm, start, heads, keys, values, indices,
     query_row, key_row, value_row, shared_row, logits_row, cos_batch,
-    keys_batch, keys_token, keys_head, values_batch, values_token, values_head, num_tokens, num_rows, eps,
+    keys_batch, keys_token, keys_head, values_batch, values_token, values_head, num_tokens, num_rows, room, eps,
     G: tl.constexpr, M: tl.constexpr, k: tl.constexpr, C: tl.constexpr, d: tl.constexpr, r: tl.constexpr,
     G_PAD: tl.constexpr, M_PAD: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROUTED: tl.constexpr, GIVEN: tl.constexpr, SHARED_KEY: tl.constexpr,
@@ -114,7 +114,8 @@ def prepare(
     """query [R, G*M*d], key, value [R, G*d], shared [R, d] -> heads [R, H, d], keys, values [B, T, GK, d].
 
     Experts come from logits [R, G*M], whose choice goes to indices [R, G, k]; from indices where GIVEN; are all of them
-    without ROUTED. Where CACHED, keys and values begin at the token *start of their tensors.
+    without ROUTED. Where CACHED, keys and values begin at the token *start of tensors with room for so many; what would
+    lie behind their end isn't written.
     """
     H: tl.constexpr = G * k + C
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -174,6 +175,8 @@ def prepare(
         begin = tl.load(start)
     token = (row % num_tokens + begin)[:, None]
     batch = (row // num_tokens)[:, None]
+    alive = alive & (token < room)
+    in_group = in_group & (token < room)
     at = batch * keys_batch + token * keys_token
     one, two, rest = _load_heads(key, one_head * key_row + (g * d)[None, :], in_group, d, r, HALF, REST, WIDE)
     one, two, rest = _normalise_and_rotate(one, two, rest, key_one, key_two, key_rest, cosine, sine, eps, d, r, NORM)
