@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ CASES = {
     "ddp_told_nothing": ("ddp", []),
     "ddp_checkpointed": ("checkpointed", ["num_items_in_batch", "num_tokens_in_batch"]),
     "fsdp_with_uneven_padding": ("fsdp", ["num_items_in_batch", "num_tokens_in_batch"]),
+    "ddp_by_triton": ("ddp", ["num_items_in_batch", "num_tokens_in_batch"]),
+    "fsdp_by_triton": ("fsdp", ["num_items_in_batch", "num_tokens_in_batch"]),
 }
 
 
@@ -79,6 +82,8 @@ def train_alone(case: str) -> dict[str, Tensor]:
 def train_as_rank(case: str, rank: int) -> dict[str, Tensor]:
     """The same in one of two processes, with the factor by which the Trainer undoes the average over ranks."""
     model = tiny_model(**SETTING).train()
+    if case.endswith("triton"):
+        model.set_kernels("triton")
     how, counts = CASES[case]
     if how == "fsdp":
         mesh = init_device_mesh("cpu", (WORLD,))
@@ -184,7 +189,7 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
-    for case in CASES:
+    for case in CASES if find_spec("triton") else [name for name in CASES if not name.endswith("triton")]:
         torch.save(train_as_rank(case, rank), folder / f"{case}.{rank}.pt")
     for case in TRAINED:
         torch.save(train_by_trainer(case, 4, folder), folder / f"{case}.{rank}.pt")
@@ -222,6 +227,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("rank", range(WORLD))
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_get_the_gradients_of_one(case, rank, folder):
+    if case.endswith("triton"):
+        pytest.importorskip("triton")
     expected = train_alone(case)
     assert_same_tensors(torch.load(folder / f"{case}.{rank}.pt"), expected, **EXACT)
 

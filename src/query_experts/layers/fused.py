@@ -3,7 +3,8 @@
     projections -> prepare (select, normalise, rotate, average for the shared head) -> attention -> combine -> W_O
 
 The backward pass has as many. Attention is one call of the backend where the shared head's keys are those of the new
-tokens alone: `prepare` writes them as one more KV head. Elsewhere `attend` serves it, as on the plain path.
+tokens alone: `prepare` writes them as one more KV head. One new token over a cache takes two launches for attention and
+the slots (`decode`), and `prepare` writes into a static cache in place. Elsewhere `attend` serves, as on the plain path.
 
 Shapes: B batch, T new tokens, R = B*T, D hidden size, G groups, M experts in a group, k selected in a group, d head
 dim, C copies of the shared query, H = G*k + C query heads, GK = G + 1 key heads with the shared one, else G.
@@ -17,19 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
+from query_experts.layers.caches import check_writer
 from query_experts.layers.router import Router
+from query_experts.ops import triton_decode as _triton_decode  # noqa: F401 - registers the operator
 from query_experts.ops.attend import ONE_CALL_TOKENS, attend, uses_shared_decode
-from query_experts.ops.fused import Combine, Layout, Prepare, ProjectAndPrepare
+from query_experts.ops.fused import Combine, Layout, Prepare, ProjectAndPrepare, operators
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """heads [B, T, H, d], keys and values [B, T, GK, d], logits [R, G*M] or None, indices [B, T, G, k] or None."""
+    """heads [B, T, H, d], keys and values [B, T, GK, d] unless they are in a static cache, logits [R, G*M] or None,
+    indices [B, T, G, k] or None."""
 
     heads: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Tensor | None
+    values: Tensor | None
     logits: Tensor | None
     indices: Tensor | None
 
@@ -48,21 +53,28 @@ def fused_attention(
         y [B, T, D], attention weights [B, heads, T, S] or None, router logits [B, T, G, M] or None, and the selected
         experts [B, T, G, k] or None for all.
     """
-    batch, num_tokens, _ = x.shape
     layout = _layout(layer, x, past_key_values, kwargs)
-    prepared = prepare(layer, x, cos_sin, layout)
-    key, value = (t[:, :, : layout.G].transpose(1, 2) for t in (prepared.keys, prepared.values))
-    key, value = layer.update_caches(key, value, past_key_values, kwargs)
+    static = _static_layer(layer, x, past_key_values)
+    prepared = prepare(layer, x, cos_sin, layout, static)
+    if static is None:
+        key, value = (t[:, :, : layout.G].transpose(1, 2) for t in (prepared.keys, prepared.values))
+        key, value = layer.update_caches(key, value, past_key_values, kwargs)
+    else:
+        key, value = static.keys, static.values
+    weights = None
     if layout.shared_key:
         heads, shared, weights = _attend_to_new_keys(layer, prepared, layout, mask, **kwargs)
+        slots = combine(layer, heads, shared, prepared)
+    elif past_key_values is not None and _decodes(layer, prepared.heads, mask):
+        slots = _decode(layer, prepared, key, value, mask)
     else:
         query = prepared.heads.transpose(1, 2)
         routed, shared, weights = attend(layer, query, key, value, mask, past_key_values, **kwargs)
-        heads = routed.flatten(2, 3)
-    y = layer.o_proj(combine(layer, heads, shared, prepared).view(batch, num_tokens, -1))
+        slots = combine(layer, routed.flatten(2, 3), shared, prepared)
+    y = layer.o_proj(slots.view(*x.shape[:2], -1))
     logits = None
     if prepared.logits is not None:
-        logits = prepared.logits.view(batch, num_tokens, layout.G, layout.M)
+        logits = prepared.logits.view(*x.shape[:2], layout.G, layout.M)
     return y, weights, logits, prepared.indices
 
 
@@ -89,22 +101,62 @@ def _keys_are_new(layer: Any, num_tokens: int, past_key_values: Cache | None, kw
     return bool(past_key_values.get_seq_length(layer.layer_idx) == 0)
 
 
+def _static_layer(layer: Any, x: Tensor, past_key_values: Cache | None) -> StaticLayer | None:
+    """The layer's part of a static cache, where `prepare` may write into it as the cache itself would."""
+    if past_key_values is None or past_key_values.offloading or torch.is_grad_enabled():
+        return None
+    layers = past_key_values.layers
+    part: Any = layers[layer.layer_idx] if layer.layer_idx < len(layers) else None
+    if type(part) is not StaticLayer or not part.is_initialized:
+        return None
+    fits = part.dtype == x.dtype and part.device == x.device and part.keys.shape[0] == x.shape[0]
+    if not fits or torch.is_autocast_enabled(x.device.type):
+        return None
+    check_writer(past_key_values, layer.layer_idx, layer)
+    return part
+
+
+def _decodes(layer: Any, heads: Tensor, mask: Any) -> bool:
+    """Whether the kernel for one new token serves: no gradients, weights or dropout are asked for, and the mask says
+    for each key whether it is seen. heads [B, T, H, d]."""
+    if heads.shape[1] != 1 or heads.requires_grad or layer.config._attn_implementation == "eager":
+        return False
+    if layer.training and layer.dropout > 0:
+        return False
+    return mask is None or (
+        isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1
+    )
+
+
+def _decode(layer: Any, prepared: Prepared, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The slots [B, slots * d] of one new token over keys and values [B, G, S, d]."""
+    logits = None if prepared.logits is None else prepared.logits.unflatten(-1, (layer.num_kv_heads, -1))
+    return operators.decode(
+        prepared.heads[:, 0], key, value, None if mask is None else mask[:, 0, 0], logits,
+        None if prepared.indices is None else prepared.indices[:, 0], layer.scaling, layer.variant,
+        layer.output_projection, layer.shared_head_kv,
+    )  # fmt: skip
+
+
 def _one_call(layer: Any, num_rows: int) -> bool:
     """Whether routed heads and the shared head attend in one call over G + 1 KV heads; the shared query then comes k
     times, as each KV head serves as many queries."""
     return layer.top_k == 1 or num_rows < ONE_CALL_TOKENS or layer.config._attn_implementation == "eager"
 
 
-def prepare(layer: Any, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, layout: Layout) -> Prepared:
-    """Projects x [B, T, D], selects, normalises and rotates."""
+def prepare(
+    layer: Any, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, layout: Layout, static: StaticLayer | None
+) -> Prepared:
+    """Projects x [B, T, D], selects, normalises and rotates; keys and values go into the static cache, if any."""
     batch, num_tokens, _ = x.shape
     rows = x.reshape(batch * num_tokens, -1)
     cos, sin = cos_sin if cos_sin is not None else (None, None)
     norms = (None, None) if layer.q_norm is None else (layer.q_norm.weight, layer.k_norm.weight)
-    given = None if layer.forced_indices is None or layer.router is None else layer.forced_indices
+    given = None if layer.forced_indices is None or layer.router is None else layer.forced_indices.long()
     indices = None if given is None else given.reshape(batch * num_tokens, *given.shape[2:])
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.q_shared)
-    if all(_is_plain(module, rows) for module in (*projections, layer.router)):
+    keys = values = None
+    if static is None and all(_is_plain(module, rows) for module in (*projections, layer.router)):
         weights, biases = (
             [None if module is None else getattr(module, name) for module in projections] for name in ("weight", "bias")
         )
@@ -114,10 +166,15 @@ def prepare(layer: Any, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, layout
         )
     else:
         logits = None if layer.router is None else layer.router(x)
-        query, key, value, shared = (None if module is None else module(x).flatten(0, 1) for module in projections)
-        heads, keys, values, chosen = Prepare.apply(
-            query, key, value, shared, None if logits is None else logits.detach(), indices, cos, sin, *norms, layout
-        )
+        projected = [None if module is None else module(x).flatten(0, 1) for module in projections]
+        inputs = (*projected, None if logits is None else logits.detach(), indices, cos, sin, *norms)
+        if static is None:
+            heads, keys, values, chosen = Prepare.apply(*inputs, layout)
+        else:
+            heads, chosen = operators.prepare_cached(
+                *inputs, layout.eps, static.keys, static.values, static.cumulative_length, *layout.heads
+            )
+            static.cumulative_length.add_(x.shape[1])
     if given is None and layer.router is not None:
         given = chosen.view(batch, num_tokens, layout.G, layout.k)
     return Prepared(heads, keys, values, logits, given)

@@ -74,10 +74,10 @@ class Prepare(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, heads: Tensor, keys: Tensor, values: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        layout = ctx.layout
-        packed, norms = _prepare_back(heads, keys, values, None, ctx.saved_tensors, layout, 0)
+        layout, saved = ctx.layout, ctx.saved_tensors
+        packed, norms = _prepare_back(heads, keys, values, None, saved, layout, 0)
         query, key, value, shared = packed.split(layout.widths, 1)
-        norm_gradients = _norm_gradients(norms, ctx.saved_tensors[-2:])
+        norm_gradients = _norm_gradients(norms, saved[-2:])
         return query, key, value, shared if layout.copies else None, None, None, None, None, *norm_gradients, None
 
 
@@ -140,8 +140,8 @@ class ProjectAndPrepare(torch.autograd.Function):
     def backward(
         ctx: Any, heads: Tensor | None, keys: Tensor | None, values: Tensor | None, logits: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        rows, *weights = ctx.saved_tensors[:5]
-        router, *saved = ctx.saved_tensors[5:]
+        rows, *rest = ctx.saved_tensors
+        weights, router, saved = rest[:4], rest[4], rest[5:]
         layout = ctx.layout
         heads, keys, values = _given_or_zero(rows, layout, heads, keys, values)
         narrow = logits is not None and logits.dtype != rows.dtype
@@ -152,7 +152,7 @@ class ProjectAndPrepare(torch.autograd.Function):
         of_rows = _input_gradient(columns[: len(widths) - narrow], [*weights, router]) if need[0] else None
         of_weights = _weight_gradients(packed, columns, rows, widths, need[1:5], bool(need[9]), narrow)
         of_biases = [c.sum(0) if wanted else None for c, wanted in zip(columns, need[5:9], strict=False)]
-        norm_gradients = _norm_gradients(norms, ctx.saved_tensors[-2:])
+        norm_gradients = _norm_gradients(norms, tuple(saved[-2:]))
         return of_rows, *of_weights[:4], *of_biases, of_weights[4], None, None, None, *norm_gradients, None
 
 
@@ -218,8 +218,9 @@ class Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slots: Tensor) -> tuple[Tensor | None, ...]:
+        heads, logits, indices = ctx.saved_tensors
         of_heads, of_shared, of_logits = operators.combine_back(
-            slots, *ctx.saved_tensors, ctx.shared_apart, *ctx.layout
+            slots, heads, logits, indices, ctx.shared_apart, *ctx.layout
         )
         shared = of_shared if ctx.shared_apart else None
-        return of_heads, shared, of_logits if ctx.saved_tensors[1] is not None else None, None, *[None] * 7
+        return of_heads, shared, None if logits is None else of_logits, None, *[None] * 7

@@ -28,6 +28,7 @@ def check_kernels(kernels: Any) -> Kernels:
     return kernels
 
 
+@torch.compiler.assume_constant_result
 def no_triton() -> str | None:
     """Why Triton's kernels can't run in this installation; None where they can."""
     if importlib.util.find_spec("triton") is None:
@@ -41,6 +42,7 @@ def no_triton() -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton interprets its kernels, which it then does on a CPU (its TRITON_INTERPRET)."""
     import triton

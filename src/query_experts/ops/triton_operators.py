@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from query_experts.ops import triton_combine, triton_prepare
+from query_experts.ops.kernels import interpreted
 
 TILE = 4096  # numbers of a [tokens, groups, d] tile that a program holds at once: no register spills up to there
 TILE_NORM = 2048  # with norms, whose backward pass holds more tiles
@@ -37,7 +38,7 @@ def launch(kernel: Any, programs: tuple[int, ...], device: Tensor, *args: Any, *
         with torch.cuda.device(device.device) if device.is_cuda else nullcontext():
             kernel[programs](*args, **constants)
     except failures as error:
-        if triton.knobs.runtime.interpret:
+        if interpreted():
             raise
         reason = next((line.strip() for line in str(error).splitlines()[::-1] if line.strip()), type(error).__name__)
         raise RuntimeError(

@@ -1,0 +1,419 @@
+"""The layer by Triton kernels against the plain path in float64, over its settings, in every way that it is called.
+
+In the interpreter on a CPU, compiled on a GPU. In float32 both paths err from float64 by some hundred roundings of
+6e-8; a number counts as right within 5e-6, or within three times the plain path's own error.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from query_experts import GQEAttention
+from query_experts.layers.router import Router
+from query_experts.ops import kernels as choice
+
+pytest.importorskip("triton")
+fused = pytest.importorskip("query_experts.layers.fused")
+pytestmark = pytest.mark.filterwarnings("ignore:the router gets no gradient")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NARROW = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cuts off bf16 in place of rounding
+EPS = torch.finfo(NARROW).eps
+D, B, T = 24, 2, 9
+SIZES = {"paper": (4, 2, 1, 6), "two of three": (3, 3, 2, 8), "two of four": (3, 4, 2, 10), "all": (3, 3, 3, 10)}
+LAYERS = {
+    "gqe": ("paper", {}),
+    "gqe, no rotation": ("paper", {"rope_theta": None}),
+    "gqe, norms and biases": ("two of three", {"qk_norm": True, "bias": True}),
+    "gqe, first": ("two of four", {"shared_head_kv": "first", "output_projection": "expert", "bias": True}),
+    "gqe, frozen, eager": ("two of four", {"routing": "frozen", "attn_implementation": "eager"}),
+    "static": ("all", {"routing": "none"}),
+    "static, expert": ("all", {"routing": "none", "output_projection": "expert"}),
+    "hard": ("paper", {"variant": "hard_concat", "qk_norm": True}),
+    "hard, expert": ("two of three", {"variant": "hard_concat", "output_projection": "expert"}),
+    "weighted": ("two of four", {"variant": "weighted_concat"}),
+    "weighted, expert, frozen": (
+        "two of four", {"variant": "weighted_concat", "output_projection": "expert", "routing": "frozen"}
+    ),
+    "dense": ("all", {"variant": "hard_concat", "routing": "none"}),
+}  # fmt: skip
+
+
+def build(name: str, **options) -> GQEAttention:
+    size, settings = LAYERS[name]
+    G, M, k, d = SIZES[size]
+    settings = {"rope_theta": 1e4, **settings, **options}
+    layer = GQEAttention(D, G * M, G, k, d, **settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            tensor.normal_(std=0.3, generator=generator)
+    return layer.to(DEVICE)
+
+
+def by_triton(layer: GQEAttention) -> GQEAttention:
+    layer = copy.deepcopy(layer)
+    layer.set_kernels("triton")
+    return layer
+
+
+def inputs(dtype=torch.float32):
+    x = torch.randn(B, T, D, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    mask = torch.ones(B, T, dtype=torch.long, device=DEVICE)
+    mask[0, :3] = 0
+    return x, mask
+
+
+def run(layer, x, mask=None, forward=None, **options):
+    """Output, routing, and gradients of x and of every parameter by name; None where there is none."""
+    x = x.detach().clone().requires_grad_()
+    y, routing = (layer if forward is None else forward)(x, attention_mask=mask, output_routing=True, **options)
+    loss = (y * y.detach().sin()).sum() + 0.3 * routing.balance_loss
+    named = {"x": x, **{n: p for n, p in layer.named_parameters() if p.requires_grad}}
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return y.detach(), routing, dict(zip(named, gradients, strict=True))
+
+
+def error(actual, expected) -> float:
+    return ((actual.double() - expected.double()).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+def rounding(actual, expected) -> float:
+    """The error's size relative to all numbers together, which in a narrow dtype says more than the worst of a few hundred."""
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-3)).item()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts the calls of the fused path."""
+    counted = []
+    original = fused.fused_attention
+    monkeypatch.setattr(fused, "fused_attention", lambda *a, **kw: counted.append(1) or original(*a, **kw))
+    return counted
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_routing_and_gradients_are_those_of_the_plain_path(name, masked, launches):
+    plain = build(name)
+    exact = copy.deepcopy(plain).double()
+    x, mask = inputs()
+    mask = mask if masked else None
+    y, routing, gradients = run(by_triton(plain), x, mask)
+    assert launches, "the plain path ran"
+    exact_y, exact_routing, exact_gradients = run(exact, x.double(), mask)
+    plain_y, plain_routing, plain_gradients = run(plain, x, mask)
+    assert torch.equal(routing.indices, exact_routing.indices)
+    assert error(routing.probs, exact_routing.probs) < 5e-6
+    assert routing.balance_loss.dtype == plain_routing.balance_loss.dtype
+    assert error(y, exact_y) <= max(5e-6, 3 * error(plain_y, exact_y))
+    for part, expected in exact_gradients.items():
+        assert (gradients[part] is None) == (plain_gradients[part] is None), part
+        if plain_gradients[part] is not None:
+            bound = max(5e-6, 3 * error(plain_gradients[part], expected))
+            assert error(gradients[part], expected) <= bound, part
+
+
+@pytest.mark.parametrize("name", ["gqe", "gqe, norms and biases", "gqe, first"])
+def test_in_a_narrow_dtype_it_errs_no_more_than_twice_as_much_as_the_plain_path(name):
+    plain = build(name).to(NARROW)
+    exact = copy.deepcopy(plain).double()
+    x, _ = inputs(NARROW)
+    exact_y, exact_routing, exact_gradients = run(exact, x.double())
+    plain.forced_indices = exact_routing.indices  # where two logits are nearly equal, either choice is right
+    plain_y, _, plain_gradients = run(plain, x)
+    y, _, gradients = run(by_triton(plain), x)
+    assert rounding(y, exact_y) <= 2 * rounding(plain_y, exact_y)
+    for part, expected in exact_gradients.items():
+        assert rounding(gradients[part], expected) <= 2 * max(rounding(plain_gradients[part], expected), EPS), part
+
+
+@pytest.mark.parametrize("name", ["gqe", "gqe, norms and biases", "weighted, expert, frozen"])
+def test_two_runs_give_the_same_bits_and_so_does_activation_checkpointing(name):
+    layer = by_triton(build(name))
+    x, mask = inputs()
+    runs = [run(layer, x, mask), run(layer, x, mask)]
+    for reentrant in (False, True):
+
+        def forward(x, reentrant=reentrant, **options):
+            return checkpoint(lambda x: layer(x, **options), x, use_reentrant=reentrant)
+
+        if reentrant:  # which allows backward() alone, and tensors alone as outputs
+            leaf = x.clone().requires_grad_()
+            y = checkpoint(lambda t: layer(t, attention_mask=mask), leaf, use_reentrant=True)
+            once = x.clone().requires_grad_()
+            expected = layer(once, attention_mask=mask)
+            for out in (y, expected):
+                layer.zero_grad()
+                out.backward(out.detach().sin())
+            assert torch.equal(y, expected)
+            assert torch.equal(leaf.grad, once.grad)
+        else:
+            runs.append(run(layer, x, mask, forward))
+    for y, _, gradients in runs[1:]:
+        assert torch.equal(y, runs[0][0])
+        assert all(g is e or torch.equal(g, e) for g, e in zip(gradients.values(), runs[0][2].values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["gqe", "gqe, first", "static", "hard"])
+def test_a_compiled_layer_is_one_graph_and_gives_the_same(name):
+    layer = by_triton(build(name))
+    x, _ = inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, _, gradients = run(layer, x, forward=compiled)
+    expected_y, _, expected = run(layer, x)
+    assert error(y, expected_y) < 1e-6
+    for part, gradient in expected.items():
+        assert gradient is None or error(gradients[part], gradient) < 5e-6, part
+
+
+def cache_of(kind: str, name: str):
+    if kind == "dynamic":
+        return DynamicCache()
+    G, _, _, d = SIZES[LAYERS[name][0]]
+    config = LlamaConfig(hidden_size=G * d, num_attention_heads=G, num_key_value_heads=G, num_hidden_layers=1)
+    return StaticCache(config, max_cache_len=T + 4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", LAYERS)
+@torch.no_grad()
+def test_chunks_and_single_tokens_over_a_cache_are_those_of_the_plain_path(name, kind):
+    plain = build(name)
+    x, mask = inputs()
+    outputs, caches = [], []
+    for layer in (plain, by_triton(plain)):
+        cache, at, parts = cache_of(kind, name), 0, []
+        for part in x.split([4, 1, 1, 2, 1], 1):
+            at += part.shape[1]
+            parts.append(layer(part, attention_mask=mask[:, :at], past_key_values=cache))
+        outputs.append(torch.cat(parts, 1))
+        caches.append(cache)
+    real = mask.bool()
+    assert error(outputs[1][real], outputs[0][real]) < 5e-6
+    for part in ("keys", "values"):
+        ours, theirs = (getattr(cache.layers[0], part)[:, :, :T] for cache in reversed(caches))
+        assert error(ours, theirs) < 5e-6
+    assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length()) == T
+
+
+@torch.no_grad()
+def test_single_tokens_over_a_static_cache_run_by_the_decoding_kernel_without_a_copy(monkeypatch):
+    layer, (x, _) = by_triton(build("gqe")), inputs()
+    cache = cache_of("static", "gqe")
+    layer(x[:, :4], past_key_values=cache)
+    keys = cache.layers[0].keys
+    steps = []
+    original = fused._decode
+    monkeypatch.setattr(fused, "_decode", lambda *a: steps.append(1) or original(*a))
+    monkeypatch.setattr(cache.layers[0], "update", lambda *a, **kw: pytest.fail("the cache copied"))
+    for at in range(4, T):
+        layer(x[:, at : at + 1], past_key_values=cache)
+    assert len(steps) == T - 4
+    assert cache.layers[0].keys is keys
+
+
+def test_modules_that_do_more_than_a_product_are_called_as_modules():
+    plain = build("gqe")
+    plain.q_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    seen = []
+    plain.router.register_forward_hook(lambda module, args, out: seen.append(out))
+    x, mask = inputs()
+    expected_y, _, expected = run(plain, x, mask)
+    y, _, gradients = run(by_triton(plain), x, mask)
+    assert len(seen) == 2
+    assert error(y, expected_y) < 5e-6
+    for part, gradient in expected.items():
+        assert error(gradients[part], gradient) < 2e-5, part
+
+
+@pytest.mark.parametrize("trained", ["none", "q_proj", "router", "o_proj", "v_proj and x"])
+def test_only_what_trains_gets_gradients(trained):
+    plain = build("gqe").requires_grad_(False)
+    for name in trained.split(" and "):
+        if name not in ("none", "x"):
+            getattr(plain, name).requires_grad_(True)
+    x, _ = inputs()
+    results = []
+    for layer in (plain, by_triton(plain)):
+        leaf = x.clone().requires_grad_("x" in trained.split(" and "))
+        y = layer(leaf)
+        assert y.requires_grad == (trained != "none")
+        if y.requires_grad:
+            y.backward(y.detach().sin())
+        results.append([leaf.grad, *(p.grad for p in layer.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        assert (expected is None) == (actual is None)
+        assert expected is None or error(actual, expected) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["gqe", "gqe, norms and biases", "static"])
+def test_under_autocast_weights_stay_float32_and_errors_are_the_plain_path_s(name):
+    plain, (x, _) = build(name), inputs()
+    exact_y, exact_routing, exact = run(copy.deepcopy(plain).double(), x.double())
+    if plain.router is not None:
+        plain.forced_indices = exact_routing.indices
+    results = []
+    for layer in (plain, by_triton(plain)):
+        with torch.autocast(DEVICE, NARROW):
+            results.append(run(layer, x))
+    (plain_y, _, plain_gradients), (y, routing, gradients) = results
+    assert routing.logits is None or routing.logits.dtype == torch.float32
+    assert rounding(y, exact_y) <= 2 * rounding(plain_y, exact_y)
+    for part, expected in exact.items():
+        assert gradients[part].dtype == torch.float32
+        assert rounding(gradients[part], expected) <= 2 * max(rounding(plain_gradients[part], expected), EPS), part
+
+
+def test_a_router_of_another_dtype_than_the_input_keeps_its_own():
+    plain, (x, _) = build("gqe").to(NARROW), inputs(NARROW)
+    plain.router.float()
+    expected = run(plain, x)[1].logits
+    _, routing, gradients = run(by_triton(plain), x)
+    assert routing.logits.dtype == torch.float32
+    assert error(routing.logits, expected) < 1e-6
+    assert gradients["router.weight"].dtype == torch.float32
+
+
+def test_a_replay_selects_the_given_experts_of_any_integer_dtype():
+    plain, (x, _) = build("gqe, first"), inputs()
+    G, M, k, _ = SIZES["two of four"]
+    plain.forced_indices = torch.randn(B, T, G, M).argsort(-1)[..., :k].int().to(DEVICE)
+    expected_y, _, expected = run(plain, x)
+    y, routing, gradients = run(by_triton(plain), x)
+    assert torch.equal(routing.indices, plain.forced_indices.long())
+    assert error(y, expected_y) < 5e-6
+    assert error(gradients["router.weight"], expected["router.weight"]) < 5e-6
+
+
+def test_many_tokens_in_all_take_two_calls_where_k_is_more_than_one(monkeypatch):
+    plain, (x, mask) = build("gqe, norms and biases"), inputs()
+    expected_y, _, expected = run(plain, x, mask)
+    monkeypatch.setattr(fused, "ONE_CALL_TOKENS", 1)
+    layer, calls = by_triton(plain), []
+    layer.shared_head.register_forward_hook(lambda *_: calls.append(1))
+    y, _, gradients = run(layer, x, mask)
+    assert calls
+    assert error(y, expected_y) < 5e-6
+    for part, gradient in expected.items():
+        assert error(gradients[part], gradient) < 5e-6, part
+
+
+def test_no_rows_and_no_tokens_give_nothing():
+    layer = by_triton(build("gqe"))
+    for shape in ((0, T, D), (B, 0, D)):
+        x = torch.zeros(shape, device=DEVICE, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == x.grad.shape == x.shape
+
+
+# ---- the choice
+
+
+def test_the_choice_is_no_part_of_weights_copies_keep_it_and_the_text_shows_it():
+    layer = by_triton(build("gqe"))
+    assert layer.state_dict().keys() == build("gqe").state_dict().keys()
+    assert copy.deepcopy(layer).kernels == pickle.loads(pickle.dumps(layer)).kernels == "triton"
+    assert "kernels=triton" in repr(layer)
+    assert GQEAttention(32, 4, 2).kernels == "auto"
+    assert GQEAttention(32, 4, 2, kernels="torch").kernels == "torch"
+
+
+def test_auto_is_the_plain_path_where_the_kernels_were_not_measured(launches):
+    layer, (x, _) = build("gqe"), inputs()
+    assert layer.kernels == "auto"
+    layer(x)
+    assert not launches
+
+
+def test_an_unknown_name_and_the_old_switch_end_in_a_sentence():
+    with pytest.raises(ValueError, match="kernels is 'cuda'; it must be one of auto, torch, triton"):
+        GQEAttention(32, 4, 2, kernels="cuda")
+    with pytest.raises(AttributeError, match="fused_decode is True; it has become kernels='triton'"):
+        GQEAttention(32, 4, 2).fused_decode = True
+
+
+def test_what_triton_cannot_run_is_refused_with_the_way_out(monkeypatch):
+    layer, (x, _) = by_triton(build("gqe")), inputs()
+    way_out = "kernels='torch' runs here"
+    with pytest.raises(ValueError, match=f"kernels is 'triton', which takes head_dim up to 256, .*; {way_out}"):
+        GQEAttention(32, 2, 1, head_dim=258, kernels="triton")
+    with pytest.raises(ValueError, match=f"doesn't support the transforms of torch.func .*; {way_out}"):
+        torch.func.vmap(layer)(x[:, None])
+    with pytest.raises(ValueError, match=f"doesn't support the transforms of torch.func .*; {way_out}"):
+        torch.func.grad(lambda x: layer(x).sum())(x)
+    with pytest.raises(ValueError, match=f"needs an NVIDIA GPU, where the device is meta; {way_out}"):
+        layer.to("meta")(x.to("meta"))
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"needs the package triton, which isn't installed; {way_out}"):
+        GQEAttention(32, 4, 2, kernels="triton")
+
+
+def test_an_old_triton_rocm_and_a_cpu_without_the_interpreter_are_refused(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(choice, "interpreted", lambda: False)
+    assert choice.no_triton_on(torch.device("cpu")) == "needs an NVIDIA GPU, where the device is cpu"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choice.no_triton_on(torch.device("cuda")) == "doesn't support ROCm"
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    with pytest.raises(ValueError, match=r"needs triton 3\.6 or newer, where 3\.5\.1 is installed; kernels='torch'"):
+        GQEAttention(32, 4, 2, kernels="triton")
+
+
+def test_a_kernel_that_does_not_compile_ends_in_a_sentence(monkeypatch):
+    import triton
+
+    from query_experts.ops import triton_operators
+
+    class Broken:
+        __name__ = "prepare"
+
+        def __getitem__(self, programs):
+            def fail(*args, **constants):
+                raise triton.runtime.errors.PTXASError("first line\nptxas fatal: no such target")
+
+            return fail
+
+    monkeypatch.setattr(triton_operators, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_operators.triton_prepare, "prepare", Broken())
+    sentence = r"whose kernel prepare doesn't compile here \(.*no such target\); kernels='torch' runs here"
+    with pytest.raises(RuntimeError, match=sentence):
+        by_triton(build("gqe"))(inputs()[0])
+
+
+def test_an_exported_layer_takes_the_plain_path_and_triton_is_refused():
+    layer, (x, _) = build("gqe").eval(), inputs()
+    exported = torch.export.export(layer, (x,))
+    assert not [node for node in exported.graph.nodes if "query_experts" in str(node.target)]
+    with pytest.raises(Exception, match="kernels is 'triton', which can't be exported; kernels='torch' runs here"):
+        torch.export.export(by_triton(layer), (x,))
+
+
+def test_a_second_derivative_is_refused_by_torch():
+    layer, (x, _) = by_triton(build("gqe")), inputs()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_subclass_of_the_router_or_of_a_linear_map_with_its_own_forward_is_called():
+    class Louder(Router):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    plain, (x, _) = build("gqe"), inputs()
+    plain.router.__class__, plain.k_proj.__class__ = Louder, Doubled
+    assert error(by_triton(plain)(x), plain(x)) < 5e-6
