@@ -28,7 +28,7 @@ from torch import Tensor
 PIECES_PER_PROCESSOR = 2  # of a GPU; two programs' loads in flight hide the memory's latency
 CPU_PROCESSORS = 2  # for Triton's interpreter
 NUM_WARPS = 4
-MOST_SUMS = 96  # numbers of all heads' sums in a thread of `_piece`; more spill from 255 registers
+MOST_REGISTERS = 170  # for the heads of a program of `_piece`: query and sums, and 3 for a head's softmax
 JOINED_COLUMNS = 8  # of d numbers, in a program of `_join`: 32 bytes, the least that a GPU reads at once
 JOINED_NUMBERS = 32  # numbers of the pieces' tile [P, H, columns] in a thread of `_join`
 LOG2_E = tl.constexpr(1.4426950408889634)  # a GPU has 2**x, so scores are multiplied by it
@@ -43,31 +43,50 @@ def _keep_up(top, total, score):
     return new_top, total * kept + weight, weight, kept
 
 
-@triton.jit(do_not_specialize=["num_keys"])
+@triton.jit
+def _store_sums(partial, rows, row, sums, tops, totals, column, real, d: tl.constexpr):
+    """Joins the lanes of one head, [keys, d] and [keys], and stores its row of `partial`."""
+    top = tl.max(tops, 0)
+    share = tl.exp2(tops - top)
+    tl.store(partial + row * d + column, tl.sum(sums * share[:, None], 0), real)
+    tl.store(partial + rows * d + row, top)
+    tl.store(partial + rows * (d + 1) + row, tl.sum(totals * share, 0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_b", "query_h", "key_b", "key_g", "key_s", "value_b", "value_g", "value_s", "mask_b", "num_keys",
+    ]
+)  # fmt: skip
 def _piece(
     query, key, value, mask, partial,
     query_b: tl.int64, query_h: tl.int64, key_b: tl.int64, key_g: tl.int64, key_s: tl.int64,
     value_b: tl.int64, value_g: tl.int64, value_s: tl.int64, mask_b: tl.int64, num_keys,
-    G: tl.constexpr, groups: tl.constexpr, k: tl.constexpr, d: tl.constexpr, shared_groups: tl.constexpr,
-    scaling: tl.constexpr, masked: tl.constexpr, unit: tl.constexpr, accumulator: tl.constexpr,
-    S_tile: tl.constexpr, d_pad: tl.constexpr,
+    G: tl.constexpr, groups: tl.constexpr, k: tl.constexpr, ranks: tl.constexpr, d: tl.constexpr,
+    shared_groups: tl.constexpr, scaling: tl.constexpr, masked: tl.constexpr, unit: tl.constexpr,
+    accumulator: tl.constexpr, S_tile: tl.constexpr, d_pad: tl.constexpr,
 ):  # fmt: skip
-    """One piece of the keys of one sequence, for `groups` groups: all G where there is a shared head, else one.
+    """One piece of the keys of one sequence, for `groups` groups and `ranks` of the k selected experts of each.
+
+    With a shared head a program takes all G groups, else one. Many heads' sums don't fit into a program's registers;
+    then several programs share out the ranks.
 
     query [B, H, d], key and value [B, G, S, d], mask [B or 1, S]. Strides of keys and values are in units of `unit`
     numbers, so that the compiler knows what divides them. The shared head reads the mean of the first `shared_groups`.
     partial: sums [B, P, H, d], then tops [B, P, H], then totals [B, P, H], all in `accumulator`.
     """
-    b, piece, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, piece, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    first_group, first_rank = part // (k // ranks) * groups, part % (k // ranks) * ranks
     step = tl.num_programs(1) * S_tile
     has_shared: tl.constexpr = shared_groups > 0
-    routed: tl.constexpr = groups * k  # heads of this program, and the shared one
+    routed: tl.constexpr = groups * ranks  # heads of this program, and then the shared one
     heads: tl.constexpr = G * k + has_shared
+    first_head = first_group * k + first_rank
     lane, column = tl.arange(0, S_tile), tl.arange(0, d_pad)
     real = column < d
-    query += b * query_b.to(tl.int64) + part * routed * query_h.to(tl.int64)
-    key += b * key_b.to(tl.int64) * unit + part * groups * key_g.to(tl.int64) * unit
-    value += b * value_b.to(tl.int64) * unit + part * groups * value_g.to(tl.int64) * unit
+    query += b * query_b.to(tl.int64)
+    key += b * key_b.to(tl.int64) * unit + first_group * key_g.to(tl.int64) * unit
+    value += b * value_b.to(tl.int64) * unit + first_group * value_g.to(tl.int64) * unit
     mask += b * mask_b.to(tl.int64)
 
     sums, tops, totals = (), (), ()
@@ -83,27 +102,26 @@ def _piece(
             seen = seen & (tl.load(mask + s, seen, 0) != 0)
         tile = seen[:, None] & real[None, :]
         s = s.to(tl.int64)[:, None]
-        new_tops, new_totals, weights, kept = (), (), (), ()
+        new_tops, new_totals, weights, old_sums = (), (), (), ()
         shared_keys = tl.zeros([S_tile, d_pad], accumulator)
         for g in tl.static_range(groups):
             at = g * key_g.to(tl.int64) * unit + s * (key_s.to(tl.int64) * unit) + column[None, :]
             keys = tl.load(key + at, tile, 0.0).to(accumulator)
             if g < shared_groups:
                 shared_keys += keys
-            for i in tl.static_range(k):
-                q = tl.load(query + (g * k + i) * query_h.to(tl.int64) + column, real, 0.0).to(accumulator)
-                score = tl.sum(keys * (q * (scaling * LOG2_E))[None, :], 1)
-                score = tl.where(seen, score, float("-inf"))
-                new = _keep_up(tops[g * k + i], totals[g * k + i], score)
-                new_tops, new_totals = new_tops + (new[0],), new_totals + (new[1],)
-                weights, kept = weights + (new[2],), kept + (new[3],)
+            for i in tl.static_range(ranks):
+                q = tl.load(query + (first_head + g * k + i) * query_h.to(tl.int64) + column, real, 0.0).to(accumulator)
+                score = tl.where(seen, tl.sum(keys * q[None, :], 1) * (scaling * LOG2_E), float("-inf"))
+                top, total, weight, kept = _keep_up(tops[g * ranks + i], totals[g * ranks + i], score)
+                new_tops, new_totals, weights = new_tops + (top,), new_totals + (total,), weights + (weight,)
+                old_sums = old_sums + (sums[g * ranks + i] * kept[:, None],)
         if has_shared:
-            q = tl.load(query + routed * query_h.to(tl.int64) + column, real, 0.0).to(accumulator)
-            score = tl.sum(shared_keys * (q * (scaling * LOG2_E / shared_groups))[None, :], 1)
+            q = tl.load(query + G * k * query_h.to(tl.int64) + column, real, 0.0).to(accumulator)
+            score = tl.sum(shared_keys * q[None, :], 1) * (scaling * LOG2_E / shared_groups)
             score = tl.where(seen, score, float("-inf"))
-            new = _keep_up(tops[routed], totals[routed], score)
-            new_tops, new_totals = new_tops + (new[0],), new_totals + (new[1],)
-            weights, kept = weights + (new[2],), kept + (new[3],)
+            top, total, weight, kept = _keep_up(tops[routed], totals[routed], score)
+            new_tops, new_totals, weights = new_tops + (top,), new_totals + (total,), weights + (weight,)
+            old_sums = old_sums + (sums[routed] * kept[:, None],)
 
         new_sums = ()
         shared_values = tl.zeros([S_tile, d_pad], accumulator)
@@ -112,24 +130,21 @@ def _piece(
             values = tl.load(value + at, tile, 0.0).to(accumulator)
             if g < shared_groups:
                 shared_values += values
-            for i in tl.static_range(k):
-                h: tl.constexpr = g * k + i
-                new_sums = new_sums + (sums[h] * kept[h][:, None] + values * weights[h][:, None],)
+            for i in tl.static_range(ranks):
+                new_sums = new_sums + (old_sums[g * ranks + i] + values * weights[g * ranks + i][:, None],)
         if has_shared:
-            new_sums = new_sums + (sums[routed] * kept[routed][:, None] + shared_values * weights[routed][:, None],)
+            new_sums = new_sums + (old_sums[routed] + shared_values * weights[routed][:, None],)
         sums, tops, totals = new_sums, new_tops, new_totals
 
     rows = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * heads
-    row = (b * tl.num_programs(1) + piece) * heads + part * routed
-    for h in tl.static_range(routed + has_shared):
-        top = tl.max(tops[h], 0)
-        share = tl.exp2(tops[h] - top)
-        total = tl.sum(sums[h] * share[:, None], 0)
-        if h == routed:
-            total = total / shared_groups
-        tl.store(partial + (row + h) * d + column, total, real)
-        tl.store(partial + rows * d + row + h, top)
-        tl.store(partial + rows * (d + 1) + row + h, tl.sum(totals[h] * share, 0))
+    row = (b * tl.num_programs(1) + piece) * heads
+    for h in tl.static_range(routed):
+        at = row + first_head + h // ranks * k + h % ranks
+        _store_sums(partial, rows, at, sums[h], tops[h], totals[h], column, real, d)
+    if has_shared:
+        if part == 0:
+            shared = sums[routed] / shared_groups
+            _store_sums(partial, rows, row + G * k, shared, tops[routed], totals[routed], column, real, d)
 
 
 @triton.jit
@@ -212,17 +227,21 @@ def _join(
         tl.store(output + n[:, None] * d + column[None, :], zeros, free[:, None] & inside[None, :])
 
 
-def keys_in_a_tile(heads: int, d: int) -> int:
-    """Keys that a program of `_piece` reads at a time, so that the sums of all its heads fit into registers.
+def ranks_and_tile(groups: int, k: int, has_shared: bool, d: int) -> tuple[int, int]:
+    """How many of k ranks a program of `_piece` takes, and how many keys at a time, so that it fits into registers.
 
-    A thread holds 8 numbers of each head, one load of 16 bytes in bf16, or fewer for many heads. A key stays within a
-    warp's 32 threads: a sum over d is then a matter of shuffles, not of barriers.
+    A thread holds 8 numbers of each head, one load of 16 bytes in bf16, or fewer for many heads, but enough for a key
+    to stay within a warp's 32 threads: a sum over d is then a matter of shuffles, not of barriers. Where they don't
+    fit, ranks are shared out among programs, which read the keys anew. Only then a key is spread over warps.
     """
     d_pad = triton.next_power_of_2(d)
-    numbers = 8
-    while numbers > 1 and numbers * heads > MOST_SUMS and 32 * numbers // 2 >= d_pad:
-        numbers //= 2
-    return max(1, 32 * NUM_WARPS * numbers // d_pad)
+    within_a_warp = max(1, d_pad // 32)
+    for fewest in (within_a_warp, 1):
+        for ranks in (n for n in range(k, 0, -1) if k % n == 0):
+            for numbers in (n for n in (8, 4, 2, 1) if n >= fewest):
+                if (groups * ranks + has_shared) * (2 * numbers + 3) <= MOST_REGISTERS:
+                    return ranks, max(1, 32 * NUM_WARPS * numbers // d_pad)
+    return 1, max(1, 32 * NUM_WARPS // d_pad)
 
 
 def unit_of(d: int, *strides: int) -> int:
@@ -249,10 +268,11 @@ def piece_constants(
 ) -> dict:
     """The compile-time arguments of `_piece`."""
     groups = G if shared_groups else 1
+    ranks, S_tile = ranks_and_tile(groups, k, shared_groups > 0, d)
     return {
-        "G": G, "groups": groups, "k": k, "d": d, "shared_groups": shared_groups, "scaling": scaling,
-        "masked": masked, "unit": unit, "accumulator": accumulator,
-        "S_tile": keys_in_a_tile(groups * k + (shared_groups > 0), d), "d_pad": triton.next_power_of_2(d),
+        "G": G, "groups": groups, "k": k, "ranks": ranks, "d": d, "shared_groups": shared_groups, "scaling": scaling,
+        "masked": masked, "unit": unit, "accumulator": accumulator, "S_tile": S_tile,
+        "d_pad": triton.next_power_of_2(d),
     }  # fmt: skip
 
 
@@ -291,13 +311,13 @@ def _decode(
     shared_groups = 0 if not has_shared else G if shared_head_kv == "mean" else 1
     constants = piece_constants(G, k, d, shared_groups, scaling, mask is not None, unit, accumulator)
     pieces = min(triton.cdiv(S, constants["S_tile"]), PIECES_PER_PROCESSOR * num_processors(key.device) // B)
-    pieces = max(1, pieces)
+    pieces, parts = max(1, pieces), G // constants["groups"] * (k // constants["ranks"])
     partial = query.new_empty(B * pieces * H * (d + 2), dtype=kind)
     strides = [stride // unit for t in (key, value) for stride in t.stride()[:3]]
     M = logits.shape[2] if logits is not None else k
     by_expert = output_projection == "expert" and logits is not None
     with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
-        _piece[(B, pieces, G // constants["groups"])](
+        _piece[(B, pieces, parts)](
             query, key, value, mask if mask is not None else query, partial, *query.stride()[:2], *strides,
             mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0, S, **constants, num_warps=NUM_WARPS,
         )  # fmt: skip

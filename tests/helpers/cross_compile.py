@@ -1,0 +1,171 @@
+"""Compiles Triton kernels for GPUs that this machine lacks, and reads what they need: Triton ships NVIDIA's assembler.
+
+A process whose tests run in Triton's interpreter can't compile, so `compile_all` does it in another one, for all
+kernels at once. A new family of kernels adds a function of its shape to `FAMILIES`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs.
+
+    Attributes:
+        kernel: its name.
+        registers: of a thread.
+        spills: bytes of a thread that had no register: its stack and its local memory.
+        shared: bytes of shared memory of a program.
+        loads: instructions that load from the GPU's memory.
+        vector_loads: those of 16 bytes.
+        barriers: instructions at which a program's threads wait for one another.
+        narrow_rows: products of tensors in 32 bits; row numbers times strides belong in 64.
+    """
+
+    kernel: str
+    registers: int
+    spills: int
+    shared: int
+    loads: int
+    vector_loads: int
+    barriers: int
+    narrow_rows: int
+
+
+def compile_for(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, num_warps: int
+) -> Resources:
+    """Compiles a `triton.jit` function for NVIDIA's compute capability (90: sm_90).
+
+    signature: the arguments' types, as `*bf16` or `i64`, in any order. Pointers are taken to be aligned to 16 bytes,
+    as torch allocates them. constants: the compile-time arguments.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {name: "constexpr" if name in constants else signature[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, types, constexprs=values, attrs=aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps},
+    )
+    ptx, tensors = compiled.asm["ptx"], compiled.asm["ttir"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        kernel.__name__,
+        number["REG"],
+        number["STACK"] + number["LOCAL"],
+        compiled.metadata.shared,
+        len(re.findall(r"ld\.global", ptx)),
+        len(re.findall(r"ld\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx)),
+        len(re.findall(r"bar\.sync|barrier\.sync", ptx)),
+        len(re.findall(r"arith\.muli .*tensor<[\dx]*xi32>", tensors)),
+    )
+
+
+def decode_kernels(
+    G: int, k: int, d: int, M: int | None = None, variant: str = "gqe", by_expert: bool = False, first: bool = False,
+    dtype: str = "bf16", masked: bool = True,
+) -> list[tuple]:  # fmt: skip
+    """The two kernels of `ops/triton_decode.py`; without M, those of a layer without a router."""
+    import triton.language as tl
+
+    from query_experts.ops import triton_decode
+
+    accumulator, kind = (tl.float64, "*fp64") if dtype == "fp64" else (tl.float32, "*fp32")
+    shared_groups = 0 if variant != "gqe" else 1 if first else G
+    piece = {name: f"*{dtype}" for name in ("query", "key", "value")} | {"mask": "*i1", "partial": kind}
+    piece |= {f"{t}_{axis}": "i64" for t in ("key", "value") for axis in "bgs"}
+    piece |= {"query_b": "i64", "query_h": "i64", "mask_b": "i64", "num_keys": "i32"}
+    join = {"partial": kind, "logits": kind, "indices": "*i64", "output": f"*{dtype}", "num_pieces": "i32"}
+    unit = triton_decode.unit_of(d)
+    constants = triton_decode.piece_constants(G, k, d, shared_groups, d**-0.5, masked, unit, accumulator)
+    joined = triton_decode.join_constants(G, M or k, k, d, variant, M is not None, by_expert, accumulator)
+    warps = triton_decode.NUM_WARPS
+    return [(triton_decode._piece, piece, constants, warps), (triton_decode._join, join, joined, warps)]
+
+
+FAMILIES = {"decode": decode_kernels}
+
+
+def compiled_variants(call: Callable[[], Any], capability: int = 90) -> set[tuple[str, str]]:
+    """The kernels that a call would start on a GPU, each with the key by which Triton finds a compiled one again."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    found = set()
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(
+            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", capability, 32))
+        )
+        found.add((kernel.__name__, str(bind(*args, **options)[1:])))
+
+    with mock.patch.object(JITFunction, "run", note):
+        call()
+    return found
+
+
+def decode_variants(lengths: list[int], d: int, by_token: bool) -> int:
+    """How many kernels decoding compiles in all, for caches of those lengths in either memory layout."""
+    import torch
+
+    from query_experts.ops.triton_decode import triton_decode
+
+    found = set()
+    for S in lengths:
+        key = torch.zeros(2, S, 4, d).transpose(1, 2) if by_token else torch.zeros(2, 4, S, d)
+        query, logits, mask = torch.zeros(2, 5, d), torch.zeros(2, 4, 3), torch.ones(1, S, dtype=torch.bool)
+        indices = logits.argmax(-1, keepdim=True)
+        found |= compiled_variants(partial(triton_decode, query, key, key, mask, logits, indices, 0.5))
+    return len(found)
+
+
+def compile_all(cases: list[tuple[str, dict[str, Any], int]]) -> list[list[Resources]]:
+    """The resources of every kernel of each case (family, arguments of its function, compute capability)."""
+    found = in_a_compiling_process("compile_cases", cases)
+    return [[Resources(**kernel) for kernel in kernels] for kernels in found]
+
+
+def compile_cases(*cases: tuple[str, dict[str, Any], int]) -> list[list[dict[str, Any]]]:
+    return [
+        [asdict(compile_for(*kernel[:3], capability, kernel[3])) for kernel in FAMILIES[family](**arguments)]
+        for family, arguments, capability in cases
+    ]
+
+
+def in_a_compiling_process(function: str, arguments: list) -> Any:
+    """Calls a function of this file, whose arguments and result JSON holds, where Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__, function], input=json.dumps(arguments), env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    print(json.dumps(globals()[sys.argv[1]](*json.load(sys.stdin))))

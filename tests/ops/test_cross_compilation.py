@@ -1,0 +1,69 @@
+"""The Triton kernels compile for NVIDIA GPUs on a machine without one, and none spills registers."""
+
+from functools import lru_cache
+
+import pytest
+
+import cross_compile
+
+pytest.importorskip("triton")
+PAPER = {"G": 8, "M": 2, "k": 1, "d": 64}
+TYPICAL = [
+    ("decode", PAPER, 80),
+    ("decode", PAPER, 90),
+    ("decode", PAPER, 100),
+    ("decode", {"G": 8, "M": 4, "k": 1, "d": 128, "by_expert": True}, 90),
+    ("decode", {"G": 4, "M": 4, "k": 2, "d": 64}, 90),
+    ("decode", {"G": 8, "k": 4, "d": 128, "variant": "hard_concat"}, 90),
+]
+RARE = [
+    ("decode", {"G": 8, "M": 4, "k": k, "d": d} | more, capability)
+    for capability in (80, 90, 100)
+    for d in (16, 32, 64, 80, 96, 128)
+    for k, more in [
+        (1, {}),
+        (2, {"by_expert": True}),
+        (3, {"first": True}),
+        (4, {"masked": False}),
+        (1, {"G": 5, "M": 3}),
+        (3, {"G": 5, "M": 3}),
+        (1, {"dtype": "fp32"}),
+        (2, {"variant": "weighted_concat", "by_expert": True}),
+        (4, {"M": None, "variant": "hard_concat"}),
+        (1, {"G": 16}),
+        (1, {"G": 32}),
+    ]
+]
+
+
+@lru_cache
+def compiled(rare=False):
+    return cross_compile.compile_all(RARE if rare else TYPICAL)
+
+
+def assert_no_spills(cases, found):
+    spilled = [(case, kernel) for case, kernels in zip(cases, found, strict=True) for kernel in kernels if kernel.spills]
+    assert not spilled, "\n".join(map(str, spilled))
+
+
+def test_no_kernel_of_a_typical_layer_spills():
+    assert_no_spills(TYPICAL, compiled())
+
+
+@pytest.mark.full
+def test_no_kernel_of_any_layer_spills():
+    assert_no_spills(RARE, compiled(rare=True))
+
+
+def test_decoding_reads_keys_and_values_as_vectors_and_counts_rows_in_64_bits():
+    for (_, arguments, _), (piece, join) in zip(TYPICAL, compiled(), strict=True):
+        groups = 1 if arguments.get("variant") else arguments["G"]
+        assert piece.vector_loads >= 2 * groups
+        assert not piece.narrow_rows
+        assert join.vector_loads
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("d", [20, 64])
+def test_decoding_compiles_two_kernels_for_all_lengths(d, by_token):
+    assert cross_compile.in_a_compiling_process("decode_variants", [[1, 16, 17, 4096], d, by_token]) == 2
