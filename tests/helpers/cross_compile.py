@@ -1,7 +1,7 @@
 """Compiles Triton kernels for GPUs that this machine lacks, and reads what they need: Triton ships NVIDIA's assembler.
 
-A process whose tests run in Triton's interpreter can't compile, so `compile_all` does it in another one, for all
-kernels at once. A new family of kernels adds a function of its shape to `FAMILIES`.
+A process whose tests run in Triton's interpreter can't compile, so `in_a_compiling_process` does it in another one,
+for all kernels at once. A new family of kernels adds a function of its shape to `FAMILIES`.
 """
 
 import json
@@ -28,7 +28,8 @@ class Resources:
         spills: bytes of a thread that had no register: its stack and its local memory.
         shared: bytes of shared memory of a program.
         loads: instructions that load from the GPU's memory.
-        vector_loads: those of 16 bytes.
+        vector_loads: those of 8 or 16 bytes of a thread.
+        wide_loads: those of 16.
         barriers: instructions at which a program's threads wait for one another.
         narrow_rows: products of tensors in 32 bits; row numbers times strides belong in 64.
     """
@@ -39,6 +40,7 @@ class Resources:
     shared: int
     loads: int
     vector_loads: int
+    wide_loads: int
     barriers: int
     narrow_rows: int
 
@@ -77,7 +79,8 @@ def compile_for(
         number["STACK"] + number["LOCAL"],
         compiled.metadata.shared,
         len(re.findall(r"ld\.global", ptx)),
-        len(re.findall(r"ld\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)", ptx)),
+        len(re.findall(r"ld\.global[.\w:]*\.v[248]\.[bfu](32|64)", ptx)),
+        len(re.findall(r"ld\.global[.\w:]*\.(v[48]\.[bfu]32|v2\.[bfu]64)", ptx)),
         len(re.findall(r"bar\.sync|barrier\.sync", ptx)),
         len(re.findall(r"arith\.muli .*tensor<[\dx]*xi32>", tensors)),
     )
@@ -94,7 +97,7 @@ def decode_kernels(
 
     accumulator, kind = (tl.float64, "*fp64") if dtype == "fp64" else (tl.float32, "*fp32")
     shared_groups = 0 if variant != "gqe" else 1 if first else G
-    piece = {name: f"*{dtype}" for name in ("query", "key", "value")} | {"mask": "*i1", "partial": kind}
+    piece = dict.fromkeys(("query", "key", "value"), f"*{dtype}") | {"mask": "*i1", "partial": kind}
     piece |= {f"{t}_{axis}": "i64" for t in ("key", "value") for axis in "bgs"}
     piece |= {"query_b": "i64", "query_h": "i64", "mask_b": "i64", "num_keys": "i32"}
     join = {"partial": kind, "logits": kind, "indices": "*i64", "output": f"*{dtype}", "num_pieces": "i32"}
@@ -142,30 +145,24 @@ def decode_variants(lengths: list[int], d: int, by_token: bool) -> int:
     return len(found)
 
 
-def compile_all(cases: list[tuple[str, dict[str, Any], int]]) -> list[list[Resources]]:
+def compile_cases(cases: list[tuple[str, dict[str, Any], int]]) -> list[list[dict[str, Any]]]:
     """The resources of every kernel of each case (family, arguments of its function, compute capability)."""
-    found = in_a_compiling_process("compile_cases", cases)
-    return [[Resources(**kernel) for kernel in kernels] for kernels in found]
-
-
-def compile_cases(*cases: tuple[str, dict[str, Any], int]) -> list[list[dict[str, Any]]]:
     return [
         [asdict(compile_for(*kernel[:3], capability, kernel[3])) for kernel in FAMILIES[family](**arguments)]
         for family, arguments, capability in cases
     ]
 
 
-def in_a_compiling_process(function: str, arguments: list) -> Any:
-    """Calls a function of this file, whose arguments and result JSON holds, where Triton compiles."""
+def in_a_compiling_process(*calls: tuple[str, list]) -> list:
+    """Calls functions of this file, by name, where Triton compiles; JSON holds their arguments and results."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__, function], input=json.dumps(arguments), env=environment, capture_output=True,
-        text=True,
-    )  # fmt: skip
+        [sys.executable, __file__], input=json.dumps(calls), env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]](*json.load(sys.stdin))))
+    print(json.dumps([globals()[function](*arguments) for function, arguments in json.load(sys.stdin)]))

@@ -102,14 +102,14 @@ def test_it_equals_the_plain_path_over_random_shapes():
     check()
 
 
-@pytest.mark.parametrize("pieces", [1, 3, 1000])
-def test_any_number_of_pieces_gives_the_same(monkeypatch, pieces):
-    monkeypatch.setattr(module, "PIECES_PER_PROCESSOR", pieces)
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_any_number_of_pieces_gives_the_same(monkeypatch, programs):
+    monkeypatch.setattr(module, "PROGRAMS_OF_ALL_GROUPS", programs)
     query, key, value, logits, indices = draw(1, 8, 2, 1, 91, 64, torch.float32)
     assert_as_plain(query, key, value, draw_mask(1, 91), logits, indices)
 
 
-@pytest.mark.parametrize(("most", "ranks"), [(1, 1), (40, 2), (90, 4)])
+@pytest.mark.parametrize(("most", "ranks"), [(1, 1), (60, 2), (100, 4)])
 def test_few_registers_change_nothing_but_the_programs(monkeypatch, most, ranks):
     monkeypatch.setattr(module, "MOST_REGISTERS", most)
     query, key, value, logits, indices = draw(1, 2, 4, 4, 20, 40)
@@ -119,9 +119,10 @@ def test_few_registers_change_nothing_but_the_programs(monkeypatch, most, ranks)
 
 def test_many_heads_get_fewer_numbers_of_each_and_then_more_programs():
     assert module.ranks_and_tile(1, 1, False, 64) == (1, 16)
-    assert module.ranks_and_tile(8, 1, True, 64) == (1, 8)
+    assert module.ranks_and_tile(8, 1, True, 64) == (1, 8)  # 4 numbers
+    assert module.ranks_and_tile(4, 4, True, 128) == (2, 4)
     assert module.ranks_and_tile(8, 3, True, 128) == (1, 4)
-    assert module.ranks_and_tile(16, 1, True, 128) == (1, 2)
+    assert module.ranks_and_tile(16, 1, True, 128) == (1, 2)  # 2 numbers: a key spread over two warps
 
 
 def test_bf16_errs_at_most_twice_as_much_as_the_plain_path():

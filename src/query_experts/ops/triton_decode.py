@@ -1,4 +1,4 @@
-"""Attention of one new token and the slots that W_O takes, as two Triton kernels: flash decoding over pieces of the cache.
+"""Attention of one new token, and the slots that W_O takes, as two Triton kernels: flash decoding by pieces of the cache.
 
 `_piece` reads its part of the cache once, for the routed heads and the shared head together, and leaves softmax sums;
 `_join` adds the pieces up and makes the slots, which for the plain path are `shared_decode` and `GQEAttention.combine`.
@@ -13,19 +13,21 @@ static cache is shared out among them; what the mask hides isn't read.
 Shapes: B batch, G groups, M experts in a group, k selected experts in a group, S keys, d head dim, P pieces; H heads,
 G*k routed and the shared one last, if any.
 """
+# ruff: noqa: RUF005, SIM102 - Triton takes neither starred tuples nor a condition of compile time and run time in one
+# mypy: disable-error-code="assignment" - a static loop makes its tuples longer
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import lru_cache
-from math import log2
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-PIECES_PER_PROCESSOR = 2  # of a GPU; two programs' loads in flight hide the memory's latency
+PROGRAMS_OF_ALL_GROUPS = 3  # of `_piece` on one processor of a GPU: for so many at once it has registers
+PROGRAMS_OF_ONE_GROUP = 5  # likewise; each has fewer loads in flight
 CPU_PROCESSORS = 2  # for Triton's interpreter
 NUM_WARPS = 4
 MOST_REGISTERS = 170  # for the heads of a program of `_piece`: query and sums, and 3 for a head's softmax
@@ -37,7 +39,7 @@ LOW = tl.constexpr(-1e30)  # below every score, and finite: a difference of two 
 
 @triton.jit
 def _keep_up(top, total, score):
-    """Takes one more score into a running softmax: the new top and total, the score's weight, the factor of old sums."""
+    """Takes a score into a running softmax: the new top and total, the score's weight, the factor of old sums."""
     new_top = tl.maximum(top, score)
     weight, kept = tl.exp2(score - new_top), tl.exp2(top - new_top)
     return new_top, total * kept + weight, weight, kept
@@ -75,7 +77,7 @@ def _piece(
     numbers, so that the compiler knows what divides them. The shared head reads the mean of the first `shared_groups`.
     partial: sums [B, P, H, d], then tops [B, P, H], then totals [B, P, H], all in `accumulator`.
     """
-    b, piece, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    part, piece, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first_group, first_rank = part // (k // ranks) * groups, part % (k // ranks) * ranks
     step = tl.num_programs(1) * S_tile
     has_shared: tl.constexpr = shared_groups > 0
@@ -136,7 +138,7 @@ def _piece(
             new_sums = new_sums + (old_sums[routed] + shared_values * weights[routed][:, None],)
         sums, tops, totals = new_sums, new_tops, new_totals
 
-    rows = tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * heads
+    rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * heads
     row = (b * tl.num_programs(1) + piece) * heads
     for h in tl.static_range(routed):
         at = row + first_head + h // ranks * k + h % ranks
@@ -230,13 +232,12 @@ def _join(
 def ranks_and_tile(groups: int, k: int, has_shared: bool, d: int) -> tuple[int, int]:
     """How many of k ranks a program of `_piece` takes, and how many keys at a time, so that it fits into registers.
 
-    A thread holds 8 numbers of each head, one load of 16 bytes in bf16, or fewer for many heads, but enough for a key
-    to stay within a warp's 32 threads: a sum over d is then a matter of shuffles, not of barriers. Where they don't
-    fit, ranks are shared out among programs, which read the keys anew. Only then a key is spread over warps.
+    A thread holds 8 numbers of each head, one load of 16 bytes in bf16, or 4 for more heads. Then a key of up to 128
+    numbers stays within a warp's 32 threads: a sum over d is a matter of shuffles, not of barriers. Where even 4 don't
+    fit, ranks are shared out among programs that read the same keys at about the same time; only then fewer are held.
     """
     d_pad = triton.next_power_of_2(d)
-    within_a_warp = max(1, d_pad // 32)
-    for fewest in (within_a_warp, 1):
+    for fewest in (max(4, d_pad // 32), 1):
         for ranks in (n for n in range(k, 0, -1) if k % n == 0):
             for numbers in (n for n in (8, 4, 2, 1) if n >= fewest):
                 if (groups * ranks + has_shared) * (2 * numbers + 3) <= MOST_REGISTERS:
@@ -310,14 +311,15 @@ def _decode(
     unit = unit_of(d, *key.stride()[:3], *value.stride()[:3])
     shared_groups = 0 if not has_shared else G if shared_head_kv == "mean" else 1
     constants = piece_constants(G, k, d, shared_groups, scaling, mask is not None, unit, accumulator)
-    pieces = min(triton.cdiv(S, constants["S_tile"]), PIECES_PER_PROCESSOR * num_processors(key.device) // B)
-    pieces, parts = max(1, pieces), G // constants["groups"] * (k // constants["ranks"])
+    parts = G // constants["groups"] * (k // constants["ranks"])
+    wanted = (PROGRAMS_OF_ALL_GROUPS if has_shared else PROGRAMS_OF_ONE_GROUP) * num_processors(key.device)
+    pieces = max(1, min(triton.cdiv(S, constants["S_tile"]), wanted // (B * parts)))
     partial = query.new_empty(B * pieces * H * (d + 2), dtype=kind)
     strides = [stride // unit for t in (key, value) for stride in t.stride()[:3]]
     M = logits.shape[2] if logits is not None else k
     by_expert = output_projection == "expert" and logits is not None
     with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
-        _piece[(B, pieces, parts)](
+        _piece[(parts, pieces, B)](
             query, key, value, mask if mask is not None else query, partial, *query.stride()[:2], *strides,
             mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0, S, **constants, num_warps=NUM_WARPS,
         )  # fmt: skip
