@@ -18,8 +18,8 @@ TYPICAL = [
 ]
 RARE = [
     ("decode", {"G": 8, "M": 4, "k": k, "d": d} | more, capability)
-    for capability in (80, 90, 100)
-    for d in (16, 32, 64, 80, 96, 128)
+    for capability, dims in ((80, (64, 128)), (90, (16, 32, 64, 80, 96, 128)), (100, (64, 128)))
+    for d in dims
     for k, more in [
         (1, {}),
         (2, {"by_expert": True}),

@@ -1,4 +1,4 @@
-"""Attention of one new token, and the slots that W_O takes, as two Triton kernels: flash decoding by pieces of the cache.
+"""Attention of one new token, and the slots that W_O takes, as two Triton kernels: flash decoding over pieces.
 
 `_piece` reads its part of the cache once, for the routed heads and the shared head together, and leaves softmax sums;
 `_join` adds the pieces up and makes the slots, which for the plain path are `shared_decode` and `GQEAttention.combine`.
@@ -13,8 +13,9 @@ static cache is shared out among them; what the mask hides isn't read.
 Shapes: B batch, G groups, M experts in a group, k selected experts in a group, S keys, d head dim, P pieces; H heads,
 G*k routed and the shared one last, if any.
 """
-# ruff: noqa: RUF005, SIM102 - Triton takes neither starred tuples nor a condition of compile time and run time in one
-# mypy: disable-error-code="assignment" - a static loop makes its tuples longer
+# Triton takes neither starred tuples nor one condition of compile time and run time, and static loops lengthen tuples:
+# ruff: noqa: RUF005, SIM102
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -304,8 +305,10 @@ def _decode(
     output = value.new_empty(B, num_slots(H, variant, output_projection, logits) * d)
     if output.numel() == 0:
         return output
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    mask, logits, indices = (t.contiguous() if t is not None else None for t in (mask, logits, indices))
+    query, key, value, mask = (
+        t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, mask)
+    )
+    logits, indices = (t.contiguous() if t is not None else None for t in (logits, indices))
     kind = torch.promote_types(query.dtype, torch.float32)
     accumulator = tl.float64 if kind == torch.float64 else tl.float32
     unit = unit_of(d, *key.stride()[:3], *value.stride()[:3])
