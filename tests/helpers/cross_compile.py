@@ -46,12 +46,12 @@ class Resources:
 
 
 def compile_for(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int, num_warps: int
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int, capability: int
 ) -> Resources:
     """Compiles a `triton.jit` function for NVIDIA's compute capability (90: sm_90).
 
     signature: the arguments' types, as `*bf16` or `i64`, in any order. Pointers are taken to be aligned to 16 bytes,
-    as torch allocates them. constants: the compile-time arguments.
+    as torch allocates them; `i32:16` is a number that 16 divides. constants: the compile-time arguments.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -59,7 +59,8 @@ def compile_for(
 
     names = kernel.arg_names
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if re.search(r"^\*|:16$", types[name])}
+    types = {name: kind.removesuffix(":16") for name, kind in types.items()}
     values = {(names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=values, attrs=aligned),
@@ -108,7 +109,42 @@ def decode_kernels(
     return [(triton_decode._piece, piece, constants, warps), (triton_decode._join, join, joined, warps)]
 
 
-FAMILIES = {"decode": decode_kernels}
+def layer_kernels(
+    G: int, M: int, k: int, d: int, r: int | None = None, norm: bool = False, by_expert: bool = False,
+    variant: str = "gqe", copies: int | None = None, dtype: str = "bf16", learned: bool = True,
+) -> list[tuple]:  # fmt: skip
+    """`prepare` and `combine`, forwards and backwards; also `prepare` for a static cache. r: the rotated dims of d."""
+    import triton.language as tl
+
+    from query_experts.ops import triton_combine, triton_operators, triton_prepare
+
+    r = d if r is None else r
+    narrow, gqe = f"*{dtype}", variant == "gqe"
+    sizes = {"G": G, "M": M, "k": k, "d": d, "WIDE": tl.float32, "ROUTED": learned}
+    copies = (k if copies is None else copies) if gqe else 0
+    heads = {**sizes, **triton_operators._sizes(G, M, d, r, norm), "C": copies, "r": r, "NORM": norm, "MEAN": True}
+    tensors = ("query", "key", "value", "shared", "cos", "sin", "query_norm", "key_norm", "heads", "keys", "values")
+    types = dict.fromkeys((*tensors, "packed", "slots", "heads_gradient", "shared_gradient"), narrow)
+    types |= dict.fromkeys(("logits", "norms", "logits_gradient"), "*fp32") | {"indices": "*i64", "start": "*i64"}
+    types |= dict.fromkeys(("num_tokens", "num_rows", "room"), "i32") | {"eps": "fp32"}
+    step = "i32:16" if d % 16 == 0 else "i32"
+    types |= {f"{t}_row": step for t in ("query", "key", "value", "shared", "logits", "slots", "heads", "gradient")}
+    types |= {f"{t}_{axis}": step for t in ("heads", "keys", "values") for axis in ("batch", "token", "head")}
+    types |= {"cos_batch": "i32:16"}
+    slots = {**sizes, **triton_operators._combine_sizes(G, M, d), "BY_EXPERT": by_expert}
+    slots |= {"WEIGHTED_SLOT": gqe, "SCALED": variant == "weighted_concat"}
+    parts = 0 if not learned else 2 if dtype == "bf16" else 1
+    kernels = [
+        (triton_prepare.prepare, {**heads, "GIVEN": False, "SHARED_KEY": gqe, "CACHED": False}),
+        (triton_prepare.prepare, {**heads, "GIVEN": False, "SHARED_KEY": False, "CACHED": True, "C": min(copies, 1)}),
+        (triton_prepare.prepare_back, {**heads, "SHARED_KEY": gqe, "LOGIT_PARTS": parts}),
+        (triton_combine.combine, slots),
+        (triton_combine.combine_back, {**slots, "C": copies}),
+    ]
+    return [(kernel, types, constants, 4) for kernel, constants in kernels]
+
+
+FAMILIES = {"decode": decode_kernels, "layer": layer_kernels}
 
 
 def compiled_variants(call: Callable[[], Any], capability: int = 90) -> set[tuple[str, str]]:
@@ -148,7 +184,7 @@ def decode_variants(lengths: list[int], d: int, by_token: bool) -> int:
 def compile_cases(cases: list[tuple[str, dict[str, Any], int]]) -> list[list[dict[str, Any]]]:
     """The resources of every kernel of each case (family, arguments of its function, compute capability)."""
     return [
-        [asdict(compile_for(*kernel[:3], capability, kernel[3])) for kernel in FAMILIES[family](**arguments)]
+        [asdict(compile_for(*kernel, capability)) for kernel in FAMILIES[family](**arguments)]
         for family, arguments, capability in cases
     ]
 

@@ -84,7 +84,7 @@ def error(actual, expected) -> float:
 
 
 def rounding(actual, expected) -> float:
-    """The error's size relative to all numbers together, which in a narrow dtype says more than the worst of a few hundred."""
+    """The error relative to all numbers together, which in a narrow dtype says more than the worst of a few hundred."""
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-3)).item()
 
 
@@ -93,7 +93,12 @@ def launches(monkeypatch):
     """Counts the calls of the fused path."""
     counted = []
     original = fused.fused_attention
-    monkeypatch.setattr(fused, "fused_attention", lambda *a, **kw: counted.append(1) or original(*a, **kw))
+
+    def counting(*args, **options):
+        counted.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(fused, "fused_attention", counting)
     return counted
 
 

@@ -15,6 +15,12 @@ TYPICAL = [
     ("decode", {"G": 8, "M": 4, "k": 1, "d": 128, "by_expert": True}, 90),
     ("decode", {"G": 8, "M": 4, "k": 2, "d": 64}, 90),
     ("decode", {"G": 8, "k": 4, "d": 128, "variant": "hard_concat"}, 90),
+    ("layer", PAPER, 80),
+    ("layer", PAPER, 90),
+    ("layer", PAPER, 100),
+    ("layer", {"G": 8, "M": 4, "k": 1, "d": 128, "norm": True, "by_expert": True}, 90),
+    ("layer", {"G": 8, "M": 4, "k": 2, "d": 64, "copies": 1}, 90),
+    ("layer", {"G": 8, "M": 4, "k": 4, "d": 128, "variant": "hard_concat", "learned": False}, 90),
 ]
 RARE = [
     ("decode", {"G": 8, "M": 4, "k": k, "d": d} | more, capability)
@@ -31,6 +37,21 @@ RARE = [
         (2, {"variant": "weighted_concat", "by_expert": True}),
         (4, {"M": None, "variant": "hard_concat"}),
         (1, {"G": 16}),
+    ]
+] + [
+    ("layer", {"G": 8, "M": 4, "k": k, "d": d} | more, capability)
+    for capability, dims in ((80, (64, 128)), (90, (16, 32, 64, 80, 96, 128)), (100, (64, 128)))
+    for d in dims
+    for k, more in [
+        (1, {"by_expert": True}),
+        (2, {"norm": True}),
+        (3, {"norm": True, "by_expert": True, "copies": 1}),
+        (2, {"G": 5, "M": 3, "norm": True}),
+        (1, {"r": d // 2}),
+        (1, {"r": 0, "dtype": "fp32"}),
+        (2, {"variant": "weighted_concat", "by_expert": True}),
+        (4, {"variant": "hard_concat", "learned": False, "norm": True}),
+        (1, {"G": 32, "M": 8}),
     ]
 ]
 
@@ -63,11 +84,20 @@ def test_no_kernel_of_any_layer_spills():
 
 
 def test_decoding_reads_keys_and_values_as_vectors_and_counts_rows_in_64_bits():
-    for (_, arguments, _), (piece, join) in zip(TYPICAL, compiled()[0], strict=True):
+    for (family, arguments, _), kernels in zip(TYPICAL, compiled()[0], strict=True):
+        if family != "decode":
+            continue
+        piece, join = kernels
         groups = 1 if arguments.get("variant") else arguments["G"]
         assert piece["vector_loads"] >= 2 * groups
         assert not piece["narrow_rows"]
         assert join["wide_loads"]
+
+
+def test_the_layer_s_kernels_read_whole_vectors():
+    for (family, _, _), kernels in zip(TYPICAL, compiled()[0], strict=True):
+        for kernel in kernels if family == "layer" else []:
+            assert kernel["wide_loads"] >= 2, kernel
 
 
 def test_decoding_compiles_two_kernels_for_all_lengths():

@@ -4,7 +4,8 @@
 
 The backward pass has as many. Attention is one call of the backend where the shared head's keys are those of the new
 tokens alone: `prepare` writes them as one more KV head. One new token over a cache takes two launches for attention and
-the slots (`decode`), and `prepare` writes into a static cache in place. Elsewhere `attend` serves, as on the plain path.
+the slots (`decode`), and `prepare` writes into a static cache in place. Elsewhere `attend` serves, as on the plain
+path.
 
 Shapes: B batch, T new tokens, R = B*T, D hidden size, G groups, M experts in a group, k selected in a group, d head
 dim, C copies of the shared query, H = G*k + C query heads, GK = G + 1 key heads with the shared one, else G.
@@ -25,6 +26,8 @@ from query_experts.layers.router import Router
 from query_experts.ops import triton_decode as _triton_decode  # noqa: F401 - registers the operator
 from query_experts.ops.attend import ONE_CALL_TOKENS, attend, uses_shared_decode
 from query_experts.ops.fused import Combine, Layout, Prepare, ProjectAndPrepare, operators
+
+MOST_DECODED_GROUPS = 16  # of the kernel for one token; the sums of more don't fit into registers (compiled)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def fused_attention(
     static = _static_layer(layer, x, past_key_values)
     prepared = prepare(layer, x, cos_sin, layout, static)
     if static is None:
+        assert prepared.keys is not None
+        assert prepared.values is not None
         key, value = (t[:, :, : layout.G].transpose(1, 2) for t in (prepared.keys, prepared.values))
         key, value = layer.update_caches(key, value, past_key_values, kwargs)
     else:
@@ -121,7 +126,7 @@ def _decodes(layer: Any, heads: Tensor, mask: Any) -> bool:
     for each key whether it is seen. heads [B, T, H, d]."""
     if heads.shape[1] != 1 or heads.requires_grad or layer.config._attn_implementation == "eager":
         return False
-    if layer.training and layer.dropout > 0:
+    if (layer.training and layer.dropout > 0) or layer.num_kv_heads > MOST_DECODED_GROUPS:
         return False
     return mask is None or (
         isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1
@@ -198,6 +203,8 @@ def _attend_to_new_keys(
     layer: Any, prepared: Prepared, layout: Layout, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Heads [B, T, H, d], the shared head apart [B, T, d] if it attends in a call of its own, and weights or None."""
+    assert prepared.keys is not None
+    assert prepared.values is not None
     kwargs |= {"scaling": layer.scaling, "dropout": layer.dropout if layer.training else 0.0}
     query, key, value = (t.transpose(1, 2) for t in (prepared.heads, prepared.keys, prepared.values))
     G, routed = layout.G, layout.G * layout.k

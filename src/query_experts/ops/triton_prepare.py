@@ -175,25 +175,27 @@ def prepare(
         begin = tl.load(start)
     token = (row % num_tokens + begin)[:, None]
     batch = (row // num_tokens)[:, None]
+    head = g.to(tl.int64)[None, :]  # times a step between heads, which may be as long as a cache
+    behind = tl.zeros([1, 1], tl.int64) + G
     alive = alive & (token < room)
     in_group = in_group & (token < room)
     at = batch * keys_batch + token * keys_token
     one, two, rest = _load_heads(key, one_head * key_row + (g * d)[None, :], in_group, d, r, HALF, REST, WIDE)
     one, two, rest = _normalise_and_rotate(one, two, rest, key_one, key_two, key_rest, cosine, sine, eps, d, r, NORM)
     one, two, rest = one.to(keys.dtype.element_ty), two.to(keys.dtype.element_ty), rest.to(keys.dtype.element_ty)
-    _store_heads(keys, at + (g * keys_head)[None, :], in_group, one, two, rest, d, r, HALF, REST)
+    _store_heads(keys, at + head * keys_head, in_group, one, two, rest, d, r, HALF, REST)
     if SHARED_KEY:  # of keys rounded as they are cached, so that training equals decoding
         one, two, rest = one.to(WIDE), two.to(WIDE), rest.to(WIDE)
         one, two = _of_all_groups(one, g, G, MEAN), _of_all_groups(two, g, G, MEAN)
         rest = _of_all_groups(rest, g, G, MEAN)
-        _store_heads(keys, at + G * keys_head, alive, one, two, rest, d, r, HALF, REST)
+        _store_heads(keys, at + behind * keys_head, alive, one, two, rest, d, r, HALF, REST)
 
     at = batch * values_batch + token * values_token
     _, _, whole = _load_heads(value, one_head * value_row + (g * d)[None, :], in_group, d, 0, 1, D_PAD, WIDE)
-    _store_heads(values, at + (g * values_head)[None, :], in_group, whole, whole, whole, d, 0, 1, D_PAD)
+    _store_heads(values, at + head * values_head, in_group, whole, whole, whole, d, 0, 1, D_PAD)
     if SHARED_KEY:
         whole = _of_all_groups(whole, g, G, MEAN)
-        _store_heads(values, at + G * values_head, alive, whole, whole, whole, d, 0, 1, D_PAD)
+        _store_heads(values, at + behind * values_head, alive, whole, whole, whole, d, 0, 1, D_PAD)
 
 
 @triton.jit
@@ -267,6 +269,8 @@ def prepare_back(
     alive = live[:, None]
     in_group = alive & (g < G)[None, :]
     token, batch = (row % num_tokens)[:, None], (row // num_tokens)[:, None]
+    head = g.to(tl.int64)[None, :]  # times a step between heads, which may be as long as a sequence
+    behind = tl.zeros([1, 1], tl.int64) + G
     out = row[:, None] * width  # [tokens, 1]
     if r > 0:
         cosine, sine = _load_angles(cos, sin, row, live, cos_batch, num_tokens, r, HALF, WIDE)
@@ -291,7 +295,7 @@ def prepare_back(
             expert = tl.load(indices + place, in_group, 0)
         else:
             expert = tl.zeros([BLOCK, G_PAD], tl.int64) + rank
-        at = batch * heads_batch + token * heads_token + ((g * k + rank) * heads_head)[None, :]
+        at = batch * heads_batch + token * heads_token + (head * k + rank) * heads_head
         one, two, rest = _load_heads(heads, at, in_group, d, r, HALF, REST, WIDE)
         one, two = _rotate_back(one, two, cosine, sine, r)
         column = ((g * M)[None, :] + expert) * d
@@ -304,7 +308,7 @@ def prepare_back(
         _store_heads(packed, out + column, in_group, one, two, rest, d, r, HALF, REST)
 
     if C > 0:
-        at = batch * heads_batch + token * heads_token + G * k * heads_head
+        at = batch * heads_batch + token * heads_token + behind * k * heads_head
         one, two, rest = _load_heads(heads, at, alive, d, r, HALF, REST, WIDE)
         for copy in tl.static_range(1, C):
             more_one, more_two, more_rest = _load_heads(heads, at + copy * heads_head, alive, d, r, HALF, REST, WIDE)
@@ -319,9 +323,9 @@ def prepare_back(
         _store_heads(packed, out + (G * M + 2 * G) * d, alive, one, two, rest, d, r, HALF, REST)
 
     at = batch * keys_batch + token * keys_token
-    one, two, rest = _load_heads(keys, at + (g * keys_head)[None, :], in_group, d, r, HALF, REST, WIDE)
+    one, two, rest = _load_heads(keys, at + head * keys_head, in_group, d, r, HALF, REST, WIDE)
     if SHARED_KEY:
-        more_one, more_two, more_rest = _load_heads(keys, at + G * keys_head, alive, d, r, HALF, REST, WIDE)
+        more_one, more_two, more_rest = _load_heads(keys, at + behind * keys_head, alive, d, r, HALF, REST, WIDE)
         one, two = one + _to_each_group(more_one, g, G, MEAN), two + _to_each_group(more_two, g, G, MEAN)
         rest = rest + _to_each_group(more_rest, g, G, MEAN)
     one, two = _rotate_back(one, two, cosine, sine, r)
@@ -336,9 +340,9 @@ def prepare_back(
     _store_heads(packed, out + ((G * M + g) * d)[None, :], in_group, one, two, rest, d, r, HALF, REST)
 
     at = batch * values_batch + token * values_token
-    _, _, whole = _load_heads(values, at + (g * values_head)[None, :], in_group, d, 0, 1, D_PAD, WIDE)
+    _, _, whole = _load_heads(values, at + head * values_head, in_group, d, 0, 1, D_PAD, WIDE)
     if SHARED_KEY:
-        _, _, more = _load_heads(values, at + G * values_head, alive, d, 0, 1, D_PAD, WIDE)
+        _, _, more = _load_heads(values, at + behind * values_head, alive, d, 0, 1, D_PAD, WIDE)
         whole = whole + _to_each_group(more, g, G, MEAN)
     _store_heads(packed, out + ((G * M + G + g) * d)[None, :], in_group, whole, whole, whole, d, 0, 1, D_PAD)
 
