@@ -422,3 +422,43 @@ def test_a_subclass_of_the_router_or_of_a_linear_map_with_its_own_forward_is_cal
     plain, (x, _) = build("gqe"), inputs()
     plain.router.__class__, plain.k_proj.__class__ = Louder, Doubled
     assert error(by_triton(plain)(x), plain(x)) < 5e-6
+
+
+@torch.no_grad()
+def test_a_compiled_model_decodes_over_a_static_cache_without_compiling_anew():
+    from model_helpers import random_tokens, tiny_model
+
+    model = tiny_model(num_hidden_layers=1).float().to(DEVICE).eval()
+    tokens = random_tokens(2, 12).to(DEVICE)
+    results = []
+    for kernels in ("torch", "triton"):
+        model.set_kernels(kernels)
+        torch._dynamo.reset()
+        cache = StaticCache(model.config, max_cache_len=16)
+        model(tokens[:, :6], past_key_values=cache)
+        step = torch.compile(model, fullgraph=True, backend="aot_eager") if kernels == "triton" else model
+        logits = []
+        for at in range(6, 12):
+            with torch.compiler.set_stance("fail_on_recompile" if at > 7 else "default"):
+                positions = torch.full((1, 1), at, device=DEVICE)
+                out = step(tokens[:, at : at + 1], past_key_values=cache, position_ids=positions)
+            logits.append(out.logits)
+        results.append(torch.cat(logits, 1))
+    assert error(results[1], results[0]) < 2e-5
+
+
+def test_generate_gives_the_plain_path_s_tokens():
+    from model_helpers import random_tokens, tiny_model
+
+    model = tiny_model(active_query_experts=2, output_projection="expert").to(DEVICE).eval()
+    tokens = random_tokens(2, 7).to(DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    for cache in (None, "static"):
+        texts = []
+        for kernels in ("torch", "triton"):
+            model.set_kernels(kernels)
+            options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+            texts.append(model.generate(tokens, cache_implementation=cache, disable_compile=True, **options))
+        assert torch.equal(*texts)
+    assert "kernels" not in model.config.to_dict()
