@@ -394,3 +394,20 @@ def test_the_operators_follow_torch_s_rules_for_custom_operators():
     torch.library.opcheck(
         OPERATORS.combine_back.default, (made, rows, prepared.logits.float(), chosen, False, *slots_layout)
     )
+
+
+def test_the_weighted_slot_is_right_where_every_selected_probability_underflows():
+    logits = torch.tensor([[0.0, -300.0, 0.0, -299.0]], device=DEVICE, requires_grad=True)
+    heads = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    indices = torch.ones(1, 2, 1, dtype=torch.int64, device=DEVICE)
+    weights = logits.double().view(2, 2).log_softmax(-1)[:, 1].softmax(0)
+    expected = (weights[:, None] * heads[0, :2].double()).sum(0)
+    layout = (2, 2, 1, 4, False, True, False)
+    made = OPERATORS.combine(heads.detach(), None, logits.detach(), indices, *layout)
+    torch.testing.assert_close(made[0, 8:12].double(), expected, rtol=0, atol=5e-6)
+    cotangent = torch.zeros_like(made)
+    cotangent[0, 8:12] = 1.0
+    gradients = torch.autograd.grad(expected.sum(), [heads, logits])
+    of_heads, _, of_logits = OPERATORS.combine_back(cotangent, heads.detach(), logits.detach(), indices, False, *layout)
+    torch.testing.assert_close(of_heads, gradients[0], rtol=0, atol=5e-6)
+    torch.testing.assert_close(of_logits, gradients[1].view(1, 4), rtol=0, atol=5e-6)

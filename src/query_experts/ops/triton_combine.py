@@ -11,33 +11,52 @@ import triton.language as tl
 
 
 @triton.jit
-def _probabilities(
+def _log_probabilities(
     logits, row, in_group, logits_row, g, e, M: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """The softmax over each group's experts, [tokens, groups, M_PAD]; 1/M for each where no logits are given."""
-    real = in_group[:, :, None] & (e < M)[None, None, :]
+    """The logarithms of the softmax over each group's experts, [tokens, groups, M_PAD]; all the same without logits."""
     if GIVEN:
         at = row[:, None, None] * logits_row + (g * M)[None, :, None] + e[None, None, :]
-        score = tl.load(logits + at, real, float("-inf")).to(WIDE)
+        score = tl.load(logits + at, in_group[:, :, None] & (e < M)[None, None, :], float("-inf")).to(WIDE)
         score = tl.where(in_group[:, :, None], score, 0.0)
-        probability = tl.exp(score - tl.max(score, 2)[:, :, None])
-        probability = probability / tl.sum(probability, 2)[:, :, None]
+        score = score - tl.max(score, 2)[:, :, None]
+        log_probability = score - tl.log(tl.sum(tl.exp(score), 2))[:, :, None]
     else:
-        probability = tl.where(real, 1.0, 0.0).to(WIDE) / M  # a constant 1.0 / M would be float32
-    return probability
+        log_probability = tl.zeros([row.shape[0], g.shape[0], e.shape[0]], WIDE) - tl.log(tl.zeros([1], WIDE) + M)
+    return log_probability
 
 
 @triton.jit
 def _selected(
-    indices, place, in_group, probability, rank: tl.constexpr, e, ROUTED: tl.constexpr
+    indices, place, in_group, log_probability, rank: tl.constexpr, e, ROUTED: tl.constexpr
 ):  # fmt: skip
-    """The expert of a rank and its probability, [tokens, groups]; 0 where there is no group."""
+    """The expert of a rank and the logarithm of its probability, [tokens, groups]; -inf where there is no group."""
     if ROUTED:
         expert = tl.load(indices + place, in_group, 0)
     else:
         expert = tl.zeros([place.shape[0], place.shape[1]], tl.int64) + rank
     own = e[None, None, :] == expert[:, :, None]
-    return expert, tl.where(in_group, tl.sum(tl.where(own, probability, 0.0), 2), 0.0)
+    return expert, tl.where(in_group, tl.sum(tl.where(own, log_probability, 0.0), 2), float("-inf"))
+
+
+@triton.jit
+def _scale(
+    indices, row, live, in_group, log_probability, g, e,
+    G: tl.constexpr, k: tl.constexpr, ROUTED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """log of the sum of a token's selected probabilities, [tokens, 1]; finite where each of them underflows."""
+    top = tl.full([row.shape[0]], float("-inf"), WIDE)
+    for rank in tl.static_range(k):
+        place = row[:, None] * (G * k) + (g * k)[None, :] + rank
+        _, log_weight = _selected(indices, place, in_group, log_probability, rank, e, ROUTED)
+        top = tl.maximum(top, tl.max(log_weight, 1))
+    top = tl.where(live, top, 0.0)
+    total = tl.zeros([row.shape[0]], WIDE)
+    for rank in tl.static_range(k):
+        place = row[:, None] * (G * k) + (g * k)[None, :] + rank
+        _, log_weight = _selected(indices, place, in_group, log_probability, rank, e, ROUTED)
+        total += tl.sum(tl.exp(log_weight - top[:, None]), 1)
+    return (top + tl.log(tl.where(live, total, 1.0)))[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -50,8 +69,9 @@ def combine(
 ):  # fmt: skip
     """heads and the shared head's rows [R, d] -> slots [R, (G*k or G*M) + 2 with WEIGHTED_SLOT, d], each written once.
 
-    WEIGHTED_SLOT adds the weighted slot, sum of w o with w = p / sum of all selected p, and the shared head. SCALED
-    scales each expert's output by its probability p. BY_EXPERT puts outputs at their experts' places, among zeros.
+    WEIGHTED_SLOT adds the weighted slot, sum of w o with w = p / sum of all selected p, and the shared head. w comes
+    from logarithms, so that it is right where each p underflows, as those of replayed experts may. SCALED scales each
+    expert's output by its probability p. BY_EXPERT puts outputs at their experts' places, among zeros.
     """
     hard: tl.constexpr = G * M if BY_EXPERT else G * k
     width: tl.constexpr = (hard + (2 if WEIGHTED_SLOT else 0)) * d
@@ -62,16 +82,20 @@ def combine(
     in_row = live[:, None] & (c < d)[None, :]
     in_head = in_group[:, :, None] & (c < d)[None, None, :]
     weighed: tl.constexpr = ROUTED and (WEIGHTED_SLOT or SCALED)
-    probability = _probabilities(logits, row, in_group, logits_row, g, e, M, weighed, WIDE)
-    weighted, mass = tl.zeros([BLOCK, D_PAD], WIDE), tl.zeros([BLOCK], WIDE)
+    log_probability = _log_probabilities(logits, row, in_group, logits_row, g, e, M, weighed, WIDE)
+    if WEIGHTED_SLOT:
+        scale = _scale(indices, row, live, in_group, log_probability, g, e, G, k, ROUTED, WIDE)
+    else:
+        scale = 0.0
+    weighted = tl.zeros([BLOCK, D_PAD], WIDE)
     for rank in tl.static_range(k):
         place = row[:, None] * (G * k) + (g * k)[None, :] + rank
-        expert, weight = _selected(indices, place, in_group, probability, rank, e, ROUTED)
+        expert, log_weight = _selected(indices, place, in_group, log_probability, rank, e, ROUTED)
+        weight = tl.exp(log_weight - scale)
         at = row[:, None, None] * heads_row + ((g * k + rank) * d)[None, :, None] + c[None, None, :]
         output = tl.load(heads + at, in_head, 0.0)
         if WEIGHTED_SLOT:
             weighted += tl.sum(weight[:, :, None] * output.to(WIDE), 1)
-            mass += tl.sum(weight, 1)
         if SCALED:
             output = (weight[:, :, None] * output.to(WIDE)).to(slots.dtype.element_ty)
         if BY_EXPERT:
@@ -88,7 +112,7 @@ def combine(
             tl.store(slots + at, tl.zeros([BLOCK, G_PAD, D_PAD], WIDE), in_head & off[:, :, None])
     if WEIGHTED_SLOT:
         at = row[:, None] * width + hard * d + c[None, :]
-        tl.store(slots + at, weighted / tl.where(live, mass, 1.0)[:, None], in_row)
+        tl.store(slots + at, weighted, in_row)
         tl.store(slots + at + d, tl.load(shared + row[:, None] * shared_row + c[None, :], in_row, 0.0), in_row)
 
 
@@ -103,9 +127,9 @@ def combine_back(
 ):  # fmt: skip
     """Gradients of `combine`, given those of the slots [R, ...]: of heads, of the shared head's rows and of the logits.
 
-    With w_i = p_i / S, S the sum of all selected p, o_i the outputs, and y the weighted slot's gradient:
-    do_i = dy_i + w_i y and dp_i = (<y, o_i> - sum_j w_j <y, o_j>) / S. Scaled: do_i = p_i dy_i and dp_i = <dy_i, o_i>.
-    dz = p (dp - sum p dp), with dp = 0 off the selected. Copies of the shared head but the first get zeros.
+    With weights w_i, outputs o_i, and y the weighted slot's gradient: do_i = dy_i + w_i y, and the logarithm of p_i
+    gets w_i (<y, o_i> - sum_j w_j <y, o_j>). Scaled: do_i = p_i dy_i, and it gets p_i <dy_i, o_i>. A logit gets that of
+    its expert, less p times the sum over its group. Copies of the shared head but the first get zeros.
     """
     hard: tl.constexpr = G * M if BY_EXPERT else G * k
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -115,21 +139,19 @@ def combine_back(
     in_row = live[:, None] & (c < d)[None, :]
     in_head = in_group[:, :, None] & (c < d)[None, None, :]
     weighed: tl.constexpr = ROUTED and (WEIGHTED_SLOT or SCALED)
-    probability = _probabilities(logits, row, in_group, logits_row, g, e, M, weighed, WIDE)
-    mass = tl.zeros([BLOCK], WIDE)
-    for rank in tl.static_range(k):
-        place = row[:, None] * (G * k) + (g * k)[None, :] + rank
-        _, weight = _selected(indices, place, in_group, probability, rank, e, ROUTED)
-        mass += tl.sum(weight, 1)
-    mass = tl.where(live, mass, 1.0)
+    log_probability = _log_probabilities(logits, row, in_group, logits_row, g, e, M, weighed, WIDE)
+    if WEIGHTED_SLOT:
+        scale = _scale(indices, row, live, in_group, log_probability, g, e, G, k, ROUTED, WIDE)
+    else:
+        scale = 0.0
     given = slots + row[:, None] * slots_row  # [tokens, 1]
     if WEIGHTED_SLOT:
         of_weighted = tl.load(given + hard * d + c[None, :], in_row, 0.0).to(WIDE)  # [tokens, d]
-    of_probability, mean = tl.zeros([BLOCK, G_PAD, M_PAD], WIDE), tl.zeros([BLOCK], WIDE)
-    picked = tl.zeros([BLOCK, G_PAD, M_PAD], tl.int1)
+    of_log, weights = tl.zeros([BLOCK, G_PAD, M_PAD], WIDE), tl.zeros([BLOCK, G_PAD, M_PAD], WIDE)
     for rank in tl.static_range(k):
         place = row[:, None] * (G * k) + (g * k)[None, :] + rank
-        expert, weight = _selected(indices, place, in_group, probability, rank, e, ROUTED)
+        expert, log_weight = _selected(indices, place, in_group, log_probability, rank, e, ROUTED)
+        weight = tl.exp(log_weight - scale)
         if BY_EXPERT:
             slot = (g * M)[None, :] + expert
         else:
@@ -138,24 +160,22 @@ def combine_back(
         at = ((g * k + rank) * d)[None, :, None] + c[None, None, :]
         if weighed:
             output = tl.load(heads + row[:, None, None] * heads_row + at, in_head, 0.0).to(WIDE)
-            own = e[None, None, :] == expert[:, :, None]
-            picked = picked | own
             if SCALED:
                 product = tl.sum(output * of_output, 2)
             else:
                 product = tl.sum(output * of_weighted[:, None, :], 2)
-                mean += tl.sum(weight / mass[:, None] * product, 1)
-            of_probability += tl.where(own, product[:, :, None], 0.0)
+            own = e[None, None, :] == expert[:, :, None]
+            of_log += tl.where(own, (weight * product)[:, :, None], 0.0)
+            weights += tl.where(own, weight[:, :, None], 0.0)
         if WEIGHTED_SLOT:
-            of_output += (weight / mass[:, None])[:, :, None] * of_weighted[:, None, :]
+            of_output += weight[:, :, None] * of_weighted[:, None, :]
         if SCALED:
             of_output = of_output * weight[:, :, None]
         tl.store(heads_gradient + row[:, None, None] * gradient_row + at, of_output, in_head)
     if weighed:
         if WEIGHTED_SLOT:
-            of_probability = (of_probability - mean[:, None, None]) / mass[:, None, None]
-        of_probability = tl.where(picked, of_probability, 0.0)
-        of_logits = probability * (of_probability - tl.sum(probability * of_probability, 2)[:, :, None])
+            of_log -= weights * tl.sum(tl.sum(of_log, 2), 1)[:, None, None]
+        of_logits = of_log - tl.exp(log_probability) * tl.sum(of_log, 2)[:, :, None]
         at = row[:, None, None] * (G * M) + (g * M)[None, :, None] + e[None, None, :]
         tl.store(logits_gradient + at, of_logits, in_group[:, :, None] & (e < M)[None, None, :])
     if WEIGHTED_SLOT:
