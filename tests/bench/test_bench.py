@@ -181,8 +181,8 @@ def test_the_correctness_check_covers_gradients(monkeypatch):
     project = GQEAttention.project_queries
 
     def without_gradient(self, *args):
-        query = project(self, *args)
-        return query.detach() if self.config._attn_implementation == "sdpa" else query
+        queries = project(self, *args)
+        return [query.detach() for query in queries] if self.config._attn_implementation == "sdpa" else queries
 
     monkeypatch.setattr(GQEAttention, "project_queries", without_gradient)
     layer = Layer(SMALL, "gqe", "cpu", 1024)

@@ -50,7 +50,7 @@ def plain(query, key, value, mask, logits, indices, variant="gqe", output_projec
         G * logits.shape[2] * d, G * logits.shape[2], G, k, d, variant=variant, output_projection=output_projection,
         routing="learned", device="meta",
     )  # fmt: skip
-    routing = Routing(logits[:, None], logits[:, None].softmax(-1), indices[:, None])
+    routing = Routing(logits[:, None], indices[:, None], logits.shape[-1], logits.dtype)
     return layer.combine(out.permute(0, 3, 1, 2, 4), shared_out if variant == "gqe" else None, routing)[:, 0]
 
 

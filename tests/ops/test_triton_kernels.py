@@ -94,8 +94,7 @@ class Prepared:
         keys, values = key.view(B, T, G, d), value.view(B, T, G, d)
         if case.norm:
             heads, keys = normalised(heads, self.norms[0]), normalised(keys, self.norms[1])
-        heads, keys = rotate(heads.transpose(1, 2), keys.transpose(1, 2), self.angles if case.r else None)
-        heads, keys = heads.transpose(1, 2), keys.transpose(1, 2)
+        heads, keys = (rotate(t, self.angles if case.r else None) for t in (heads, keys))
         if case.shared:
             heads = torch.cat([heads, heads[:, :, -1:].expand(-1, -1, case.copies - 1, -1)], 2)
             keys, values = (torch.cat([t, self.of_all_groups(t)], 2) for t in (keys, values))
@@ -185,12 +184,12 @@ def test_the_gradients_of_prepare_are_autograd_s(dtype):
 def slots(heads: Tensor, shared: Tensor | None, logits: Tensor, indices: Tensor, case: Case) -> Tensor:
     """The slots by plain operations; heads [R, H, d]."""
     routed = heads[:, : case.G * case.k].view(case.B, case.T, case.G, case.k, case.d)
-    probabilities = logits.view(case.B, case.T, case.G, case.M).softmax(-1).gather(-1, indices)
+    log_scores = logits.view(case.B, case.T, case.G, case.M).log_softmax(-1).gather(-1, indices)
     extra = []
     if case.variant == "gqe":
-        extra = [weighted_slot(routed, probabilities), shared.view(case.B, case.T, case.d)]
+        extra = [weighted_slot(routed, log_scores), shared.view(case.B, case.T, case.d)]
     elif case.variant == "weighted_concat":
-        routed = routed * probabilities[..., None]
+        routed = routed * log_scores.exp()[..., None]
     if case.by_expert:
         routed = scatter_experts(routed, indices, case.M)
     return torch.cat([routed.flatten(2), *extra], -1).flatten(0, 1)
@@ -238,9 +237,8 @@ def test_narrow_outputs_and_gradients_err_no_more_than_twice_as_much_as_the_plai
     def outputs(inputs, angles):
         query, key, value, shared = inputs
         heads = select_experts(query.view(1, 33, 4, 2, 16), prepared.indices).flatten(2, 3)
-        heads = torch.cat([heads, shared.view(1, 33, 1, 16)], 2).transpose(1, 2)
-        heads, keys = rotate(heads, key.view(1, 33, 4, 16).transpose(1, 2), angles)
-        heads, keys, values = heads.transpose(1, 2), keys.transpose(1, 2), value.view(1, 33, 4, 16)
+        heads = rotate(torch.cat([heads, shared.view(1, 33, 1, 16)], 2), angles)
+        keys, values = rotate(key.view(1, 33, 4, 16), angles), value.view(1, 33, 4, 16)
         keys, values = (torch.cat([t, t.mean(2, keepdim=True)], 2) for t in (keys, values))
         return [heads, keys, values]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -41,15 +43,16 @@ def _stage_calls(module: GQEAttention, x: Tensor, inputs: AttentionInputs, routi
     cos_sin, mask = inputs.cos_sin, inputs.mask
     query, shared_query = _project_all(module, x)
     key, value = module.project_keys_values(x)
-    selected = _select(query, shared_query, routing)
-    rotated, rotated_key = rotate(selected, key, cos_sin)
+    heads = _select(query, shared_query, key, routing)
+    rotated, rotated_key = module.queries_and_keys(rotate(heads, cos_sin))
+    value = value.transpose(1, 2)
     routed, shared, _ = attend(module, rotated, rotated_key, value, mask, None)
     slots = module.combine(routed, shared, routing)
     return {
         "route": lambda: module.route(x),
         "project": lambda: (_project_all(module, x), module.project_keys_values(x)),
-        "select": lambda: _select(query, shared_query, routing),
-        "rotate": lambda: rotate(selected, key, cos_sin),
+        "select": lambda: _select(query, shared_query, key, routing),
+        "rotate": lambda: rotate(heads, cos_sin),
         "attend": lambda: attend(module, rotated, rotated_key, value, mask, None),
         "combine": lambda: module.combine(routed, shared, routing),
         "output projection": lambda: module.o_proj(slots),
@@ -63,23 +66,22 @@ def _project_all(module: GQEAttention, x: Tensor) -> tuple[Tensor, Tensor]:
     return query, module.q_shared(x).unsqueeze(2)
 
 
-def _select(query: Tensor, shared_query: Tensor, routing: Routing) -> Tensor:
-    """The queries of the selected experts and of the shared head, [B, G*k + 1, T, d]."""
-    return torch.cat([select_experts(query, routing.indices).flatten(2, 3), shared_query], 2).transpose(1, 2)
+def _select(query: Tensor, shared_query: Tensor, key: Tensor, routing: Routing) -> Tensor:
+    """The queries of the selected experts and of the shared head, and the keys, [B, T, G*k + 1 + G, d]."""
+    return torch.cat([select_experts(query, routing.indices).flatten(2, 3), shared_query, key], 2)
 
 
 def _forward_with(module: GQEAttention, x: Tensor, inputs: AttentionInputs, routing: Routing) -> Tensor:
     """The layer with a given routing, without its router."""
-    key, value = module.project_keys_values(x)
-    query, key = rotate(module.project_queries(x, routing), key, inputs.cos_sin)
-    routed, shared, _ = attend(module, query, key, value, inputs.mask, None)
+    heads, value = module.project(x, routing)
+    query, key = module.queries_and_keys(rotate(heads, inputs.cos_sin))
+    routed, shared, _ = attend(module, query, key, value.transpose(1, 2), inputs.mask, None)
     return module.o_proj(module.combine(routed, shared, routing))
 
 
 def uniform_routing(routing: Routing) -> Routing:
     """Routing of the same shape in which token t selects experts t, t + 1, ... of each group, modulo M."""
-    assert routing.probs is not None  # the plain path's
-    B, T, G, M = routing.probs.shape
-    k = routing.indices.shape[-1]
-    turn = torch.arange(T, device=routing.probs.device)[:, None, None] + torch.arange(k, device=routing.probs.device)
-    return Routing(routing.logits, torch.full_like(routing.probs, 1 / M), (turn % M).expand(B, T, G, k).contiguous())
+    T, k = routing.indices.shape[1], routing.indices.shape[-1]
+    device = routing.indices.device
+    turn = torch.arange(T, device=device)[:, None, None] + torch.arange(k, device=device)
+    return replace(routing, indices=(turn % routing.num_experts).expand_as(routing.indices).contiguous())

@@ -12,7 +12,7 @@ k selected experts in a group, N = G*M query experts, d head dim.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from query_experts.layers.validation import (
 )
 from query_experts.ops.attend import CausalKernel, attend, uses_shared_decode
 from query_experts.ops.combine import weighted_slot
+from query_experts.ops.dtypes import wide
 from query_experts.ops.kernels import Kernels, check_kernels, no_triton, not_covered, uses_triton
 from query_experts.ops.rotate import rotary_cos_sin, rotate
 from query_experts.ops.select import scatter_experts, selected_queries
@@ -45,22 +46,35 @@ class Routing:
 
     Attributes:
         logits: [B, T, G, M], float32 (float64 in float64); None where `routing="none"`.
-        probs: [B, T, G, M], softmax over a group's experts, dtype as the logits; None within a model that runs the
-            Triton kernels, which need the logits alone.
         indices: [B, T, G, k], int64, the selected experts, most probable first.
+        num_experts: M.
+        dtype: of the probabilities, as of the logits.
         balance_loss: scalar, over the tokens that attention_mask keeps; None inside a model, which computes its own.
     """
 
     logits: Tensor | None
-    probs: Tensor | None
     indices: Tensor
+    num_experts: int
+    dtype: torch.dtype
     balance_loss: Tensor | None = None
+
+    @property
+    def probs(self) -> Tensor:
+        """[B, T, G, M], softmax over a group's experts; uniform without a router."""
+        if self.logits is not None:
+            return self.logits.softmax(-1)
+        shape, M = self.indices.shape[:-1], self.num_experts
+        return torch.full((*shape, M), 1 / M, dtype=self.dtype, device=self.indices.device)
 
     @property
     def scores(self) -> Tensor:
         """Probabilities of the selected experts, [B, T, G, k]."""
-        assert self.probs is not None
         return self.probs.gather(-1, self.indices)
+
+    @property
+    def log_scores(self) -> Tensor | None:
+        """Their logarithms, which no probability's underflow makes -inf; None where all are the same."""
+        return self.logits.log_softmax(-1).gather(-1, self.indices) if self.logits is not None else None
 
 
 class GQEAttention(nn.Module):
@@ -271,9 +285,7 @@ class GQEAttention(nn.Module):
         if not output_routing:
             return y
         token_mask = attention_mask[:, new] if attention_mask is not None else None
-        probs = self.probabilities(x, routing.logits) if routing.probs is None else routing.probs
-        loss = probs.new_zeros(()) if routing.logits is None else self._balance_loss(routing.logits, token_mask)
-        return y, Routing(routing.logits, probs, routing.indices, loss)
+        return y, replace(routing, balance_loss=self._balance_loss(routing, token_mask))
 
     def route_and_attend(
         self, x: Tensor, mask: Any, cos_sin: tuple[Tensor, Tensor] | None, past_key_values: Cache | None, **kwargs: Any
@@ -287,17 +299,16 @@ class GQEAttention(nn.Module):
             from query_experts.layers.fused import fused_attention  # needs triton
 
             y, weights, logits, indices = fused_attention(self, x, mask, cos_sin, past_key_values, **kwargs)
-            return y, weights, Routing(logits, None, self.all_experts(x) if indices is None else indices)
+            return y, weights, self.routing_of(x, logits, indices)
 
         # Route: p_g = softmax(r_g x) over the M experts of each group; K_g = the k largest, found by their logits.
         routing = self.route(x)
 
         # Select: queries only of the experts in K_g and of the shared head; keys and values of every group.
-        query = self.project_queries(x, routing)  # [B, G*k (+1), T, d]
-        key, value = self.project_keys_values(x)  # [B, G, T, d]
-        query, key = self.normalise(query, key)
-        query, key = rotate(query, key, cos_sin)
-        key, value = self.update_caches(key, value, past_key_values, kwargs)  # [B, G, S, d]
+        heads, value = self.project(x, routing)  # queries, then keys: [B, T, G*k (+1) + G, d]; [B, T, G, d]
+        heads = rotate(heads, cos_sin)
+        query, key = self.queries_and_keys(heads)
+        key, value = self.update_caches(key, value.transpose(1, 2), past_key_values, kwargs)  # [B, G, S, d]
 
         # Attend, causally: o_{g,m}, each selected expert over its group's K/V; s, the shared head over their mean.
         routed, shared, weights = attend(self, query, key, value, mask, past_key_values, **kwargs)
@@ -306,51 +317,51 @@ class GQEAttention(nn.Module):
         return self.o_proj(self.combine(routed, shared, routing)), weights, routing
 
     def route(self, x: Tensor) -> Routing:
-        """x [B, T, D] -> probabilities [B, T, G, M] and selected experts [B, T, G, k]: top-k by the logits."""
+        """x [B, T, D] -> logits [B, T, G, M] and selected experts [B, T, G, k]: top-k by the logits."""
         if self.router is None:
-            return Routing(None, self.probabilities(x, None), self.all_experts(x))
+            return self.routing_of(x, None, None)
         logits = self.router(x).view(*x.shape[:2], self.num_kv_heads, self.experts_per_group)
-        probs = self.probabilities(x, logits)
-        if self.forced_indices is not None:
-            return Routing(logits, probs, self.forced_indices)
-        return Routing(logits, probs, select_top_k(logits.detach(), self.top_k))
+        indices = self.forced_indices
+        if indices is None:
+            indices = select_top_k(logits.detach(), self.top_k)
+        return self.routing_of(x, logits, indices)
 
-    def probabilities(self, x: Tensor, logits: Tensor | None) -> Tensor:
-        """Softmax over each group's experts, [B, T, G, M]; without a router, 1/M for each."""
-        if logits is not None:
-            return logits.softmax(-1)
-        shape = (*x.shape[:2], self.num_kv_heads, self.experts_per_group)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return torch.full(shape, 1 / self.experts_per_group, dtype=dtype, device=x.device)
+    def routing_of(self, x: Tensor, logits: Tensor | None, indices: Tensor | None) -> Routing:
+        """The routing of x [B, T, D]. Without indices, all experts of each group in their order, [B, T, G, M]."""
+        if indices is None:
+            experts = torch.arange(self.experts_per_group, device=x.device)
+            indices = experts.expand(*x.shape[:2], self.num_kv_heads, -1)
+        return Routing(logits, indices, self.experts_per_group, wide(x.dtype))
 
-    def all_experts(self, x: Tensor) -> Tensor:
-        """Every group's experts in order, int64 [B, T, G, M]."""
-        experts = torch.arange(self.experts_per_group, device=x.device)
-        return experts.expand(*x.shape[:2], self.num_kv_heads, -1)
+    def project(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] -> heads to rotate and to attend with, and values of all groups [B, T, G, d].
 
-    def project_queries(self, x: Tensor, routing: Routing) -> Tensor:
-        """x [B, T, D] -> queries of the selected experts, then of the shared head if any, [B, G*k (+1), T, d]."""
+        The heads are one tensor [B, T, G*k (+1) + G, d]: queries of the selected experts, of the shared head if any,
+        and keys of all groups, normalised where the layer has norms.
+        """
+        queries = self.project_queries(x, routing)
+        key, value = self.project_keys_values(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, key = [self.q_norm(torch.cat(queries, 2))], self.k_norm(key)
+        return torch.cat([*queries, key], 2), value
+
+    def queries_and_keys(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads as `project` joins them -> queries [B, G*k (+1), T, d] and keys [B, G, T, d]."""
+        query, key = heads.transpose(1, 2).split([heads.shape[2] - self.num_kv_heads, self.num_kv_heads], 1)
+        return query, key
+
+    def project_queries(self, x: Tensor, routing: Routing) -> list[Tensor]:
+        """x [B, T, D] -> queries of the selected experts [B, T, G*k, d], and of the shared head if any [B, T, 1, d]."""
         if self.router is None:
             query = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, N, d]
         else:
             query = selected_queries(self.q_proj, x, routing.indices, self.experts_per_group).flatten(2, 3)
-        if self.q_shared is not None:
-            query = torch.cat([query, self.q_shared(x).unsqueeze(2)], 2)
-        return query.transpose(1, 2)
+        return [query] if self.q_shared is None else [query, self.q_shared(x).unsqueeze(2)]
 
     def project_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, T, D] -> keys and values of all groups, [B, G, T, d]."""
-        key, value = (
-            projection(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-            for projection in (self.k_proj, self.v_proj)
-        )
-        return key, value
-
-    def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """RMSNorm of queries and keys, [B, heads, T, d], over the head dim, where the layer has it."""
-        if self.q_norm is None or self.k_norm is None:
-            return query, key
-        return self.q_norm(query), self.k_norm(key)
+        """x [B, T, D] -> keys and values of all groups, [B, T, G, d]."""
+        heads = (-1, self.head_dim)
+        return self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
 
     def combine(self, routed: Tensor, shared: Tensor | None, routing: Routing) -> Tensor:
         """The rows that W_O takes: hard slots, weighted slot, shared head.
@@ -360,7 +371,7 @@ class GQEAttention(nn.Module):
         extra = []
         if self.variant == "gqe":
             assert shared is not None
-            extra = [weighted_slot(routed, routing.scores), shared]
+            extra = [weighted_slot(routed, routing.log_scores), shared]
         elif self.variant == "weighted_concat":
             routed = routed * routing.scores.to(routed.dtype)[..., None]
         if self.output_projection == "expert" and self.router is not None:
@@ -389,9 +400,10 @@ class GQEAttention(nn.Module):
             raise ValueError("continuous batching decodes from a block table, which can't serve the shared head")
         return key, value
 
-    def _balance_loss(self, logits: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Of router logits [B, T, G, M], over the tokens that token_mask [B, T] keeps."""
-        logits = logits.flatten(0, 1).flatten(1)
+    def _balance_loss(self, routing: Routing, token_mask: Tensor | None) -> Tensor:
+        if routing.logits is None:
+            return torch.zeros((), dtype=routing.dtype, device=routing.indices.device)
+        logits = routing.logits.flatten(0, 1).flatten(1)
         statistics = routing_statistics((logits,), self.num_kv_heads, self.top_k, token_mask)
         tokens = statistics.tokens.clamp(min=1)
         return balance_loss(statistics.selected / tokens, statistics.prob_sum / tokens)

@@ -7,11 +7,14 @@ N = G*M query experts. Experts are numbered group-major: expert m of group g is 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from query_experts.ops.dtypes import wide
 
 CPU_ROWS = 512  # tokens whose float32 copy fits into a core's cache
 
@@ -55,7 +58,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D], any float dtype -> logits [B*T, N], float32 (float64 for float64 input)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide(x.dtype)
         rows, weight = x.flatten(0, 1), self.weight.to(dtype)
         autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -75,8 +78,7 @@ class WideningLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, weight: Tensor) -> Tensor:
-        logits = [F.linear(block.to(weight.dtype), weight) for block in row_blocks(rows)]
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+        return joined([F.linear(block.to(weight.dtype), weight) for block in row_blocks(rows)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -88,10 +90,10 @@ class WideningLinear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_rows = torch.cat([(block @ weight).to(rows.dtype) for block in row_blocks(gradient)])
+            grad_rows = joined([(block @ weight).to(rows.dtype) for block in row_blocks(gradient)])
         if ctx.needs_input_grad[1]:
             pairs = zip(row_blocks(gradient), row_blocks(rows), strict=True)
-            grad_weight = torch.stack([grad.mT @ block.to(weight.dtype) for grad, block in pairs]).sum(0)
+            grad_weight = reduce(torch.add, (grad.mT @ block.to(weight.dtype) for grad, block in pairs))
         return grad_rows, grad_weight
 
     @staticmethod
@@ -103,6 +105,10 @@ class WideningLinear(torch.autograd.Function):
         if weight_tangent is not None:
             tangent = tangent + rows.to(weight.dtype) @ weight_tangent.mT
         return tangent
+
+
+def joined(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def row_blocks(rows: Tensor) -> tuple[Tensor, ...]:

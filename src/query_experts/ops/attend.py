@@ -148,8 +148,9 @@ def _two_calls(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, None]:
     shared_key, shared_value = _shared_key_value(layer, key, value)
-    routed, _ = layer.routed_heads(query[:, :-1], key, value, mask, **kwargs)
-    shared, _ = layer.shared_head(query[:, -1:], shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
+    routed_query, shared_query = query.split([query.shape[1] - 1, 1], 1)
+    routed, _ = layer.routed_heads(routed_query, key, value, mask, **kwargs)
+    shared, _ = layer.shared_head(shared_query, shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
     return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), shared.squeeze(2), None
 
 
@@ -165,4 +166,5 @@ def _one_call(
     out, weights = layer.shared_head(query, key, value, mask, **kwargs)  # [B, T, H, d]
     if layer.config._attn_implementation != "eager":
         weights = None
-    return out[:, :, :-1].unflatten(2, (layer.num_kv_heads, layer.top_k)), out[:, :, -1], weights
+    routed, shared = out.split([out.shape[2] - 1, 1], 2)
+    return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), shared.squeeze(2), weights

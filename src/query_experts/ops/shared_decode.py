@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from query_experts.ops.dtypes import wide
+
 
 def shared_decode(
     routed_BGkTd: Tensor,
@@ -42,7 +44,7 @@ def shared_decode(
     B, G, k, T, d = routed_BGkTd.shape
     queries = torch.cat([routed_BGkTd, shared_BTd.view(B, 1, 1, T, d).expand(B, G, 1, T, d)], 2) * scaling
     scores = (queries.view(B, G, (k + 1) * T, d) @ key_BGSd.mT).unflatten(2, (k + 1, T))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.to(wide(scores.dtype))
     shared_scores = scores.select(2, k)  # [B, G, T, S]
     shared_scores.copy_(shared_scores.mean(1, keepdim=True))
     if mask is not None and mask.dtype == torch.bool:  # filled in, as a score may have overflowed
