@@ -462,3 +462,38 @@ def test_generate_gives_the_plain_path_s_tokens():
             texts.append(model.generate(tokens, cache_implementation=cache, disable_compile=True, **options))
         assert torch.equal(*texts)
     assert "kernels" not in model.config.to_dict()
+
+
+@torch.no_grad()
+def test_small_projections_are_joined_anew_in_every_call_and_large_ones_are_not(monkeypatch):
+    for name in ("gqe", "gqe, norms and biases", "static", "dense"):
+        plain, (x, mask) = build(name).eval(), inputs()
+        layer = by_triton(plain)
+        joined = layer(x, attention_mask=mask)
+        assert error(joined, plain(x, attention_mask=mask)) < 5e-6
+        monkeypatch.setattr(fused, "JOINED_BYTES", 0)
+        assert error(layer(x, attention_mask=mask), joined) < 5e-6
+        monkeypatch.undo()
+        for module in (layer, plain):
+            module.k_proj.weight.data.mul_(2)  # a write that no version counter notices
+        assert error(layer(x, attention_mask=mask), plain(x, attention_mask=mask)) < 5e-6
+
+
+@torch.no_grad()
+def test_an_empty_growing_cache_takes_the_keys_over_without_a_copy_and_works_on():
+    plain, (x, _) = build("gqe").eval(), inputs()
+    layer = by_triton(plain)
+    for cache, other in (
+        (DynamicCache(), DynamicCache()),
+        (DynamicCache(config=LlamaConfig(num_hidden_layers=1)),) * 2,
+    ):
+        other = copy.deepcopy(other)
+        layer(x[:, :5], past_key_values=cache)
+        plain(x[:, :5], past_key_values=other)
+        assert cache.layers[0].keys._base is not None  # a part of what attention read
+        for c, module in ((cache, layer), (other, plain)):
+            c.reorder_cache(torch.tensor([1, 0], device=DEVICE))
+            c.crop(4)
+        assert cache.get_seq_length() == other.get_seq_length()
+        steps = [module(x[:, 5:7], past_key_values=c) for c, module in ((cache, layer), (other, plain))]
+        assert error(*steps) < 5e-6

@@ -13,20 +13,23 @@ dim, C copies of the shared query, H = G*k + C query heads, GK = G + 1 key heads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
-from transformers.cache_utils import StaticLayer
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from query_experts.layers.caches import check_writer
 from query_experts.layers.router import Router
 from query_experts.ops import triton_decode as _triton_decode  # noqa: F401 - registers the operator
 from query_experts.ops.attend import ONE_CALL_TOKENS, attend, uses_shared_decode
-from query_experts.ops.fused import Combine, Layout, Prepare, ProjectAndPrepare, operators
+from query_experts.ops.fused import Combine, Layout, Prepare, ProjectAndPrepare, operators, wide_product
 
+JOINED_BYTES = 8 * 2**20  # of the projections' weights; larger ones aren't joined for one product
 MOST_DECODED_GROUPS = 16  # of the kernel for one token; the sums of more don't fit into registers (compiled)
 
 
@@ -63,7 +66,8 @@ def fused_attention(
         assert prepared.keys is not None
         assert prepared.values is not None
         key, value = (t[:, :, : layout.G].transpose(1, 2) for t in (prepared.keys, prepared.values))
-        key, value = layer.update_caches(key, value, past_key_values, kwargs)
+        if not (layout.shared_key and _hand_over(layer, past_key_values, key, value)):
+            key, value = layer.update_caches(key, value, past_key_values, kwargs)
     else:
         key, value = static.keys, static.values
     weights = None
@@ -121,6 +125,27 @@ def _static_layer(layer: Any, x: Tensor, past_key_values: Cache | None) -> Stati
     return part
 
 
+def _hand_over(layer: Any, past_key_values: Cache | None, key: Tensor, value: Tensor) -> bool:
+    """Makes keys and values [B, G, T, d] those of an empty growing cache, which would copy them; says whether it did."""
+    if (
+        type(past_key_values) is not DynamicCache
+        or past_key_values.offloading
+        or layer.layer_idx > len(past_key_values)
+    ):
+        return False
+    if layer.layer_idx == len(past_key_values):
+        if past_key_values.layer_class_to_replicate is not DynamicLayer:
+            return False
+        past_key_values.layers.append(DynamicLayer())
+    part = past_key_values.layers[layer.layer_idx]
+    if type(part) is not DynamicLayer:
+        return False
+    check_writer(past_key_values, layer.layer_idx, layer)
+    part.lazy_initialization(key, value)
+    part.keys, part.values = key, value
+    return True
+
+
 def _decodes(layer: Any, heads: Tensor, mask: Any) -> bool:
     """Whether the kernel for one new token serves: no gradients, weights or dropout are asked for, and the mask says
     for each key whether it is seen. heads [B, T, H, d]."""
@@ -160,18 +185,22 @@ def prepare(
     given = None if layer.forced_indices is None or layer.router is None else layer.forced_indices.long()
     indices = None if given is None else given.reshape(batch * num_tokens, *given.shape[2:])
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.q_shared)
+    plain = all(_is_plain(module, rows) for module in (*projections, layer.router))
     keys = values = None
-    if static is None and all(_is_plain(module, rows) for module in (*projections, layer.router)):
-        weights, biases = (
-            [None if module is None else getattr(module, name) for module in projections] for name in ("weight", "bias")
-        )
+    if plain and torch.is_grad_enabled():
+        weights, biases = (_of_each(projections, name) for name in ("weight", "bias"))
         router = None if layer.router is None else layer.router.weight
         heads, keys, values, logits, chosen = ProjectAndPrepare.apply(
             rows, *weights, *biases, router, indices, cos, sin, *norms, layout
         )
     else:
-        logits = None if layer.router is None else layer.router(x)
-        projected = [None if module is None else module(x).flatten(0, 1) for module in projections]
+        logits = projected = None
+        if layer.router is not None:
+            logits = wide_product(rows, layer.router.weight) if plain else layer.router(x)
+        if plain and not layer.training:  # checkpointing runs a training layer without gradients first, and must agree
+            projected = _in_one_product(projections, rows, layout.widths)
+        if projected is None:
+            projected = [None if module is None else module(x).flatten(0, 1) for module in projections]
         inputs = (*projected, None if logits is None else logits.detach(), indices, cos, sin, *norms)
         if static is None:
             heads, keys, values, chosen = Prepare.apply(*inputs, layout)
@@ -183,6 +212,25 @@ def prepare(
     if given is None and layer.router is not None:
         given = chosen.view(batch, num_tokens, layout.G, layout.k)
     return Prepared(heads, keys, values, logits, given)
+
+
+def _of_each(modules: Sequence[nn.Module | None], name: str) -> list[Tensor | None]:
+    return [None if module is None else getattr(module, name) for module in modules]
+
+
+def _in_one_product(
+    projections: Sequence[nn.Module | None], rows: Tensor, widths: list[int]
+) -> list[Tensor | None] | None:
+    """rows [R, D] by all projections at once, without gradients: [R, width] each, or None where the weights are large.
+
+    The weights are joined anew in every call, so none is ever out of date. Small ones take less time to copy than three
+    more products take to start (predicted: 4 MB at the paper's shape).
+    """
+    weights, biases = ([t for t in _of_each(projections, name) if t is not None] for name in ("weight", "bias"))
+    if len(biases) not in (0, len(weights)) or sum(t.nbytes for t in weights) > JOINED_BYTES:
+        return None
+    joined = F.linear(rows, torch.cat(weights), torch.cat(biases) if biases else None)
+    return [part if part.shape[1] else None for part in joined.split(widths, 1)]
 
 
 def _is_plain(module: nn.Module | None, rows: Tensor) -> bool:
