@@ -126,12 +126,10 @@ def _static_layer(layer: Any, x: Tensor, past_key_values: Cache | None) -> Stati
 
 
 def _hand_over(layer: Any, past_key_values: Cache | None, key: Tensor, value: Tensor) -> bool:
-    """Makes keys and values [B, G, T, d] those of an empty growing cache, which would copy them; says whether it did."""
-    if (
-        type(past_key_values) is not DynamicCache
-        or past_key_values.offloading
-        or layer.layer_idx > len(past_key_values)
-    ):
+    """Makes keys and values [B, G, T, d] those of an empty growing cache, without its copy; says whether it did."""
+    if not isinstance(past_key_values, DynamicCache) or past_key_values.offloading:
+        return False
+    if layer.layer_idx > len(past_key_values):
         return False
     if layer.layer_idx == len(past_key_values):
         if past_key_values.layer_class_to_replicate is not DynamicLayer:
