@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, TextStreamer
 from query_experts.cli import main
 from query_experts.evaluate import generate as generation
 from query_experts.evaluate.generate import prompt_ids
+from query_experts.layers.attention import GQEAttention
+from query_experts.ops import kernels
 
 MODEL = Path(__file__).resolve().parents[1] / "fixtures" / "model"
 LENGTH = 6
@@ -193,3 +195,22 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_goes_on_though_it_wo
     assert changed("DEF X").input_ids == [0, *plain, 0]
     assert prompt_ids("DEF X", changed, None) == [0, *plain]
     assert prompt_ids("", changed, None) == [0]
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_the_text_is_computed_by_the_kernels_that_were_asked_for(checkpoint, streamed, monkeypatch, name):
+    kinds, original = set(), GQEAttention.route_and_attend
+
+    def spy(self, *args, **kwargs):
+        kinds.add(self.kernels)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(GQEAttention, "route_and_attend", spy)
+    streamed(checkpoint("config.json"), "--temperature", "0", "--kernels", name)
+    assert kinds == {name}
+
+
+def test_kernels_that_cannot_run_are_refused(checkpoint, refused, monkeypatch):
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    argv = ["generate", checkpoint("config.json"), "--device", "cpu", "--kernels", "triton"]
+    refused(argv, "kernels is 'triton', which needs an NVIDIA GPU, where the device is cpu; it must be torch or auto")

@@ -508,7 +508,7 @@ def test_a_run_that_goes_on_where_it_was_notes_no_further_piece(monkeypatch):
     for step, machine, release in ((0, "a", "1"), (2, "a", "1"), (4, "b", "1"), (5, "b", "2"), (7, "a", "1")):
         monkeypatch.setattr(environment_module, "cpu_name", lambda machine=machine: machine)
         monkeypatch.setattr(environment_module, "version", lambda name, release=release: release)
-        pieces.on_train_begin(None, TrainerState(global_step=step), None)
+        pieces.on_train_begin(None, TrainerState(global_step=step), None, model=torch.nn.Identity())
     noted = [(piece["first_step"], piece["hardware"][0], piece["torch"]) for piece in pieces.pieces]
     assert noted == [(0, "a", "1"), (4, "b", "1"), (5, "b", "2"), (7, "a", "1")]
 

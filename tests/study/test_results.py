@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from query_experts.cli import main
 from query_experts.common.environment import Environment
 from query_experts.common.errors import SettingError
+from query_experts.model.kernel_choice import KernelChoice
 from query_experts.study import report
 from query_experts.study.ladder.settings import Ladder
 from query_experts.study.results import (
@@ -34,10 +35,11 @@ COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("compare-demo*.json"))
 OLDER = ROOT / "tests" / "fixtures" / "comparison_dd60e2b.json"
 HERE = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "query_experts": "0.1.0", "commit": "0bfe3dd",
         "device": "cpu", "hardware": "a CPU", "dtype": "float32", "date": "2026-11-23"}  # fmt: skip
+PIECE = Piece(first_step=0, **HERE, instructions="AVX2", kernels=KernelChoice("auto", "torch"))
 RUN = RunResult(
     arm="gqe", seed=0, parameters=ParameterCounts(9, 8, 7), active_attention_heads=3, dense_attention_heads=4,
     intermediate_size=48, flops_per_token=5.0, kv_bytes_per_token=256, tokens_per_s=10.5, train_seconds=2.0,
-    train_tokens=192, pieces=[Piece(first_step=0, **HERE, instructions="AVX2")], clipped_steps=0, validation_loss=4.5,
+    train_tokens=192, pieces=[PIECE], clipped_steps=0, validation_loss=4.5,
     train_curve=[(96, 5.0), (192, 4.6)], validation_curve=[(192, 4.5)],
     routing=RoutingLoad([[[0.5, 0.5]]], [[0.9]], 0, 0.01), passage=Passage(["a"], [[[1]]]),
 )  # fmt: skip
@@ -46,8 +48,9 @@ JSON = (
     '"dense_attention_heads":4,"intermediate_size":48,"flops_per_token":5.0,"kv_bytes_per_token":256,'
     '"tokens_per_s":10.5,"train_seconds":2.0,"train_tokens":192,"diverged_at_tokens":null,"pieces":[{"first_step":0,'
     '"python":"3.11.7","torch":"2.13.0","transformers":"5.23.0","query_experts":"0.1.0","commit":"0bfe3dd",'
-    '"device":"cpu","hardware":"a CPU","dtype":"float32","date":"2026-11-23","instructions":"AVX2"}],"clipped_steps":0,'
-    '"validation_loss":4.5,"train_curve":[[96,5.0],[192,4.6]],"validation_curve":[[192,4.5]],'
+    '"device":"cpu","hardware":"a CPU","dtype":"float32","date":"2026-11-23","instructions":"AVX2",'
+    '"kernels":{"asked":"auto","chosen":"torch"}}],"clipped_steps":0,"validation_loss":4.5,'
+    '"train_curve":[[96,5.0],[192,4.6]],"validation_curve":[[192,4.5]],'
     '"routing":{"load":[[[0.5,0.5]]],"entropy":[[0.9]],"dead":0,"dead_below":0.01},'
     '"passage":{"tokens":["a"],"experts":[[[1]]]}}\n'
 )
@@ -92,11 +95,14 @@ def test_a_committed_comparison_is_read_and_written_as_it_was(file, tmp_path):
         "compile": False,
         "instructions": None,
         "initializer_range": 0.02,
+        "kernels": "auto",
     }
+    in_a_piece = {"kernels": None}
 
     def check(old, new):
         if isinstance(old, dict):
-            assert {name: new[name] for name in new.keys() - old.keys()}.items() <= added.items()
+            defaults = added | (in_a_piece if "first_step" in old else {})
+            assert {name: new[name] for name in new.keys() - old.keys()}.items() <= defaults.items()
             assert [name for name in new if name in old] == list(old)
             for name, value in old.items():
                 check(value, new[name])

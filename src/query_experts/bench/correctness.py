@@ -1,8 +1,8 @@
 """Checks each arm before its speed is measured: the error of the timed calls is little more than that of a plain call.
 
-Errors are against float64: of dense against its own eager attention, of the other arms against the paper's definition
-of the layer, which is written out here and uses only the layer's weights. The plain call is eager attention in the
-benchmark's dtype, over the whole prompt at once.
+Errors are against float64: of dense and dense-fused against Llama's eager attention, of the other arms against the
+paper's definition of the layer, which is written out here and uses only the layer's weights. The plain call is eager
+attention in the benchmark's dtype, by kernels torch, over the whole prompt at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, LlamaConfig, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from query_experts.bench.models import Layer
 from query_experts.bench.results import Check
@@ -90,11 +91,14 @@ def _outputs(layer: Layer, x: Tensor, way: Way) -> Tensor:
 
 
 class _PlainLayer(nn.Module):
-    """A copy of a layer in a dtype, with eager attention over the whole of x; GQE in float64 by its definition."""
+    """A copy of a layer in a dtype, with eager attention over the whole of x; GQE in float64 by its definition.
+
+    Where the layer is dense attention, that of Llama with its weights.
+    """
 
     def __init__(self, layer: Layer, dtype: torch.dtype):
         super().__init__()
-        self.module = copy.deepcopy(layer.module).to(dtype)
+        self.module = _plain_module(layer).to(dtype)
         config = copy.deepcopy(layer.config)
         config._attn_implementation = "eager"
         for part in self.module.modules():
@@ -115,6 +119,19 @@ class _PlainLayer(nn.Module):
 
     def outputs_and_gradients(self, x: Tensor, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return _outputs_and_gradients(self, self.module, x, cotangent)
+
+
+def _plain_module(layer: Layer) -> nn.Module:
+    module = layer.module
+    if not isinstance(module, GQEAttention):
+        return copy.deepcopy(module)
+    if module.routing == "none" and module.variant == "hard_concat":
+        llama = LlamaAttention(layer.config, 0).to(layer.device)
+        llama.load_state_dict(module.state_dict())
+        return llama.eval()
+    plain = copy.deepcopy(module)
+    plain.set_kernels("torch")
+    return plain
 
 
 def layer_by_definition(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -66,8 +66,15 @@ def _parse_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
 
 
 def _parse_dataclass(kind: Any, value: dict[str, Any], place: str) -> Any:
-    """Files of older versions may lack a field that has a default, or that may be None."""
+    """Files of older versions may lack a field that has a default, or that may be None.
+
+    They may also hold one that has become another; the class names it in `older`.
+    """
     hints = get_type_hints(kind, include_extras=True)
+    value = dict(value)
+    for name, (new_name, meanings) in getattr(kind, "older", {}).items():
+        if name in value:
+            value[new_name] = meanings[parse(bool, value.pop(name), f"{place}.{name}")]
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for name in value:
         if name not in fields:

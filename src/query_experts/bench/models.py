@@ -18,13 +18,14 @@ from transformers import Cache, DynamicCache, LlamaConfig, PreTrainedModel, Stat
 from transformers.masking_utils import create_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
+from query_experts.bench.results import STOCK
 from query_experts.bench.settings import SDPA_BACKENDS, BenchSettings
 from query_experts.common.timing import Call
-from query_experts.layers.attention import GQEAttention
 from query_experts.layers.masks import causal_mask
 from query_experts.model.arms import build
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.initialization import initialise_by_name
+from query_experts.model.kernel_choice import kernel_choice, use_kernels
 from query_experts.model.modeling_gqe import GQESelfAttention
 from query_experts.ops.attend import uses_shared_decode
 
@@ -35,9 +36,7 @@ MOST_SHAPES = 64  # that one compiled module meets; the correctness check has th
 def configured_forward(module: nn.Module, settings: BenchSettings) -> Callable[..., Any]:
     """The module's forward with the kernels of the settings, compiled if they ask for it."""
     forward: Callable[..., Any] = module
-    for part in module.modules():
-        if isinstance(part, GQEAttention):
-            part.fused_decode = settings.fused_decode
+    use_kernels(module, settings.kernels)
     if settings.compile:
         # Dynamo counts recompilations by class; past its limit it runs eager without an error
         torch._dynamo.config.recompile_limit = MOST_SHAPES
@@ -75,6 +74,12 @@ class Layer:
         self.module.to(device, self.dtype).eval()
         self.rotary = LlamaRotaryEmbedding(self.config).to(device)
         self._forward = configured_forward(self.module, settings)
+
+    @property
+    def kernels(self) -> str:
+        """What computes the layer: stock (Transformers' Llama), torch or triton."""
+        choice = kernel_choice(self.module)
+        return STOCK if choice is None else choice.chosen
 
     def hidden(self, batch: int, length: int) -> Tensor:
         """Normalised hidden states [B, T, D], the same for every arm."""

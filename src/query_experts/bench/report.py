@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from query_experts.bench.results import BASELINE, LAYER, BenchResult, PartsResult, Point, PointResult
-from query_experts.bench.settings import SUITES
+from query_experts.bench.results import LAYER, STOCK, BenchResult, PartsResult, Point, PointResult, Spread
+from query_experts.bench.settings import BASELINE, FUSED_BASELINE, SUITES
 from query_experts.common import formatting as text
 
 if TYPE_CHECKING:
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 Lines = dict[str, list[PointResult]]  # by arm
 NOTE = (
-    "speed: relative to dense, the median of the repeats and their range; predicted: by costs.py, from bytes in "
-    "decoding and from FLOPs elsewhere; share: speed over predicted; peak: the most memory that the tensors of one "
-    "call take."
+    f"{text.TIMES} dense: speed relative to stock Llama, the median of the repeats and their range; predicted: the "
+    "same by costs.py, from bytes in decoding and from FLOPs elsewhere, and the share of it that was attained; peak: "
+    "the most memory that the tensors of one call take."
 )
+FUSED_NOTE = f"{text.TIMES} fused: speed relative to dense-fused, dense attention by the kernels that gqe runs."
 
 
 def place_of(point: Point) -> str:
@@ -30,13 +31,33 @@ def place_of(point: Point) -> str:
 
 
 def print_tables(result: BenchResult, console: Console) -> None:
-    """Prints a table for each suite: speed relative to dense, its prediction, the share attained, peak memory."""
+    """Prints how all arms ran, and a table for each suite: speed over dense and dense-fused, prediction, memory."""
+    console.print(header(result), style="bold")
+    console.print()
     for suite, about in SUITES.items():
         if points := result.speed_points(suite):
             _print(_speed_table(points), f"{suite}: {about}", console)
         elif suite == "parts" and (stages := result.parts_points()):
             _print(_parts_table(stages), f"{suite}: {about}", console)
-    console.print(NOTE, style="italic dim")
+    fused = any(FUSED_BASELINE in point.seconds for point in result.speed_points())
+    console.print(" ".join([NOTE, *([FUSED_NOTE] if fused else [])]), style="italic dim")
+
+
+def header(result: BenchResult) -> str:
+    """What all arms have in common, and the kernels of each: "All arms: sdpa (flash), CUDA graphs, bfloat16, ..."."""
+    settings = result.settings
+    backend = settings.attn_implementation
+    if settings.sdpa_backend is not None:
+        backend += f" ({settings.sdpa_backend})"
+    mode = " in ".join([*(["compiled"] if settings.compile else []), *(["CUDA graphs"] if settings.cuda_graph else [])])
+    line = f"All arms: {backend}, {mode or 'eager calls'}, {settings.dtype}, on {result.environment.hardware}."
+    if result.kernels is None:
+        return line
+    by_kind = {kind: [arm for arm, own in result.kernels.items() if own == kind] for kind in result.kernels.values()}
+    named = {kind: ", ".join(arms) for kind, arms in by_kind.items()}
+    chosen = "; ".join(f"{kind} for {arms}" for kind, arms in named.items() if kind != STOCK)
+    line += f" Stock Llama: {named[STOCK]}."
+    return line + (f" Kernels: {settings.kernels}, which is {chosen}." if chosen else "")
 
 
 def _print(rows: list[list[str]], title: str, console: Console) -> None:
@@ -61,21 +82,31 @@ def _print(rows: list[list[str]], title: str, console: Console) -> None:
 
 def _speed_table(points: list[PointResult]) -> list[list[str]]:
     """Rows of text; the first is the heading."""
-    rows = [["tokens", "arm", "time", "speed", "predicted", "share", "peak"]]
+    fused = any(FUSED_BASELINE in point.seconds for point in points)
+    over_fused = [f"{text.TIMES} fused"] if fused else []
+    rows = [["tokens", "arm", "time", f"{text.TIMES} dense", *over_fused, "predicted", "peak"]]
     for point in points:
         for arm, seconds in point.seconds.items():
             place = place_of(point) if arm == BASELINE else ""
             peak = f"{text.short(point.peak_bytes[arm])}B"
-            rows.append([place, arm, text.duration(statistics.median(seconds)), *_speed_cells(point, arm), peak])
+            against = [_with_range(point.speedup_over_fused(arm))] if fused else []
+            speed, predicted = _speed_cells(point, arm)
+            rows.append([place, arm, text.duration(statistics.median(seconds)), speed, *against, predicted, peak])
     return rows
 
 
-def _speed_cells(point: PointResult, arm: str) -> list[str]:
+def _speed_cells(point: PointResult, arm: str) -> tuple[str, str]:
+    """Speed over dense; as it was predicted, with the share attained."""
     if arm == BASELINE:
-        return [text.MISSING] * 3
+        return text.MISSING, text.MISSING
     speed, predicted = point.speedup(arm), point.predicted[arm]
-    measured = f"{text.times(speed.median)}\n{speed.low:.2f} to {speed.high:.2f}"
-    return [measured, text.times(predicted), f"{speed.median / predicted:.0%}"]
+    return _with_range(speed), f"{text.times(predicted)}\n{speed.median / predicted:.0%}"
+
+
+def _with_range(speed: Spread | None) -> str:
+    if speed is None:
+        return text.MISSING
+    return f"{text.times(speed.median)}\n{speed.low:.2f}{text.DASH}{speed.high:.2f}"
 
 
 def _parts_table(points: list[PartsResult]) -> list[list[str]]:
@@ -92,6 +123,8 @@ def _parts_table(points: list[PartsResult]) -> list[list[str]]:
 
 def write_plot(points: Sequence[PointResult], folder: Path, name: str = "bench") -> list[Path]:
     """Draws speed relative to dense by length, a panel for each suite; predicted speed is dashed.
+
+    Speed relative to dense-fused, where it was timed, is dotted.
 
     Returns:
         The files: an SVG and a PNG; none without points.
@@ -158,3 +191,9 @@ def _draw_line(axes: Axes, arm: str, lengths: list[int], points: list[PointResul
         color=colour,
     )  # fmt: skip
     axes.plot(lengths, [point.predicted[arm] for point in points], linestyle="dashed", linewidth=0.9, color=colour)
+    over_fused = [speed.median for point in points if (speed := point.speedup_over_fused(arm)) is not None]
+    if len(over_fused) == len(points):
+        axes.plot(
+            lengths, over_fused, linestyle="dotted", linewidth=1.4, marker=MARKERS[arm], markersize=4,
+            fillstyle="none", label=f"{arm} over {FUSED_BASELINE}", color=colour,
+        )  # fmt: skip

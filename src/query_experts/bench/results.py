@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from query_experts.bench.json_reader import read_result
-from query_experts.bench.settings import BenchSettings
+from query_experts.bench.settings import BASELINE, FUSED_BASELINE, BenchSettings
 from query_experts.common.environment import Environment
 from query_experts.common.files import write_json
 
-BASELINE = "dense"  # the arm that every speed is relative to
 LAYER = "layer"  # the stage that the other stages are parts of
+STOCK = "stock"  # what computes the layers of Transformers' own Llama
 
 
 class Spread(NamedTuple):
@@ -85,9 +85,15 @@ class PointResult(Point):
             )
         _check_repeats(self, self.seconds)
 
-    def speedup(self, arm: str) -> Spread:
-        """Seconds of the baseline over those of the arm."""
-        return spread_of_ratios(self.seconds[BASELINE], self.seconds[arm])
+    def speedup(self, arm: str, over: str = BASELINE) -> Spread:
+        """Seconds of a baseline over those of the arm."""
+        return spread_of_ratios(self.seconds[over], self.seconds[arm])
+
+    def speedup_over_fused(self, arm: str) -> Spread | None:
+        """Seconds of dense-fused over those of the arm; None where it wasn't timed, and for the two baselines."""
+        if FUSED_BASELINE not in self.seconds or arm in (BASELINE, FUSED_BASELINE):
+            return None
+        return self.speedup(arm, FUSED_BASELINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +117,17 @@ def _check_repeats(point: Point, seconds: dict[str, list[float]]) -> None:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All of bench.json."""
+    """All of bench.json.
+
+    Args:
+        kernels: What computes each arm's layers: stock (Transformers' Llama), torch or triton; older files lack it.
+    """
 
     settings: BenchSettings
     environment: Environment
     checks: list[Check]
     points: list[PointResult | PartsResult]
+    kernels: dict[str, str] | None = None
 
     def speed_points(self, *suites: str) -> list[PointResult]:
         """The points that compare arms, of these suites or of all."""

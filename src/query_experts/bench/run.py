@@ -17,7 +17,6 @@ from query_experts.bench.correctness import check_layer
 from query_experts.bench.models import Layer, Model
 from query_experts.bench.report import print_tables, write_plot
 from query_experts.bench.results import (
-    BASELINE,
     BenchResult,
     Check,
     PartsResult,
@@ -25,7 +24,7 @@ from query_experts.bench.results import (
     PointResult,
     write_bench,
 )
-from query_experts.bench.settings import BenchSettings
+from query_experts.bench.settings import BASELINE, BenchSettings
 from query_experts.common.device import has_bfloat16
 from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
@@ -82,7 +81,8 @@ def run_benchmark(settings: BenchSettings, progress: Progress = iter) -> BenchRe
     """
     device, out = settings.torch_device, result_file(settings)
     checks = check_correctness(settings, device)
-    result = BenchResult(settings, environment(device, settings.dtype), checks, [])
+    kernels: dict[str, str] = {arm: Layer(settings, arm, device, 1024).kernels for arm in settings.arms}
+    result = BenchResult(settings, environment(device, settings.dtype), checks, [], kernels)
     keep_previous_result(out)
     for point in progress(list(points_of(settings))):
         result = dataclasses.replace(result, points=[*result.points, measure(point, settings, device)])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -13,10 +12,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from query_experts.common.device import Device, check_device, resolve_device
 from query_experts.common.errors import SettingError
-from query_experts.common.fields import Count, Counts, Distinct, OutFolder, Settings, option
+from query_experts.common.fields import Count, Counts, Distinct, Elsewhere, OutFolder, Settings, option
 from query_experts.common.settings import validate
-from query_experts.model.arms import ModelSize, arm_config, check_arms, model_size, size_option
-from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.arms import (
+    ModelSize,
+    arm_config,
+    check_arms,
+    fused_dense_config,
+    model_size,
+    size_option,
+)
+from query_experts.model.kernel_choice import Kernels, check_kernels_setting, kernels_option
 
 Suite = Literal["prefill", "chunk", "decode", "train", "parts", "model", "model-train"]
 SUITES: dict[Suite, str] = {
@@ -24,7 +30,7 @@ SUITES: dict[Suite, str] = {
     "chunk": "a layer over the last chunk of a prompt whose rest is cached",
     "decode": "a layer over one new token for each cached sequence",
     "train": "a layer, forward and backward",
-    "parts": "the time of each stage of the gqe layer",
+    "parts": "the time of each stage of the gqe layer, by kernels torch",
     "model": "the whole model over a prompt, into an empty dynamic cache, logits of the last token",
     "model-train": "the whole model, forward and backward",
 }
@@ -35,8 +41,10 @@ SDPA_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-Arm = Literal["dense", "static", "gqe", "gqe-expert", "gqe-m4", "half"]
+Arm = Literal["dense", "dense-fused", "static", "gqe", "gqe-expert", "gqe-m4", "half"]
 ARMS = get_args(Arm)
+BASELINE = "dense"  # stock Llama, the arm that every speed is relative to
+FUSED_BASELINE = "dense-fused"  # the same by the kernels that gqe runs, which every speed is relative to as well
 CacheKind = Literal["static", "dynamic"]
 
 
@@ -46,7 +54,15 @@ class BenchSettings(Settings):
 
     Attributes:
         torch_device: The device that `device` means on this machine.
+        older: Fields of older result files, the fields that they have become, and what their values mean there.
     """
+
+    elsewhere = Elsewhere(
+        {"fused_decode": None}, "an option that has become kernels; it must be left out, and kernels be triton or torch"
+    )
+    older: ClassVar[dict[str, tuple[str, dict[bool, str]]]] = {
+        "fused_decode": ("kernels", {False: "torch", True: "triton"})
+    }
 
     out: OutFolder = option("runs/bench", "folder for the numbers and the plot", "output", metavar="FOLDER")
     suites: Annotated[list[Suite], Distinct(tuple(SUITES))] = option(
@@ -54,13 +70,16 @@ class BenchSettings(Settings):
         "; ".join(f"{name}: {text}" for name, text in SUITES.items()), "what to time", metavar="SUITE",
     )  # fmt: skip
     arms: Annotated[list[Arm], Distinct(ARMS)] = option(
-        ["dense", "static", "gqe"], f"dense and any of {', '.join(ARMS[1:])}", "what to time", metavar="ARM"
+        ["dense", "static", "gqe"],
+        f"dense and any of {', '.join(ARMS[1:])} (dense by gqe's kernels is dense-fused)",
+        "what to time",
+        metavar="ARM",
     )
     device: Device = option("auto", "device to time; auto: cuda where there is one, else cpu", "machine")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "dtype of weights and inputs", "kernels")
     attn_implementation: str = option("sdpa", "attention backend of all arms", "kernels", metavar="NAME")
     sdpa_backend: SdpaBackend | None = option(None, "kernel of sdpa; none, the default: torch chooses", "kernels")
-    fused_decode: bool = option(False, "decode gqe's single tokens with its Triton kernel", "kernels")
+    kernels: Kernels = kernels_option("kernels")
     compile: bool = option(False, "compile every call with torch.compile", "kernels")
     cuda_graph: bool = option(False, "time replays of a CUDA graph of every call, as serving engines decode", "kernels")
     repeats: Count = option(7, "timings of each arm at each point, with the arms taking turns", "what to time")
@@ -94,9 +113,10 @@ class BenchSettings(Settings):
             router_z_loss_coef=0.0,
         )  # fmt: skip
 
-    def config(self, arm: str, max_length: int) -> GQEConfig:
-        """The configuration of an arm for sequences of up to `max_length` tokens."""
-        config = arm_config(arm, self.size(max_length))
+    def config(self, arm: str, max_length: int) -> Any:
+        """The configuration of an arm, Llama's or GQE's, for sequences of up to `max_length` tokens."""
+        size = self.size(max_length)
+        config = fused_dense_config(size) if arm == FUSED_BASELINE else arm_config(arm, size)
         config._attn_implementation = self.attn_implementation
         return config
 
@@ -114,25 +134,21 @@ class BenchSettings(Settings):
                 f"chunk_size is {self.chunk_size}; it must be below the shortest of cached_lengths, "
                 f"{min(self.cached_lengths)}"
             )
-        self._check_kernels()
+        self._check_backend()
         if self.cuda_graph:
             self._check_cuda_graph()
         self._check_memory()
-        check_arms([*self.arms], self.size(max(self.lengths)))
+        longest = max(self.lengths)
+        check_arms([arm for arm in self.arms if arm != FUSED_BASELINE], self.size(longest))
         check_device(self.device)
+        check_kernels_setting(self.kernels, self.torch_device, [self.config(arm, longest) for arm in self.arms])
 
-    def _check_kernels(self) -> None:
+    def _check_backend(self) -> None:
         backends = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in name]
         if self.attn_implementation not in backends:
             raise SettingError(
                 f"attn_implementation is {self.attn_implementation!r}; it must be one of {', '.join(backends)} (eager, "
                 "the reference, forms the whole square of scores, so its speed says nothing)"
-            )
-        if self.fused_decode and importlib.util.find_spec("triton") is None:
-            raise SettingError("fused_decode is True, which needs triton; pip install triton, or leave it False")
-        if self.fused_decode and self.torch_device == "cpu" and not os.environ.get("TRITON_INTERPRET"):
-            raise SettingError(
-                "fused_decode is True, which needs a GPU (on a CPU, TRITON_INTERPRET=1); it must be False"
             )
         if self.compile and "parts" in self.suites:
             raise SettingError("suites holds 'parts', which times the stages of a layer; with compile it must not")

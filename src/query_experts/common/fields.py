@@ -117,7 +117,7 @@ OutFolder = Annotated[str, NotEmpty("be a folder")]
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Options of another command, which this one refuses.
+    """Options of another command, or of an earlier version, which this one refuses.
 
     Args:
         defaults: Name -> the value that isn't refused, as it changes nothing.

@@ -38,7 +38,7 @@ class SettingsParser(HfArgumentParser):
         super().__init__(kind, prog=prog, description=about, allow_abbrev=False)
         for name, default in kind.elsewhere.defaults.items():
             convert = or_none(str) if default is None else type(default)
-            self.add_argument(*spellings(name), default=default, type=convert)
+            self.add_argument(*spellings(name), default=default, type=convert, nargs="?", const="")
 
     def error(self, message: str) -> NoReturn:
         raise SettingError(self.point_to_help(message))

@@ -16,8 +16,9 @@ INK, FAINT, GRID, DEAD = "#1b1f24", "#5f6873", "#d9dde2", "#b3261e"
 ARM_COLOURS = {  # for colour-blind readers too
     "dense": INK, "static": "#d98c00", "half": "#7d8590", "frozen": "#46a5de", "gqe": "#0067b0", "hard": "#c66a9e",
     "weighted": "#008f6b", "gqe-m4": "#c84e00", "gqe-m8": "#8a3b12", "gqe-expert": "#7b4bb3",
+    "dense-fused": "#5b6d00",
 }  # fmt: skip
-MARKERS = dict(zip(ARM_COLOURS, "os^vDPX*hp", strict=True))
+MARKERS = dict(zip(ARM_COLOURS, "os^vDPX*hpd", strict=True))
 LEGEND: dict[str, Any] = {
     "loc": "outside lower center", "ncols": 4, "frameon": False, "fontsize": 9, "labelcolor": INK,
 }  # fmt: skip

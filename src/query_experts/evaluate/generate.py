@@ -17,6 +17,7 @@ from transformers.generation import BaseStreamer
 from query_experts.common.checkpoints import load_gqe, reason, tokens_after_text
 from query_experts.common.errors import SettingError
 from query_experts.evaluate.settings import GenerateSettings
+from query_experts.model.kernel_choice import use_kernels
 
 # fields of generation_config.json: those that the text follows, and those that the command's options replace or that
 # change no text. Any other, such as num_beams, is named to the user as not used.
@@ -44,6 +45,7 @@ def generate(settings: GenerateSettings) -> None:
     """
     settings.check()
     model, tokenizer = load_gqe(Path(settings.checkpoint))
+    use_kernels(model, settings.kernels)
     set_seed(settings.seed)
     ids = prompt_ids(settings.prompt_text, tokenizer, model.generation_config.bos_token_id)
     longest, length = model.config.max_position_embeddings, len(ids) + settings.max_new_tokens

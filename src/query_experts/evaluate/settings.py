@@ -11,6 +11,7 @@ from query_experts.common.device import Device, check_device, resolve_device
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import Bounds, Count, NotEmpty, Seed, Settings, argument, option, required_option
 from query_experts.common.settings import validate
+from query_experts.model.kernel_choice import Kernels, check_kernels_setting, kernels_option
 
 LOWEST_TEMPERATURE = 1e-3  # far below it, logits overflow
 
@@ -76,6 +77,7 @@ class GenerateSettings(Settings):
     temperature: float = option(0.8, "temperature of the sampling; 0: always the most probable token", "text")
     seed: Seed = option(0, "seed of the sampling", "text")
     device: Device = option("auto", "device to generate on; auto: cuda where there is one, else cpu", "machine")
+    kernels: Kernels = kernels_option("machine")
 
     def __post_init__(self) -> None:
         self.torch_device = resolve_device(self.device)
@@ -97,3 +99,4 @@ class GenerateSettings(Settings):
                 f"temperature is {self.temperature}; it must be 0, or a number from {LOWEST_TEMPERATURE} on"
             )
         check_device(self.device)
+        check_kernels_setting(self.kernels, self.torch_device)

@@ -134,6 +134,16 @@ def arm_config(arm: str, size: ModelSize) -> LlamaConfig:
     raise SettingError(f"arm is {arm!r}; it must be one of {', '.join(ARMS)}")
 
 
+def fused_dense_config(size: ModelSize) -> GQEConfig:
+    """Dense grouped-query attention as a GQE layer: all experts, no router, no further slot.
+
+    Weights and outputs are those of the arm `dense`; the layer can run GQE's kernels. Only `bench` has this arm.
+    """
+    experts = size.num_attention_heads // size.num_key_value_heads
+    everything = {"routing": "none", "variant": "hard_concat", "active_query_experts": experts}
+    return GQEConfig(**vars(size) | everything, bos_token_id=None, eos_token_id=None)
+
+
 def build(config: LlamaConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 

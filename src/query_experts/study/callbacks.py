@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from query_experts.common.environment import environment, instructions
+from query_experts.model.kernel_choice import kernel_choice
 
 
 class ZClipCallback(TrainerCallback, ExportableState):
@@ -291,7 +292,7 @@ def losses_are_finite(logs: list[dict[str, Any]]) -> bool:
 
 
 class Pieces(TrainerCallback, ExportableState):
-    """Records where a run is trained: its first step and the environment, and again whenever that changes."""
+    """Records where a run is trained: its first step, environment and kernels, and again whenever they change."""
 
     def __init__(self, device: str, dtype: str):
         self.device = device
@@ -301,7 +302,13 @@ class Pieces(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {"device": self.device, "dtype": self.dtype}, "attributes": {"pieces": self.pieces}}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        here = dataclasses.asdict(environment(self.device, self.dtype)) | {"instructions": instructions(self.device)}
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        choice = kernel_choice(kwargs["model"])
+        here = dataclasses.asdict(environment(self.device, self.dtype)) | {
+            "instructions": instructions(self.device),
+            "kernels": None if choice is None else dataclasses.asdict(choice),
+        }
         if not self.pieces or {**self.pieces[-1], **here} != self.pieces[-1]:
             self.pieces = [*self.pieces, {"first_step": state.global_step, **here}]

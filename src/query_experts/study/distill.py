@@ -14,6 +14,7 @@ from query_experts.common.checkpoints import has_tokenizer, load_gqe, load_token
 from query_experts.common.errors import SettingError
 from query_experts.model.arms import ModelSize
 from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.kernel_choice import use_kernels
 from query_experts.study.settings import DistillSettings
 from query_experts.study.single import train_one
 from query_experts.study.train import StartingPoint
@@ -29,6 +30,7 @@ def distill(settings: DistillSettings, console: Console) -> bool:
 def load_start(settings: DistillSettings) -> StartingPoint:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
     model, tokenizer = load_gqe(Path(settings.init), "init")
+    use_kernels(model, settings.kernels)
     if tokenizer.eos_token_id is None:
         raise SettingError(f"init is {settings.init}, whose tokenizer has no eos_token; it needs one to end a document")
     for name in ("router_aux_loss_coef", "router_z_loss_coef"):  # the model's own, unless the user sets them

@@ -20,6 +20,7 @@ from query_experts.common.environment import environment
 from query_experts.common.errors import SettingError
 from query_experts.common.files import parse_json, write_json
 from query_experts.model import costs
+from query_experts.model.kernel_choice import use_kernels
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.results import PrefillTimes
 from query_experts.study.settings import CompareSettings
@@ -34,11 +35,13 @@ class Conditions:
         models: By arm, the run that the model is of and the hash of its configuration.
         repeats: Timings of each arm at each length.
         environment: That of `environment()`, without the date.
+        kernels: The setting; older files lack it.
     """
 
     models: dict[str, list[str]]
     repeats: int
     environment: dict[str, str | None]
+    kernels: str = "auto"
 
 
 Seconds = dict[int, dict[str, list[float]]]  # by length and arm, of each repeat
@@ -112,6 +115,7 @@ def conditions(settings: CompareSettings, folders: dict[str, Path]) -> Condition
         models={arm: [folders[arm].parent.name, hashes[arm].hexdigest()] for arm in folders},
         repeats=settings.prefill_repeats,
         environment={name: value for name, value in place.items() if name != "date"},
+        kernels=settings.kernels,
     )
 
 
@@ -150,6 +154,7 @@ def time_prefill(
 
 def load_model(folder: Path, settings: CompareSettings) -> PreTrainedModel:
     model = read_pretrained(AutoModelForCausalLM, folder, dtype=getattr(torch, settings.autocast_dtype()))
+    use_kernels(model, settings.kernels)
     return model.to(settings.torch_device).eval()
 
 

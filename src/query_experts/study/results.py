@@ -17,6 +17,7 @@ from query_experts.common.errors import SettingError
 from query_experts.common.fields import OutOfLimits
 from query_experts.common.files import read_json, write_json
 from query_experts.model.arms import ARMS
+from query_experts.model.kernel_choice import KernelChoice
 from query_experts.study.settings import CompareSettings
 
 FINITE = ConfigDict(allow_inf_nan=False)
@@ -112,9 +113,11 @@ class Piece(Environment, _FirstStep):  # in this order of bases, first_step is t
 
     Args:
         instructions: As `common.environment.instructions` gives them; older files lack them.
+        kernels: The setting, and what it chose; None for stock Llama. Older files lack it.
     """
 
     instructions: str | None = None
+    kernels: KernelChoice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

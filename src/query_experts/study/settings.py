@@ -30,7 +30,8 @@ from query_experts.common.fields import (
     option,
 )
 from query_experts.common.settings import default_of, validate
-from query_experts.model.arms import ARMS, ModelSize, check_arms, model_size, size_option
+from query_experts.model.arms import ARMS, ModelSize, arm_config, check_arms, model_size, size_option
+from query_experts.model.kernel_choice import Kernels, check_kernels_setting, kernels_option
 
 TEACHER = NotEmpty("be the dense model's checkpoint, or none to train with only the language-model loss")
 
@@ -72,6 +73,7 @@ class RunSettings(Settings):
     compile: bool = option(
         False, "compile the model with torch.compile, which needs a C++ compiler on a CPU", "machine"
     )
+    kernels: Kernels = kernels_option("machine")
     stop_after_minutes: NonNegative | None = option(
         None, "save and stop after X minutes; the same command goes on from there", "machine"
     )
@@ -138,7 +140,14 @@ class RunSettings(Settings):
             raise SettingError(f"warmup_fraction + decay_fraction is {total}; it must be 1 or less")
         check_device(self.device)
         check_compiler(self.compile, self.torch_device)
+        check_kernels_setting(self.kernels, self.torch_device)
         require_one_process()
+
+    def check_arms(self, arms: list[str]) -> None:
+        """Raises SettingError for arms that can't be built, or that the kernels don't cover."""
+        check_arms(arms, self.model_size())
+        configs = [arm_config(arm, self.model_size()) for arm in arms]
+        check_kernels_setting(self.kernels, self.torch_device, configs)
 
 
 @dataclass
@@ -156,7 +165,7 @@ class TrainSettings(RunSettings):
 
     def check(self) -> None:
         super().check()
-        check_arms([self.arm], self.model_size())
+        self.check_arms([self.arm])
 
 
 @dataclass
@@ -210,7 +219,7 @@ class CompareSettings(RunSettings):
 
     def check(self) -> None:
         super().check()
-        check_arms(self.arms, self.model_size())
+        self.check_arms(self.arms)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.model.arms import arm_config, build
 from query_experts.model.initialization import initialise_by_name
+from query_experts.model.kernel_choice import use_kernels
 from query_experts.model.modeling_gqe import GQEForCausalLM
 from query_experts.study.callbacks import (
     Pieces,
@@ -83,6 +84,7 @@ def train_arm(
     if result_file.exists():
         return read_result(result_file)
     model = new_model(settings, arm, seed) if start is None else start.model
+    use_kernels(model, settings.kernels)
     require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
     checkpoint = last_checkpoint(folder / "checkpoints")
     arguments = training_arguments(settings, seed, folder / "checkpoints")

@@ -17,8 +17,8 @@ from query_experts.common.settings import presets, read_recipe
 from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
 LOCK = ".lock"
-# places, the number of results, and what the hash of the data covers
-FREE_TO_CHANGE = {"out", "device", "stop_after_minutes", "arms", "seeds", "arm", "seed",
+# places, what computes, the number of results, and what the hash of the data covers
+FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir"}  # fmt: skip
 
 

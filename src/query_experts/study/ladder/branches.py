@@ -53,6 +53,7 @@ NOT_IN_RESULTS = {
     "cache_dir",
     "tokenizer",
     "stop_after_minutes",
+    "kernels",
     "max_bytes",
     "text_field",
 }

@@ -40,10 +40,10 @@ MOST_STEPS = 10_000_000
 MOST_OF_A_NUMBER = 1_000_000  # of whole ones, so that no product overflows
 RUNG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,39}")  # hyphens stand between the parts of a result's file name
 DEFAULTS = {"device": "cpu", "validation_sequences": None}  # where they differ from those of `train`
-# the ladder or the queue sets these for each run
+# the ladder or the queue sets these for each run; kernels are always chosen automatically
 SET_FOR_A_RUN = {
     "data", "validation", "max_bytes", "out", "cache_dir", "stop_after_minutes", "steps", "warmup_fraction",
-    "decay_fraction", "evaluations",
+    "decay_fraction", "evaluations", "kernels",
 }  # fmt: skip
 OF_ALL_RUNGS = {"seq_len", "vocab_size", "text_field", "tokenizer", "validation_sequences"}  # they make the tokens
 ALLOWED = {f.name for f in dataclasses.fields(RunSettings)} - SET_FOR_A_RUN
