@@ -63,7 +63,13 @@ def test_triton_where_it_cannot_run_is_refused_before_anything_is_written(
 
 
 def test_triton_for_an_arm_that_it_does_not_cover_is_refused_before_anything_is_written(tmp_path):
-    layout = {"num_attention_heads": 256, "num_key_value_heads": 2, "head_dim": 2, "kernels": "triton"}
+    layout = {
+        "num_attention_heads": 256,
+        "num_key_value_heads": 2,
+        "head_dim": 2,
+        "hidden_size": 512,
+        "kernels": "triton",
+    }
     with pytest.raises(SettingError, match="kernels is 'triton', which takes up to 64 groups and 64 experts in a "):
         compare(tiny_compare(tmp_path, **layout), quiet())
     assert not (tmp_path / "out").exists()

@@ -303,9 +303,9 @@ class Pieces(TrainerCallback, ExportableState):
         return {"args": {"device": self.device, "dtype": self.dtype}, "attributes": {"pieces": self.pieces}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
     ) -> None:
-        choice = kernel_choice(kwargs["model"])
+        choice = kernel_choice(model)
         here = dataclasses.asdict(environment(self.device, self.dtype)) | {
             "instructions": instructions(self.device),
             "kernels": None if choice is None else dataclasses.asdict(choice),
