@@ -1,11 +1,12 @@
-"""The GPU suite: the tests that need a GPU, then the benchmark of every kernel, in less than ten minutes.
+"""The GPU suite, in less than ten minutes: ceilings of the machine, tests, fused kernels, layers, models.
 
     python benchmarks/gpu.py --out runs/gpu              # on a machine with a GPU; with PYTHONPATH=src if not installed
     python benchmarks/gpu.py --out runs/gpu-dry --dry    # the same calls on a CPU, tiny: shows that they run
 
-It needs torch, Transformers, Triton and pytest. Each part of the benchmark runs in a process of its own, so a failure
-doesn't affect the other parts. A part that runs out of time keeps the points that it has measured. OUT/gpu.json holds
-all results and the last lines of the tests. OUT/PART holds the result of one part, and its plot if matplotlib is there.
+It needs torch, Transformers, Triton and pytest. Each step runs in a process of its own with a time limit, the most
+wanted first, so a failure doesn't affect the other steps. A step that runs out of time keeps what it has measured. If a
+fused kernel is far below the memory's bandwidth, the suite stops there: it is to be mended first. OUT/gpu.json holds
+all results and the last lines of the tests. OUT/STEP holds the result of one step, and its plot if matplotlib is there.
 """
 
 from __future__ import annotations
@@ -19,62 +20,93 @@ import time
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
-from query_experts.bench.report import write_plot
+import gpu_kernels
+from query_experts.bench.report import header, write_plot
 from query_experts.bench.results import GpuResult, PartOutcome, PytestOutcome, read_bench, write_gpu
 from query_experts.bench.run import run_benchmark
-from query_experts.bench.settings import BenchSettings
+from query_experts.bench.settings import Arm, BenchSettings
 from query_experts.common.errors import SettingError
+from query_experts.common.files import parse_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 9.5
-TEST_SECONDS = 180.0
-TESTS = ["tests/test_gpu.py", "tests/ops/test_fused_decode.py"]
-LONG = [4096, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
-PREFILL = BenchSettings(device="cuda", suites=["prefill"], repeats=3)
-FLASH = replace(PREFILL, sdpa_backend="flash")
+TEST_SECONDS = 100.0
+TESTS = ["tests/test_gpu.py"]
+NUMBERS = "numbers.json"
+LONG = [2048, 4096, 16384, 65536]
+ARMS: list[Arm] = ["dense", "dense-fused", "gqe"]
+PREFILL = BenchSettings(
+    device="cuda", suites=["prefill"], repeats=3, arms=ARMS, kernels="triton", sdpa_backend="flash", lengths=LONG
+)
+TRAIN = replace(PREFILL, suites=["train"], repeats=5, train_lengths=[2048, 8192, 32768])
+STEP_250M = replace(PREFILL, suites=["model-train"], train_lengths=[2048])
 DECODE = BenchSettings(
-    device="cuda", suites=["decode"], repeats=9, caches=["static"], batch_sizes=[1, 8, 32],
-    cached_lengths=[1024, 4096, 16384, 65536],
+    device="cuda", suites=["decode"], repeats=5, arms=ARMS, kernels="triton", caches=["static"], cuda_graph=True,
+    batch_sizes=[1, 8, 32], cached_lengths=[1024, 4096, 16384, 65536],
 )  # fmt: skip
-PARTS = {  # the most important first, since time may run out
-    "prefill-flash": replace(FLASH, lengths=LONG[:6]),
-    "prefill-graph": replace(FLASH, lengths=[1024, *LONG[:3]], cuda_graph=True),
-    "decode": DECODE,
-    "decode-graph": replace(DECODE, cuda_graph=True),
-    "decode-fused": replace(DECODE, cuda_graph=True, fused_decode=True),
-    "train": BenchSettings(device="cuda", suites=["train"], repeats=5, train_lengths=[2048, 8192, 32768]),
-    "model": BenchSettings(
-        device="cuda", suites=["model", "model-train"], repeats=3, lengths=[4096, 16384, 65536, 131072],
-        train_lengths=[2048],
-    ),
-    "prefill-cudnn": replace(PREFILL, lengths=LONG[:5], sdpa_backend="cudnn"),
-    "prefill-flex": replace(PREFILL, lengths=LONG[:4], attn_implementation="flex_attention"),
-    "parts": BenchSettings(device="cuda", suites=["parts"], repeats=5, lengths=[8192, 65536]),
-    "wide": replace(PREFILL, lengths=[16384, 65536], num_attention_heads=32),
-    "chunk": BenchSettings(device="cuda", suites=["chunk"], repeats=3, chunk_size=8192, cached_lengths=LONG[3:]),
-    "prefill-long": replace(FLASH, lengths=LONG[6:]),
-    "decode-compiled": replace(DECODE, cached_lengths=[1024, 4096], compile=True),
-}  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A step of `gpu_kernels.STEPS`, where settings are None, or a benchmark; and its time limit."""
+
+    seconds: float
+    settings: BenchSettings | None = None
+
+
+PARTS = {  # the most wanted first, since time may run out; a part's time that is left is that of the next ones
+    "ceilings": Part(25),
+    "kernels": Part(45),
+    "attention": Part(50),
+    "prefill-graph": Part(40, replace(PREFILL, cuda_graph=True)),
+    "prefill-graph-torch": Part(30, replace(PREFILL, cuda_graph=True, kernels="torch")),
+    "prefill-eager": Part(30, PREFILL),
+    "prefill-compiled-torch": Part(45, replace(PREFILL, compile=True, kernels="torch", lengths=[2048, 4096, 16384])),
+    "train": Part(40, TRAIN),
+    "train-cudnn": Part(40, replace(TRAIN, sdpa_backend="cudnn")),
+    "train-batch-8": Part(30, replace(TRAIN, train_batch_size=8, train_lengths=[2048, 8192])),
+    "train-torch": Part(30, replace(TRAIN, kernels="torch")),
+    "model-train": Part(35, STEP_250M),
+    "model-train-torch": Part(30, replace(STEP_250M, kernels="torch")),
+    "decode": Part(45, DECODE),
+    "decode-torch": Part(40, replace(DECODE, kernels="torch")),
+    "prefill-graph-cudnn": Part(30, replace(PREFILL, cuda_graph=True, sdpa_backend="cudnn")),
+    "prefill-eager-torch": Part(30, replace(PREFILL, kernels="torch")),
+    "parts": Part(30, replace(PREFILL, suites=["parts"], lengths=[8192, 65536])),
+    "chunk": Part(30, replace(PREFILL, suites=["chunk"], chunk_size=8192, cached_lengths=[16384, 65536])),
+    "model": Part(60, replace(PREFILL, suites=["model"], lengths=[4096, 16384, 65536])),
+}
 
 
 def dry(settings: BenchSettings) -> BenchSettings:
-    """The part's suites, caches, kernels and compiling with the sizes of the preset `tiny`, on a CPU."""
+    """The part's suites, arms, caches, kernels and compiling with the sizes of the preset `tiny`, on a CPU."""
     preset = files("query_experts") / "recipes" / "bench" / "tiny.yaml"
     tiny = BenchSettings(**yaml.safe_load(preset.read_text(encoding="utf-8")))
     return replace(
-        tiny, device="cpu", repeats=1, suites=settings.suites, caches=settings.caches, compile=settings.compile,
-        attn_implementation=settings.attn_implementation, fused_decode=settings.fused_decode,
+        tiny, device="cpu", repeats=1, suites=settings.suites, arms=settings.arms, caches=settings.caches,
+        compile=settings.compile, attn_implementation=settings.attn_implementation, kernels=settings.kernels,
+        train_batch_size=min(2, settings.train_batch_size), lengths=[64], cached_lengths=[64],
         sdpa_backend="flash" if settings.sdpa_backend else None,  # a CPU has no cuDNN
     )  # fmt: skip
 
 
-def measure_part(settings: BenchSettings) -> None:
+def measure_part(name: str, out: Path, is_dry: bool) -> None:
     """Measures one part in this process. Raises SettingError where this machine can't run it."""
+    settings = PARTS[name].settings
+    if settings is None:
+        numbers: dict[str, float] = {}
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for key, value in gpu_kernels.STEPS[name](is_dry):
+            numbers[key] = value
+            write_json(out / name / NUMBERS, numbers)
+        return
+    settings = replace(dry(settings) if is_dry else settings, out=str(out / name))
     settings.check()
     result = run_benchmark(settings)
+    print(header(result), flush=True)
     if importlib.util.find_spec("matplotlib") is not None:
         write_plot(result.speed_points(), Path(settings.out))
 
@@ -103,29 +135,42 @@ def run_part(name: str, out: Path, seconds: float, dry: bool) -> PartOutcome:
     """Measures one part in a process of its own."""
     command = [sys.executable, __file__, "--out", str(out), "--part", name, *(["--dry"] if dry else [])]
     status, printed = run(command, seconds, dry)
-    file = out / name / "bench.json"
-    return PartOutcome(status, read_bench(file) if file.exists() else None, printed[-1000:] if status else None)
+    bench, numbers = out / name / "bench.json", out / name / NUMBERS
+    return PartOutcome(
+        status,
+        read_bench(bench) if bench.exists() else None,
+        printed[-1000:] if status else None,
+        parse_json(numbers.read_text(encoding="utf-8")) if numbers.exists() else None,
+    )
 
 
 def run_all(names: list[str], out: Path, minutes: float, dry: bool) -> GpuResult:
-    """Runs the tests and the parts; gpu.json is written after each."""
+    """Runs the parts, and the tests after the first of them; gpu.json is written after each."""
     end = time.monotonic() + 60 * minutes
-    result = GpuResult(dry, run_tests(dry), {})
-    print(*result.tests.last, sep="\n", flush=True)
-    write_gpu(out / "gpu.json", result)
-    for name in names:
+    result = GpuResult(dry, PytestOutcome(None, []), {})
+    for number, name in enumerate(names):
         started = time.monotonic()
-        outcome = run_part(name, out, end - started, dry)
+        outcome = run_part(name, out, min(PARTS[name].seconds * (3 if dry else 1), end - started), dry)
         result = replace(result, parts=result.parts | {name: outcome})
-        points = len(outcome.bench.points) if outcome.bench else 0
-        print(f"{name}: status {outcome.status}, {points} points, {time.monotonic() - started:.0f} s", flush=True)
+        measured = len(outcome.bench.points) if outcome.bench else len(outcome.numbers or {})
+        took = time.monotonic() - started
+        print(f"{name}: status {outcome.status}, {measured} measured, {took:.0f} s", flush=True)
+        if number == 0:
+            result = replace(result, tests=run_tests(dry))
+            print(*result.tests.last, sep="\n", flush=True)
         write_gpu(out / "gpu.json", result)
+        if name == "kernels" and not dry and outcome.numbers and gpu_kernels.too_slow(outcome.numbers):
+            print(f"A fused kernel moves less than {gpu_kernels.LEAST_BANDWIDTH:.2g} bytes/s; nothing more is timed.")
+            break
     return result
 
 
 def succeeded(result: GpuResult) -> bool:
     """Whether all tests passed and every part measured something without an error; time may have run out."""
-    measured = all(part.status in (0, None) and part.bench and part.bench.points for part in result.parts.values())
+    measured = all(
+        part.status in (0, None) and (part.numbers or (part.bench and part.bench.points))
+        for part in result.parts.values()
+    )
     return measured and result.tests.status == 0
 
 
@@ -140,9 +185,8 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, help="measure one part in this process, without the tests")
     options = parser.parse_args()
     if options.part:
-        settings = dry(PARTS[options.part]) if options.dry else PARTS[options.part]
         try:
-            measure_part(replace(settings, out=str(options.out / options.part)))
+            measure_part(options.part, options.out, options.dry)
         except SettingError as error:
             print(f"{options.part}: {error}", file=sys.stderr)
             return 2

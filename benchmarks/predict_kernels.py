@@ -1,6 +1,6 @@
 """Predicts what the fused kernels are worth on an H100, where none was at hand: a roofline model of one layer.
 
-    python benchmarks/predict_kernels.py    # writes benchmarks/results/predicted-kernels.json and the tables of its pages
+    python benchmarks/predict_kernels.py    # writes benchmarks/results/predicted-kernels.json and the pages' tables
 
 On the GPU a layer takes launches, bytes of elementwise passes, FLOPs of projections and of attention, and the longest
 tile of each call of attention, each at a rate. The rate of projections is read from the times of a layer's stages,
@@ -11,7 +11,6 @@ the host's, whichever is longer.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +111,7 @@ class Prediction:
 
 
 def parts_of(arm: str, length: int, backward: bool = False) -> list[float]:
-    """Kernels, bytes of passes, FLOPs of projections and of forward attention, FLOPs that the longest tiles stand for."""
+    """Kernels, bytes of passes, FLOPs of projections and of forward attention, and those of the longest tiles."""
     name = arm.removesuffix("-fused")
     work = costs.layer_work(PAPER.config(name, length), 1, length, backward=backward)
     N, G, k, d, D = PAPER.num_attention_heads, PAPER.num_key_value_heads, PAPER.active_query_experts, 64, 1024

@@ -1,10 +1,11 @@
-"""Tests that need a CUDA device: FlexAttention's gradients, bf16 kernels, compiled decoding, converting, distilling."""
+"""Tests that need a CUDA device: FlexAttention's gradients, Triton kernels, compiled decoding, converting, distilling."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache, TrainingArguments
 
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM
+from query_experts.bench.correctness import check_layer
 from query_experts.bench.models import Layer
 from query_experts.bench.settings import BenchSettings
 from query_experts.common.timing import as_cuda_graph
@@ -12,7 +13,6 @@ from query_experts.convert import convert_model, from_dense
 from query_experts.distillation import DistillationTrainer, TopKSchedule
 from query_experts.ops import attend
 from query_experts.ops.select import scatter_experts, select_experts
-from query_experts.ops.shared_decode import shared_decode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -102,9 +102,9 @@ def test_compiled_decoding_over_a_static_cache_equals_uncached_logits():
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_replayed_as_a_cuda_graph_gives_the_output_of_the_call(fused):
-    settings = BenchSettings(device="cuda", dtype="float32", fused_decode=fused)
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_step_replayed_as_a_cuda_graph_gives_the_output_of_the_call(kernels):
+    settings = BenchSettings(device="cuda", dtype="float32", kernels=kernels)
     layer = Layer(settings, "gqe", "cuda", 300)
     call = layer.cached("static", 2, 256, 1)
     outputs = []
@@ -114,21 +114,28 @@ def test_a_step_replayed_as_a_cuda_graph_gives_the_output_of_the_call(fused):
     torch.testing.assert_close(outputs[-1], call())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 8, 1, 4097, 64), (8, 8, 2, 777, 128), (3, 2, 4, 65, 96)], ids=str)
-def test_the_decode_kernel_errs_at_most_twice_as_much_as_the_plain_one(shape, dtype):
-    fused = pytest.importorskip("query_experts.ops.fused_decode")
-    B, G, k, S, d = shape
-    torch.manual_seed(0)
-    shapes = [(B, G, k, 1, d), (B, 1, d), (B, G, S, d), (B, G, S, d)]
-    inputs = [torch.randn(*shape, device="cuda").to(dtype) for shape in shapes]
-    mask = torch.rand(B, 1, 1, S, device="cuda") < 0.8
-    mask[..., 0] = True
-    exact = shared_decode(*(t.double() for t in inputs), mask, d**-0.5)[:2]
-    plain = shared_decode(*inputs, mask, d**-0.5)[:2]
-    for output, plain_output, reference in zip(fused.fused_decode(*inputs, mask, d**-0.5), plain, exact, strict=True):
-        error, plain_error = ((t.double() - reference).abs().max() for t in (output, plain_output))
-        assert error <= 2 * plain_error
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("arm", "shape"),
+    [("gqe", {}), ("gqe", {"num_attention_heads": 12, "num_key_value_heads": 3, "active_query_experts": 2}),
+     ("gqe-expert", {"num_attention_heads": 32, "head_dim": 128}), ("dense-fused", {})],
+    ids=["paper", "odd", "expert", "dense"],
+)  # fmt: skip
+def test_the_kernels_err_at_most_twice_as_much_as_a_plain_run_forwards_backwards_and_in_decoding(arm, shape, dtype):
+    settings = BenchSettings(device="cuda", dtype=dtype, kernels="triton", **shape)
+    layer = Layer(settings, arm, "cuda", 1024)
+    assert layer.kernels == "triton"
+    checks = list(check_layer(layer, arm, ["chunk", "decode", "train"]))
+    assert len(checks) > 9
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+
+
+def test_two_runs_by_the_kernels_are_bit_equal():
+    layer = Layer(BenchSettings(device="cuda", kernels="triton"), "gqe", "cuda", 1024)
+    x = layer.hidden(2, 333).requires_grad_()
+    wanted = [x, *layer.module.parameters()]
+    runs = [torch.autograd.grad(layer.forward(x, layer.inputs(x, 0, None)).square().sum(), wanted) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from query_experts.common.errors import SettingError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 COMMITTED = sorted(RESULTS.glob("bench-*.json"))
-NEW_FIELDS = {"settings": ["cuda_graph"], "environment": ["commit"]}  # that older files lack
+NEW_FIELDS = {"settings": ["cuda_graph", "train_batch_size"], "environment": ["commit"]}  # that older files lack
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)

@@ -60,7 +60,8 @@ class Point:
     cache: str | None = None
 
     def describe(self) -> str:
-        return f"{self.suite} {self.length}" + (f", batch {self.batch}, {self.cache} cache" if self.cache else "")
+        batch = f", batch {self.batch}" if self.cache or self.batch > 1 else ""
+        return f"{self.suite} {self.length}{batch}" + (f", {self.cache} cache" if self.cache else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +169,13 @@ class PartOutcome:
         status: Exit status; None where time ran out.
         bench: What it measured until then; None if nothing.
         last: The end of what it printed, where it failed.
+        numbers: By name what a part measured that times no arms; older files lack it.
     """
 
     status: int | None
     bench: BenchResult | None
     last: str | None = None
+    numbers: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,8 +190,9 @@ class GpuResult:
 def write_gpu(path: Path, result: GpuResult) -> None:
     value = dataclasses.asdict(result)
     for part in value["parts"].values():
-        if part["last"] is None:  # only where a part failed
-            del part["last"]
+        for name in ("last", "numbers"):  # only where there is something
+            if part[name] is None:
+                del part[name]
     write_json(path, value)
 
 

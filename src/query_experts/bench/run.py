@@ -146,7 +146,7 @@ def points_of(settings: BenchSettings) -> Iterator[Point]:
             case "chunk":
                 yield from (Point(suite, length, 1, "dynamic") for length in settings.cached_lengths)
             case "train" | "model-train":
-                yield from (Point(suite, length) for length in settings.train_lengths)
+                yield from (Point(suite, length, settings.train_batch_size) for length in settings.train_lengths)
             case _:
                 yield from (Point(suite, length) for length in settings.lengths)
 

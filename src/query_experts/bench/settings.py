@@ -96,6 +96,7 @@ class BenchSettings(Settings):
     lengths: Counts = option([2048, 8192, 16384], "prompt lengths of prefill and of the models", "what to time")
     chunk_size: Count = option(2048, "tokens in a chunk", "what to time")
     train_lengths: Counts = option([2048, 8192], "sequence lengths of training", "what to time")
+    train_batch_size: Count = option(1, "sequences in training", "what to time")
     cached_lengths: Counts = option(
         [4096, 32768], "cached tokens in decoding, and the length of the prompt that a chunk ends", "what to time"
     )
