@@ -18,13 +18,14 @@ from query_experts.ops.select import select_experts
 
 @torch.no_grad()
 def time_parts(layer: Layer, length: int, repeats: int, device: str) -> dict[str, list[float]]:
-    """Times each stage over a prompt of batch 1, and the whole layer by its three kinds of routing.
+    """Times each stage over a prompt of batch 1, and the whole layer by its three kinds of routing; by kernels torch.
 
     Returns:
         Seconds of one call, a list of `repeats` for each stage.
     """
     module = layer.module
     assert isinstance(module, GQEAttention)
+    module.set_kernels("torch")  # whose stages are functions that can be called one by one
     x = layer.hidden(1, length)
     inputs = layer.inputs(x, 0, None)
     routing = module.route(x)
