@@ -88,7 +88,7 @@ def test_the_correctness_check_stops_wrong_kernels(monkeypatch, arm):
 
 def test_the_correctness_check_stops_a_wrong_dense_fused_on_the_plain_path(monkeypatch):
     project = GQEAttention.project_queries
-    monkeypatch.setattr(GQEAttention, "project_queries", lambda *args: project(*args) * 1.1)
+    monkeypatch.setattr(GQEAttention, "project_queries", lambda *args: [query * 1.1 for query in project(*args)])
     checks = check_layer(Layer(SMALL, "dense-fused", "cpu", 1024), "dense-fused", ["prefill"])
     assert [check.passed for check in checks] == [False]
 
