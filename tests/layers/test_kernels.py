@@ -6,6 +6,7 @@ In the interpreter on a CPU, compiled on a GPU. In float32 both paths err from f
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from query_experts import GQEAttention
+from query_experts.bench.results import read_gpu
 from query_experts.layers.router import Router
 from query_experts.ops import kernels as choice
 
@@ -336,6 +338,14 @@ def test_auto_is_the_plain_path_where_the_kernels_were_not_measured(launches):
     assert layer.kernels == "auto"
     layer(x)
     assert not launches
+
+
+def test_auto_takes_the_kernels_on_no_gpu_without_a_committed_green_suite():
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    for major, minor in choice.MEASURED:
+        suite = read_gpu(results / f"gpu-sm{major}{minor}.json")
+        assert not suite.dry
+        assert [suite.tests.status, *(part.status for part in suite.parts.values())] == [0] * (1 + len(suite.parts))
 
 
 def test_an_unknown_name_and_the_old_switch_end_in_a_sentence():
