@@ -163,12 +163,18 @@ def training_speed(result: Any, kernels: str, *dtypes: str) -> list[str]:
     return [f"{found[dtype]:,.0f}" for dtype in dtypes]
 
 
+def farthest_off(result: Any) -> list[str]:
+    """The model's largest errors in percent: where the GPU is the limit, and where the host is."""
+    return [f"{100 * max(result[name].values()):.0f}" for name in ("worst", "worst_of_host")]
+
+
 FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "ahead": ahead,
     "before-a-flip": before_a_flip,
     "below-teacher": below_teacher,
     "decode-speed": decode_speed,
     "distance-from": distance_from,
+    "farthest-off": farthest_off,
     "faster": faster,
     "fixed": fixed,
     "flipped": flipped,

@@ -16,7 +16,6 @@ from page_tables import markdown, with_tables
 from query_experts import GQEConfig
 from query_experts.bench.report import write_plot
 from query_experts.bench.results import (
-    BASELINE,
     LAYER,
     BenchResult,
     PointResult,
@@ -24,6 +23,7 @@ from query_experts.bench.results import (
     read_bench,
     spread_of_ratios,
 )
+from query_experts.bench.settings import BASELINE, FUSED_BASELINE
 from query_experts.common import formatting as text
 from query_experts.model import costs
 
@@ -58,7 +58,7 @@ PARTS, GPU_PARTS = "bench-cpu", "bench-h100-parts"
 GPU_DECODE = {
     "eager": "bench-h100-decode",
     "graph": "bench-h100-decode-graph",
-    "graph, fused": "bench-h100-decode-fused",
+    "graph, first kernel": "bench-h100-decode-fused",
 }
 LENGTHS = [2048, 8192, 32768, 131072]
 WORTHWHILE = 1.1  # the speedup from which a length counts as faster
@@ -95,19 +95,32 @@ def with_range(speed: Spread) -> str:
 
 
 def speeds(suite: str, *names: str) -> str:
-    """A row for each point and arm: time, speed relative to dense, predicted speed, share of it, peak memory."""
-    rows = [["tokens", "arm", "time", "speed (range of repeats)", "predicted", "share of it", "peak memory"]]
-    for point in [point for name in names for point in result(name).speed_points(suite)]:
+    """A row for each point and arm: time, speed relative to dense, predicted speed, share of it, peak memory.
+
+    Speed relative to dense-fused too, where that was timed.
+    """
+    points = [point for name in names for point in result(name).speed_points(suite)]
+    fused = any(FUSED_BASELINE in point.seconds for point in points)
+    over_fused = ["over `dense-fused`"] if fused else []
+    rows = [
+        ["tokens", "arm", "time", "speed (range of repeats)", *over_fused, "predicted", "share of it", "peak memory"]
+    ]
+    for point in points:
         for arm, seconds in point.seconds.items():
             place = place_of(point) if arm == BASELINE else ""
             time, peak = text.duration(statistics.median(seconds)), f"{text.short(point.peak_bytes[arm])}B"
-            rows.append([place, f"`{arm}`", time, *speed_cells(point, arm), peak])
+            speed, *predicted = speed_cells(point, arm)
+            over = point.speedup_over_fused(arm)
+            against = [text.DASH if over is None else with_range(over)] if fused else []
+            rows.append([place, f"`{arm}`", time, speed, *against, *predicted, peak])
     return markdown(rows)
 
 
 def place_of(point: PointResult) -> str:
     length = text.length_name(point.length)
-    return f"{length}, batch {point.batch}, {point.cache} cache" if point.suite == "decode" else length
+    if point.suite == "decode":
+        return f"{length}, batch {point.batch}, {point.cache} cache"
+    return f"{length}, batch {point.batch}" if point.batch > 1 else length
 
 
 def speed_cells(point: PointResult, arm: str) -> list[str]:
@@ -131,7 +144,7 @@ def parts(name: str) -> str:
 
 
 def gpu_decode_ways() -> str:
-    """Speed of `gqe` relative to dense in decoding: eager, as a CUDA graph, and as one with the fused kernel."""
+    """Speed of `gqe` relative to dense in decoding: eager, as a CUDA graph, and as one with the first Triton kernel."""
     rows = [["cached tokens", "batch", *GPU_DECODE]]
     for points in zip(*(result(name).speed_points() for name in GPU_DECODE.values()), strict=True):
         cells = [with_range(point.speedup("gqe")) for point in points]

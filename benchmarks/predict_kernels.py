@@ -82,7 +82,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Point:
-    """One length. modelled: seconds by arm. measured: seconds by arm where a committed result has them."""
+    """One length.
+
+    Args:
+        modelled: Seconds by arm.
+        measured: Median seconds by arm, where a committed result has them.
+        measured_speed: Speed over dense by arm, the median of its repeats' ratios.
+    """
 
     suite: str
     mode: str
@@ -90,6 +96,7 @@ class Point:
     length: int
     modelled: dict[str, float]
     measured: dict[str, float]
+    measured_speed: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,12 @@ def measured(name: str, suite: str, least: int = 0) -> dict[tuple[str, int], flo
     """Median seconds by arm and length in a committed result."""
     points = [p for p in read_bench(RESULTS / f"bench-h100-{name}.json").speed_points(suite) if p.length >= least]
     return {(arm, p.length): statistics.median(seconds) for p in points for arm, seconds in p.seconds.items()}
+
+
+def measured_speeds(name: str, suite: str) -> dict[int, dict[str, float]]:
+    """Speed over dense by length and arm in a committed result."""
+    points = read_bench(RESULTS / f"bench-h100-{name}.json").speed_points(suite)
+    return {point.length: {arm: point.speedup(arm).median for arm in point.seconds} for point in points}
 
 
 def fitted(rows: list[list[float]], seconds: list[float], known: list[float]) -> list[float]:
@@ -196,10 +209,11 @@ def predict() -> Prediction:
     worst_of_host: dict[str, float] = {}
     for source, (suite, mode, backend) in [*sources.items(), ("", ("train", "graph", "cudnn"))]:
         known = measured(source, suite) if source else {}
+        speeds = measured_speeds(source, suite) if source else {}
         for length in LENGTHS[suite]:
             modelled = {arm: seconds_of(rates, arm, length, suite, mode, backend) for arm in COUNTS}
             own = {arm: known[arm, length] for arm in COUNTS if (arm, length) in known}
-            points.append(Point(suite, mode, backend, length, modelled, own))
+            points.append(Point(suite, mode, backend, length, modelled, own, speeds.get(length, {})))
         for (arm, length), seconds in known.items():
             modelled = [seconds_of(rates, arm, length, suite, way, backend) for way in ("graph", mode)]
             kept = worst if modelled[0] == modelled[1] else worst_of_host
@@ -229,8 +243,8 @@ def table(name: str) -> str:
              "predicted: fused over `dense-fused`"]]  # fmt: skip
     for point in read_prediction().points:
         if point.suite == name:
-            modelled, known = point.modelled, point.measured
-            was = text.times(known["dense"] / known["gqe"]) if known else text.DASH
+            modelled = point.modelled
+            was = text.times(point.measured_speed["gqe"]) if point.measured_speed else text.DASH
             over = [("dense", "gqe"), ("dense", "gqe-fused"), ("dense-fused", "gqe-fused")]
             speeds = [text.times(modelled[base] / modelled[arm]) for base, arm in over]
             rows.append([f"{point.mode}, {point.backend}", text.length_name(point.length), was, *speeds])

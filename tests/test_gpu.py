@@ -1,4 +1,4 @@
-"""Tests that need a CUDA device: FlexAttention's gradients, Triton kernels, compiled decoding, converting, distilling."""
+"""Tests that need a CUDA device: FlexAttention's gradients, Triton kernels, compiled decoding, convert, distil."""
 
 import pytest
 import torch
