@@ -19,6 +19,7 @@ from query_experts.bench import settings as bench_settings
 from query_experts.bench.breakdown import uniform_routing
 from query_experts.bench.correctness import check_layer
 from query_experts.bench.models import Layer, Model
+from query_experts.bench.report import place_of
 from query_experts.bench.results import Point
 from query_experts.bench.run import bench, check_correctness, points_of, predicted_speedup
 from query_experts.bench.settings import SUITES, BenchSettings
@@ -26,6 +27,7 @@ from query_experts.cli import main
 from query_experts.common import timing
 from query_experts.common.device import has_bfloat16
 from query_experts.common.errors import SettingError
+from query_experts.common.formatting import TIMES
 from query_experts.layers import attention
 from query_experts.layers.attention import GQEAttention
 from query_experts.model import costs
@@ -337,6 +339,8 @@ def test_every_suite_has_its_points():
         ("model", 64), ("model", 128), ("model-train", 64),
     ]  # fmt: skip
     assert len([p for p in points if p.suite == "decode"]) == 2 * 2 * 2
+    (batched,) = points_of(replace(SMALL, suites=["train"], train_batch_size=8))
+    assert (batched.batch, place_of(batched)) == (8, f"8 {TIMES} 64")
 
 
 @pytest.mark.full
@@ -407,9 +411,12 @@ def test_tables_fit_eighty_columns(tmp_path):
     console = quiet()
     console.width = 80
     bench(
-        replace(SMALL, out=str(tmp_path), suites=["prefill", "decode", "parts"], lengths=[64, 128, 192], repeats=1),
+        replace(
+            SMALL, out=str(tmp_path), suites=["prefill", "decode", "parts"], lengths=[64, 128, 192], repeats=1,
+            arms=["dense", "dense-fused", "gqe"],
+        ),
         console,
-    )
+    )  # fmt: skip
     lines = said(console).splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
