@@ -340,7 +340,7 @@ def test_every_suite_has_its_points():
     ]  # fmt: skip
     assert len([p for p in points if p.suite == "decode"]) == 2 * 2 * 2
     (batched,) = points_of(replace(SMALL, suites=["train"], train_batch_size=8))
-    assert (batched.batch, place_of(batched)) == (8, f"8 {TIMES} 64")
+    assert (batched.batch, place_of(batched)) == (8, f"8{TIMES}64")
 
 
 @pytest.mark.full

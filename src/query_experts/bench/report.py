@@ -27,7 +27,7 @@ FUSED_NOTE = f"{text.TIMES} fused: speed relative to dense-fused, dense attentio
 def place_of(point: Point) -> str:
     """The length of a point, with the batch if it isn't 1; in decoding always with the batch and the cache."""
     length = text.length_name(point.length)
-    batches = f"{point.batch} {text.TIMES} {length}"
+    batches = f"{point.batch}{text.TIMES}{length}"
     if point.suite == "decode":
         return f"{batches}, {point.cache}"
     return batches if point.batch > 1 else length
