@@ -74,7 +74,7 @@ def _select(query: Tensor, shared_query: Tensor, key: Tensor, routing: Routing) 
 
 def _forward_with(module: GQEAttention, x: Tensor, inputs: AttentionInputs, routing: Routing) -> Tensor:
     """The layer with a given routing, without its router."""
-    heads, value = module.project(x, routing)
+    heads, value = module.project(x, routing, None)
     query, key = module.queries_and_keys(rotate(heads, inputs.cos_sin))
     routed, shared, _ = attend(module, query, key, value.transpose(1, 2), inputs.mask, None)
     return module.o_proj(module.combine(routed, shared, routing))

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from query_experts.layers.balance import balance_loss, routing_statistics
 from query_experts.layers.caches import check_writer
 from query_experts.layers.masks import attention_backend, causal_mask
+from query_experts.layers.one_product import in_one_product
 from query_experts.layers.router import Router, select_top_k
 from query_experts.layers.validation import (
     check_inputs,
@@ -37,7 +38,7 @@ from query_experts.ops.combine import weighted_slot
 from query_experts.ops.dtypes import wide
 from query_experts.ops.kernels import Kernels, check_kernels, no_triton, not_covered, uses_triton
 from query_experts.ops.rotate import rotary_cos_sin, rotate
-from query_experts.ops.select import scatter_experts, selected_queries
+from query_experts.ops.select import reads_selected_rows, scatter_experts, select_experts, selected_queries
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ class GQEAttention(nn.Module):
         routing = self.route(x)
 
         # Select: queries only of the experts in K_g and of the shared head; keys and values of every group.
-        heads, value = self.project(x, routing)  # queries, then keys: [B, T, G*k (+1) + G, d]; [B, T, G, d]
+        heads, value = self.project(x, routing, past_key_values)  # queries, then keys [B, T, heads, d]; values
         heads = rotate(heads, cos_sin)
         query, key = self.queries_and_keys(heads)
         key, value = self.update_caches(key, value.transpose(1, 2), past_key_values, kwargs)  # [B, G, S, d]
@@ -333,17 +334,34 @@ class GQEAttention(nn.Module):
             indices = experts.expand(*x.shape[:2], self.num_kv_heads, -1)
         return Routing(logits, indices, self.experts_per_group, wide(x.dtype))
 
-    def project(self, x: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    def project(self, x: Tensor, routing: Routing, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
         """x [B, T, D] -> heads to rotate and to attend with, and values of all groups [B, T, G, d].
 
         The heads are one tensor [B, T, G*k (+1) + G, d]: queries of the selected experts, of the shared head if any,
         and keys of all groups, normalised where the layer has norms.
         """
-        queries = self.project_queries(x, routing)
-        key, value = self.project_keys_values(x)
+        rows = None
+        if not reads_selected_rows(self.q_proj, x, routing.indices, self.experts_per_group):
+            modules = [self.q_proj, self.q_shared, self.k_proj, self.v_proj]
+            rows = in_one_product(self, self.layer_idx, [m for m in modules if m is not None], x, past_key_values)
+        if rows is None:
+            queries = self.project_queries(x, routing)
+            key, value = self.project_keys_values(x)
+        else:
+            queries, key, value = self._split_product(rows, routing)
         if self.q_norm is not None and self.k_norm is not None:
             queries, key = [self.q_norm(torch.cat(queries, 2))], self.k_norm(key)
         return torch.cat([*queries, key], 2), value
+
+    def _split_product(self, rows: Tensor, routing: Routing) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The rows of q_proj, q_shared, k_proj and v_proj -> as `project_queries` and `project_keys_values`."""
+        G = self.num_kv_heads
+        shared = 0 if self.q_shared is None else 1
+        heads = rows.unflatten(-1, (-1, self.head_dim))
+        query, *queries, key, value = heads.split([self.num_query_experts, *[1] * shared, G, G], 2)
+        if self.router is not None:
+            query = select_experts(query.unflatten(2, (G, -1)), routing.indices).flatten(2, 3)
+        return [query, *queries], key, value
 
     def queries_and_keys(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Heads as `project` joins them -> queries [B, G*k (+1), T, d] and keys [B, G, T, d]."""

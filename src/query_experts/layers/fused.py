@@ -59,14 +59,15 @@ def fused_attention(
         y [B, T, D], attention weights [B, heads, T, S] or None, router logits [B, T, G, M] or None, and the selected
         experts [B, T, G, k] or None for all.
     """
-    layout = _layout(layer, x, past_key_values, kwargs)
+    keys_are_new = _keys_are_new(layer, x.shape[1], past_key_values, kwargs)
+    layout = _layout(layer, x, keys_are_new)
     static = _static_layer(layer, x, past_key_values)
     prepared = prepare(layer, x, cos_sin, layout, static)
     if static is None:
         assert prepared.keys is not None
         assert prepared.values is not None
         key, value = (t[:, :, : layout.G].transpose(1, 2) for t in (prepared.keys, prepared.values))
-        if not (layout.shared_key and _hand_over(layer, past_key_values, key, value)):
+        if not (keys_are_new and _hand_over(layer, past_key_values, key, value)):
             key, value = layer.update_caches(key, value, past_key_values, kwargs)
     else:
         key, value = static.keys, static.values
@@ -87,9 +88,9 @@ def fused_attention(
     return y, weights, logits, prepared.indices
 
 
-def _layout(layer: Any, x: Tensor, past_key_values: Cache | None, kwargs: dict[str, Any]) -> Layout:
+def _layout(layer: Any, x: Tensor, keys_are_new: bool) -> Layout:
     batch, num_tokens, _ = x.shape
-    shared_key = layer.shared_head is not None and _keys_are_new(layer, num_tokens, past_key_values, kwargs)
+    shared_key = layer.shared_head is not None and keys_are_new
     copies = 0 if layer.shared_head is None else 1
     if shared_key and _one_call(layer, batch * num_tokens):
         copies = layer.top_k

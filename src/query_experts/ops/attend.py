@@ -22,6 +22,7 @@ from query_experts.ops.shared_decode import shared_decode
 
 DECODE_TOKENS = 8  # up to this many new tokens, forming all their scores costs less than a mean over the cache
 ONE_CALL_TOKENS = 16384  # from this many in all, a second call costs less than a copy of all keys and values (modelled)
+SHORT_CACHE = 64  # keys of all rows up to which a CPU decodes faster in one call over copies of them (measured)
 ONE_CALL_TOKENS_CPU = 1024  # a CPU takes as long for either, and the copy takes memory
 
 
@@ -100,6 +101,8 @@ def attend(
     visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else num_tokens == 1
     dropout = layer.dropout if layer.training else 0.0
     if visible and uses_shared_decode(layer, num_tokens, past_key_values):
+        if _is_short(layer, key):
+            return _one_call(layer, query, key, value, mask, scaling=layer.scaling, dropout=dropout)
         return _decode(layer, query, key, value, mask, dropout)
     kwargs |= {"scaling": layer.scaling, "dropout": dropout}
     if layer.shared_head is None:
@@ -107,6 +110,12 @@ def attend(
         return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), None, weights
     attend_all = _one_call if one_call(layer, query, key) else _two_calls
     return attend_all(layer, query, key, value, mask, **kwargs)
+
+
+def _is_short(layer: Any, key: Tensor) -> bool:
+    """Whether a CPU copies all keys and values, and their means, sooner than it makes the calls that avoid it."""
+    few = key.is_cpu and not torch.compiler.is_compiling() and key.shape[0] * key.shape[2] <= SHORT_CACHE
+    return few and layer.top_k == 1 and layer.config._attn_implementation == "sdpa"
 
 
 def _nothing(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -1,0 +1,174 @@
+"""Counts the kernels of one attention layer on a CPU: aten operators and Triton launches, for each arm.
+
+    python benchmarks/operator_counts.py    # writes benchmarks/results/operator-counts.json
+
+Counted is every operator that reaches a backend, those inside registered operators (query_experts::...) too, and every
+launch of a Triton kernel, in the interpreter too. Views and allocations are counted apart, since a launch they are not;
+in eager mode they cost as much of the host's time. Nothing is timed, so the machine needn't be idle.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from query_experts.bench.models import Layer
+from query_experts.bench.settings import BenchSettings
+from query_experts.common.environment import Environment, environment
+from query_experts.common.files import write_json
+
+RESULT = Path(__file__).resolve().parent / "results" / "operator-counts.json"
+ARMS = ("dense", "static", "gqe")
+TOKENS, CACHED, BATCH = 256, 256, 2  # of prefill and training; of decoding
+WARM_UP = 3  # calls; a packed weight is made in the second
+OUTSIDE = "query_experts"  # the namespace of registered operators, which are counted by what they run
+ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+NO_KERNELS = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided",
+    "expand", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "permute", "reshape", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one call runs.
+
+    Attributes:
+        kernels: aten operators that compute or copy, by name.
+        launches: launches of Triton kernels, by the kernel's name.
+        views: views and allocations.
+    """
+
+    kernels: dict[str, int]
+    launches: dict[str, int]
+    views: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.kernels.values()) + sum(self.launches.values())
+
+
+@dataclass(frozen=True)
+class OperatorCounts:
+    """All of the result file. counts: by what is run, then by arm."""
+
+    tokens: int
+    cached: int
+    batch: int
+    environment: Environment
+    triton: str | None
+    counts: dict[str, dict[str, Count]]
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operators. A registered one runs under the mode again, so that those inside it are seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Counter[str] = Counter()
+        self.views = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == OUTSIDE:
+            with self:  # straight to the kernel, as the mode would meet the operator itself again
+                return func.redispatch(ON_CPU, *args, **(kwargs or {}))
+        with self:  # inside a registered operator, those that are made of others come as they are
+            made_of_others = func.decompose(*args, **(kwargs or {}))
+        if made_of_others is not NotImplemented:
+            return made_of_others
+        if name in NO_KERNELS:
+            self.views += 1
+        else:
+            self.kernels[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Counts launches of Triton kernels, compiled or in the interpreter; none where Triton isn't installed."""
+    launches: Counter[str] = Counter()
+    if importlib.util.find_spec("triton") is None:
+        yield launches
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    def counting(launch: Callable) -> Callable:
+        def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            launches[self.fn.__name__] += 1
+            with _disable_current_modes():  # the interpreter copies tensors to and fro, which a card doesn't
+                return launch(self, *args, **kwargs)
+
+        return launched
+
+    with (
+        mock.patch.object(JITFunction, "run", counting(JITFunction.run)),
+        mock.patch.object(InterpretedFunction, "run", counting(InterpretedFunction.run)),
+    ):
+        yield launches
+
+
+def count(call: Callable[[], object]) -> Count:
+    """Counts what one call runs, after a few to warm up."""
+    for _ in range(WARM_UP):
+        call()
+    with counted_launches() as launches, _Counting() as operators:
+        call()
+    return Count(dict(operators.kernels), dict(launches), operators.views)
+
+
+def calls(arm: str) -> dict[str, Callable[[], object]]:
+    """The calls of the paper's layer that are counted, in bf16 and eager mode."""
+    layer = Layer(BenchSettings(device="cpu"), arm, "cpu", max(TOKENS, CACHED + 1))
+    return {
+        "prefill with a cache": layer.prefill(1, TOKENS),
+        "training, forward and backward": layer.train(1, TOKENS),
+        "decoding, static cache": layer.cached("static", BATCH, CACHED, 1),
+    }
+
+
+def measure() -> dict[str, dict[str, Count]]:
+    counts: dict[str, dict[str, Count]] = {}
+    for arm in ARMS:
+        for what, call in calls(arm).items():
+            counts.setdefault(what, {})[arm] = count(call)
+    return counts
+
+
+def triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def table(counts: dict[str, dict[str, Count]]) -> str:
+    """A row for each call; in each cell the kernels, and those with views and allocations."""
+    lines = ["| kernels / with views | " + " | ".join(ARMS) + " |", "| --- |" + " --- |" * len(ARMS)]
+    for what, by_arm in counts.items():
+        cells = [f"{by_arm[arm].total} / {by_arm[arm].total + by_arm[arm].views}" for arm in ARMS]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    counts = measure()
+    print(table(counts))
+    ran_in = environment("cpu", "bfloat16")
+    write_json(RESULT, asdict(OperatorCounts(TOKENS, CACHED, BATCH, ran_in, triton_version(), counts)))
+
+
+if __name__ == "__main__":
+    main()
