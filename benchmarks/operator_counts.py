@@ -1,10 +1,13 @@
 """Counts the kernels of one attention layer on a CPU: aten operators and Triton launches, for each arm.
 
-    python benchmarks/operator_counts.py    # writes benchmarks/results/operator-counts.json
+    TRITON_INTERPRET=1 python benchmarks/operator_counts.py    # writes benchmarks/results/operator-counts.json
 
 Counted is every operator that reaches a backend, those inside registered operators (query_experts::...) too, and every
 launch of a Triton kernel, in the interpreter too. Views and allocations are counted apart, since a launch they are not;
 in eager mode they cost as much of the host's time. Nothing is timed, so the machine needn't be idle.
+
+The router's product counts as the one that it is on a GPU, of bf16 numbers with a float32 result; a CPU lacks it and
+casts both factors first. On the plain path the casts are counted, as a GPU does them too.
 """
 
 from __future__ import annotations
@@ -27,7 +30,14 @@ from query_experts.common.environment import Environment, environment
 from query_experts.common.files import write_json
 
 RESULT = Path(__file__).resolve().parent / "results" / "operator-counts.json"
-ARMS = ("dense", "static", "gqe")
+ARMS = {
+    "dense": ("dense", "torch"),
+    "static": ("static", "torch"),
+    "gqe": ("gqe", "torch"),
+    "dense-fused, triton": ("dense-fused", "triton"),
+    "static, triton": ("static", "triton"),
+    "gqe, triton": ("gqe", "triton"),
+}  # the arm and its kernels
 TOKENS, CACHED, BATCH = 256, 256, 2  # of prefill and training; of decoding
 WARM_UP = 3  # calls; a packed weight is made in the second
 OUTSIDE = "query_experts"  # the namespace of registered operators, which are counted by what they run
@@ -130,12 +140,39 @@ def count(call: Callable[[], object]) -> Count:
 
 def calls(arm: str) -> dict[str, Callable[[], object]]:
     """The calls of the paper's layer that are counted, in bf16 and eager mode."""
-    layer = Layer(BenchSettings(device="cpu"), arm, "cpu", max(TOKENS, CACHED + 1))
-    return {
+    name, kernels = ARMS[arm]
+    layer = Layer(BenchSettings(device="cpu", kernels=kernels), name, "cpu", max(TOKENS, CACHED + WARM_UP + 1))
+    made = {
         "prefill with a cache": layer.prefill(1, TOKENS),
         "training, forward and backward": layer.train(1, TOKENS),
-        "decoding, static cache": layer.cached("static", BATCH, CACHED, 1),
+        "decoding, static cache": decoding(layer),
     }
+    return {what: as_on_a_gpu(call) for what, call in made.items()} if kernels == "triton" else made
+
+
+def decoding(layer: Layer) -> Callable[[], object]:
+    """One new token over a static cache, which is one token longer after each call."""
+    cache = layer._filled_cache("static", BATCH, CACHED, WARM_UP + 1)
+    x = layer.hidden(BATCH, 1)
+    inputs = layer.inputs(x, CACHED, cache)
+    return torch.no_grad()(lambda: layer.forward(x, inputs, cache))
+
+
+def as_on_a_gpu(call: Callable[[], object]) -> Callable[[], object]:
+    """The call with one product of bf16 numbers in place of the router's, whose numbers no one reads."""
+
+    def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        torch.mm(rows, weight.mT)
+        return torch.empty(rows.shape[0], weight.shape[0], dtype=torch.float32)
+
+    def replaced() -> object:
+        from query_experts.layers import fused as layer  # here, as both need Triton
+        from query_experts.ops import fused as operators
+
+        with mock.patch.object(layer, "wide_product", product), mock.patch.object(operators, "wide_product", product):
+            return call()
+
+    return replaced
 
 
 def measure() -> dict[str, dict[str, Count]]:

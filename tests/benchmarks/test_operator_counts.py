@@ -9,26 +9,37 @@ import torch
 
 import operator_counts
 
-BOUNDS = {"prefill with a cache": 30, "training, forward and backward": 75, "decoding, static cache": 45}
+PREFILL, TRAINING, DECODING = "prefill with a cache", "training, forward and backward", "decoding, static cache"
+BOUNDS = {
+    "gqe": {PREFILL: 30, TRAINING: 75, DECODING: 45},
+    "gqe, triton": {PREFILL: 8, TRAINING: 22, DECODING: 8},
+    "dense-fused, triton": {PREFILL: 8, TRAINING: 22, DECODING: 9},
+}
 
 
 @cache
-def measured():
-    return {what: operator_counts.count(call) for what, call in operator_counts.calls("gqe").items()}
+def measured(arm):
+    if "triton" in arm:
+        pytest.importorskip("triton")
+    return {what: operator_counts.count(call) for what, call in operator_counts.calls(arm).items()}
 
 
-@pytest.mark.parametrize("what", BOUNDS)
-def test_the_layer_runs_no_more_kernels_than_its_bound(what):
-    count = measured()[what]
-    assert count.total <= BOUNDS[what], count.kernels
+@pytest.mark.parametrize("what", [PREFILL, TRAINING, DECODING])
+@pytest.mark.parametrize("arm", BOUNDS)
+def test_the_layer_runs_no_more_kernels_than_its_bound(arm, what):
+    count = measured(arm)[what]
+    assert count.total <= BOUNDS[arm][what], (count.kernels, count.launches)
+    assert bool(count.launches) == ("triton" in arm)
 
 
 def test_the_committed_counts_are_those_of_this_code():
     held = json.loads(operator_counts.RESULT.read_text(encoding="utf-8"))
     if held["environment"]["torch"] != version("torch"):
         pytest.skip(f"counted with torch {held['environment']['torch']}")
-    for what, count in measured().items():
-        assert held["counts"][what]["gqe"]["kernels"] == count.kernels
+    for arm in BOUNDS:
+        for what, count in measured(arm).items():
+            assert held["counts"][what][arm]["kernels"] == count.kernels
+            assert held["counts"][what][arm]["launches"] == count.launches
 
 
 def test_operators_inside_registered_operators_are_counted_and_views_apart():
