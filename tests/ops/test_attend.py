@@ -207,3 +207,27 @@ def test_weights_are_returned_by_eager_attention_and_never_what_another_backend_
         module.config._attn_implementation = backend
         weights = module.route_and_attend(x, None, None, None)[1]
         assert (None if weights is None else weights.shape) == shape
+
+
+@pytest.mark.parametrize("cached", [3, attend.SHORT_CACHE // 2 - 1, attend.SHORT_CACHE // 2])
+def test_a_short_cache_is_served_by_one_call_and_a_longer_one_by_a_single_read(cached, made, monkeypatch):
+    """Two rows, one of which sees no key at one step: zeros either way, but for W_O's bias, which there isn't."""
+    module = layer()
+    x = torch.randn(2, cached + 1, D, generator=torch.Generator().manual_seed(cached)).double()
+    mask = torch.ones(2, cached + 1, dtype=torch.int64)
+    mask[1] = 0
+
+    def last_step() -> Tensor:
+        cache = DynamicCache()
+        with torch.no_grad():
+            module(x[:, :-1], past_key_values=cache)
+            made.clear()
+            return module(x[:, -1:], attention_mask=mask, past_key_values=cache)
+
+    y = last_step()
+    short = 2 * (cached + 1) <= attend.SHORT_CACHE
+    assert made == ([LAYOUT["num_kv_heads"] + 1] if short else [])
+    assert not y[1].any()
+    monkeypatch.setattr(attend, "SHORT_CACHE", 0)
+    torch.testing.assert_close(y, last_step(), rtol=0, atol=1e-12)
+    assert made == []

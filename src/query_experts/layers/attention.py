@@ -33,12 +33,13 @@ from query_experts.layers.validation import (
     default_head_dim,
     is_whole,
 )
+from query_experts.ops import select
 from query_experts.ops.attend import CausalKernel, attend, uses_shared_decode
 from query_experts.ops.combine import weighted_slot
 from query_experts.ops.dtypes import wide
 from query_experts.ops.kernels import Kernels, check_kernels, no_triton, not_covered, uses_triton
 from query_experts.ops.rotate import rotary_cos_sin, rotate
-from query_experts.ops.select import reads_selected_rows, scatter_experts, select_experts, selected_queries
+from query_experts.ops.select import scatter_experts, select_experts, selected_queries
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ class GQEAttention(nn.Module):
         and keys of all groups, normalised where the layer has norms.
         """
         rows = None
-        if not reads_selected_rows(self.q_proj, x, routing.indices, self.experts_per_group):
+        if not select.reads_selected_rows(self.q_proj, x, routing.indices, self.experts_per_group):
             modules = [self.q_proj, self.q_shared, self.k_proj, self.v_proj]
             rows = in_one_product(self, self.layer_idx, [m for m in modules if m is not None], x, past_key_values)
         if rows is None:

@@ -23,7 +23,7 @@ from transformers import Cache
 
 from query_experts.layers.caches import cached_tokens
 from query_experts.ops.attend import DECODE_TOKENS
-from query_experts.ops.select import is_plain_linear
+from query_experts.ops.select import is_plain_linear, is_unchanged_linear
 
 MOST_BYTES = 16 * 2**20  # of a packed copy: larger weights take so long to read that four calls are as fast (measured)
 
@@ -67,15 +67,22 @@ def in_one_product(
     """
     if torch.compiler.is_compiling():
         return None
-    if not (cache is not None and _decodes(x) and _fit(modules, x) and cached_tokens(cache, layer_idx)):
+    if cache is None or not _decodes(x) or not all(map(is_unchanged_linear, modules)):
         _last_steps.pop(layer, None)
         return None
-    weights, biases = _weights_and_biases(modules)
+    weights, biases = _own(modules, "weight"), _own(modules, "bias")
     parts = weights + biases
-    marks = [(t.data_ptr(), t._version, t.stride()) for t in parts]
     last = _last_steps.get(layer)
-    if last is None or last.cache() is not cache or last.marks != marks or not _same(last.parts, parts):
-        _last_steps[layer] = Packed(weakref.ref(cache, _Forget(layer)), parts, marks)
+    if last is None or last.cache() is not cache or not _same(last.parts, parts) or last.marks != _marks(parts):
+        last = None
+        if not _fit(modules, weights, biases, x):
+            _last_steps.pop(layer, None)
+            return None
+    if not cached_tokens(cache, layer_idx):  # of a cache that was emptied
+        _last_steps.pop(layer, None)
+        return None
+    if last is None:
+        _last_steps[layer] = Packed(weakref.ref(cache, _Forget(layer)), parts, _marks(parts))
         return None
     if last.weight is None:
         last = replace(last, weight=torch.cat(weights), bias=torch.cat(biases) if biases else None)
@@ -103,20 +110,22 @@ def _decodes(x: Tensor) -> bool:
     return few and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-def _fit(modules: list[nn.Module], x: Tensor) -> bool:
+def _fit(modules: list[nn.Module], weights: list[Tensor], biases: list[Tensor], x: Tensor) -> bool:
     """Whether the modules are plain linear maps that fit together into one small product with x."""
-    if not all(is_plain_linear(module, x.device) for module in modules):
+    if len(biases) not in (0, len(weights)) or not all(is_plain_linear(module, x.device) for module in modules):
         return False
-    weights, biases = _weights_and_biases(modules)
-    if len(biases) not in (0, len(weights)) or any(t.is_inference() or t.dtype != x.dtype for t in weights + biases):
+    if any(t.is_inference() or t.dtype != x.dtype for t in weights + biases):
         return False
     return sum(t.nbytes for t in weights) <= MOST_BYTES
 
 
-def _weights_and_biases(modules: list[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-    parts = ([getattr(module, name) for module in modules] for name in ("weight", "bias"))
-    weights, biases = ([t for t in tensors if t is not None] for tensors in parts)
-    return weights, biases
+def _own(modules: list[nn.Module], name: str) -> list[Tensor]:
+    """The modules' parameters of a name. (Asking a module for an attribute takes it five times as long.)"""
+    return [t for module in modules if (t := module._parameters.get(name)) is not None]
+
+
+def _marks(parts: list[Tensor]) -> list[Any]:
+    return [(t.data_ptr(), t._version, t.stride(), t.dtype) for t in parts]
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:

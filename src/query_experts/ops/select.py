@@ -1,7 +1,8 @@
 """Selects the rows of the chosen experts from the rows of all experts, and puts them back.
 
 Both work on whole rows of d numbers that no two indices of a group share. So either is the other's gradient, and each
-row is copied once. `torch.gather` and `scatter` with one index per number give the same and take a CPU longer.
+row is copied once. `torch.gather` and `scatter` with one index per number give the same and take a CPU longer, but for
+one token.
 
 Shapes: B batch, T tokens, D hidden size, G groups, M experts in a group, k selected in a group, d head dim.
 """
@@ -54,12 +55,17 @@ def project_selected_rows(q_proj: nn.Linear, x: Tensor, indices: Tensor, num_exp
 
 def is_plain_linear(module: nn.Module, device: torch.device) -> bool:
     """Whether calling the module is `F.linear` with its weight and bias, and autograd needs to see none of it."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if type(module) is not nn.Linear or hooked:
+    if not is_unchanged_linear(module):
         return False
     tensors = [t for t in (module.weight, module.bias) if t is not None]
     graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not graded and all(type(t) is nn.Parameter and t.device == device for t in tensors)
+
+
+def is_unchanged_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` that nothing hooks into or replaces."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked
 
 
 def row_numbers(indices_BTGk: Tensor, num_experts: int) -> Tensor:
@@ -94,6 +100,8 @@ def scatter_experts(rows_BTGkd: Tensor, indices_BTGk: Tensor, num_experts: int) 
 def read_rows(rows_BTGMd: Tensor, indices_BTGk: Tensor) -> Tensor:
     """As `select_experts`, by autograd."""
     B, T, G, M, d = rows_BTGMd.shape
+    if rows_BTGMd.is_cpu and not torch.compiler.is_compiling() and B * T == 1:
+        return rows_BTGMd.gather(3, indices_BTGk[..., None].expand(*indices_BTGk.shape, d))
     rows = rows_BTGMd.reshape(B * T * G * M, d).index_select(0, row_numbers(indices_BTGk, M))
     return rows.view(B, T, G, indices_BTGk.shape[3], d)
 
