@@ -25,7 +25,7 @@ from query_experts.layers.caches import cached_tokens
 from query_experts.ops.attend import DECODE_TOKENS
 from query_experts.ops.select import is_plain_linear, is_unchanged_linear
 
-MOST_BYTES = 16 * 2**20  # of a packed copy: larger weights take so long to read that four calls are as fast (measured)
+MOST_BYTES = 16 * 2**20  # of a copy, which is memory: of larger products the calls are less than a tenth (scouting)
 
 
 @dataclass(frozen=True)
