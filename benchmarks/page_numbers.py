@@ -168,6 +168,12 @@ def farthest_off(result: Any) -> list[str]:
     return [f"{100 * max(result[name].values()):.0f}" for name in ("worst", "worst_of_host")]
 
 
+def operators(result: Any, *arm: str) -> list[str]:
+    """Aten operators and Triton launches of one layer: prefill, forward and backward, one token."""
+    found = [by_arm[", ".join(arm)] for by_arm in result["counts"].values()]
+    return [str(sum(count["kernels"].values()) + sum(count["launches"].values())) for count in found]
+
+
 FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "ahead": ahead,
     "before-a-flip": before_a_flip,
@@ -181,6 +187,7 @@ FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "gqe-behind-static": gqe_behind_static,
     "loss-by-kernels": loss_by_kernels,
     "one-loss": one_loss,
+    "operators": operators,
     "reach": reach,
     "selected-only": selected_only,
     "share-of-layer": share_of_layer,
