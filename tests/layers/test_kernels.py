@@ -330,6 +330,7 @@ def test_the_choice_is_no_part_of_weights_copies_keep_it_and_the_text_shows_it()
     assert copy.deepcopy(layer).kernels == pickle.loads(pickle.dumps(layer)).kernels == "triton"
     assert "kernels=triton" in repr(layer)
     assert GQEAttention(32, 4, 2).kernels == "auto"
+    assert "kernels=auto (torch)" in repr(GQEAttention(32, 4, 2))
     assert GQEAttention(32, 4, 2, kernels="torch").kernels == "torch"
 
 

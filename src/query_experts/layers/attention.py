@@ -37,7 +37,7 @@ from query_experts.ops import select
 from query_experts.ops.attend import CausalKernel, attend, uses_shared_decode
 from query_experts.ops.combine import weighted_slot
 from query_experts.ops.dtypes import wide
-from query_experts.ops.kernels import Kernels, check_kernels, no_triton, not_covered, uses_triton
+from query_experts.ops.kernels import Kernels, check_kernels, described, no_triton, not_covered, uses_triton
 from query_experts.ops.rotate import rotary_cos_sin, rotate
 from query_experts.ops.select import scatter_experts, select_experts, selected_queries
 
@@ -431,5 +431,5 @@ class GQEAttention(nn.Module):
         return (
             f"experts={self.num_query_experts}, kv_heads={self.num_kv_heads}, top_k={self.top_k}, "
             f"variant={self.variant}, output_projection={self.output_projection}, routing={self.routing}, "
-            f"kernels={self.kernels}"
+            f"kernels={described(self.kernels, next(self.parameters()).device)}"
         )

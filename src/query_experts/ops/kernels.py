@@ -88,6 +88,16 @@ def _is_fake(x: Tensor) -> bool:
     return isinstance(x, torch._subclasses.FakeTensor)
 
 
+def measured_on(device: torch.device) -> bool:
+    """Whether `auto` takes the kernels on a device."""
+    return bool(MEASURED) and device.type == "cuda" and torch.cuda.get_device_capability(device) in MEASURED
+
+
+def described(kernels: Kernels, device: torch.device) -> str:
+    """`kernels`, and for `auto` what it takes on a device."""
+    return f"auto ({'triton' if measured_on(device) else 'torch'})" if kernels == "auto" else kernels
+
+
 def uses_triton(layer: Any, x: Tensor) -> bool:
     """Whether the Triton kernels compute this call of a layer. x [B, T, D].
 
@@ -97,9 +107,7 @@ def uses_triton(layer: Any, x: Tensor) -> bool:
     if layer.kernels == "torch" or x.numel() == 0:
         return False
     if layer.kernels == "auto":
-        if not MEASURED or not x.is_cuda or torch.cuda.get_device_capability(x.device) not in MEASURED:
-            return False
-        return not (no_triton_on(x.device) or not_covered(layer) or not_taken(x))
+        return measured_on(x.device) and not (no_triton_on(x.device) or not_covered(layer) or not_taken(x))
     reason = no_triton_on(x.device) or not_covered(layer) or not_taken(x)
     if reason:
         raise ValueError(f"kernels is 'triton', which {reason}; kernels='torch' runs here")
