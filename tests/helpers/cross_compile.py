@@ -112,6 +112,7 @@ def decode_kernels(
 def layer_kernels(
     G: int, M: int, k: int, d: int, r: int | None = None, norm: bool = False, by_expert: bool = False,
     variant: str = "gqe", copies: int | None = None, dtype: str = "bf16", learned: bool = True,
+    given: bool = False, first: bool = False,
 ) -> list[tuple]:  # fmt: skip
     """`prepare` and `combine`, forwards and backwards; also `prepare` for a static cache. r: the rotated dims of d."""
     import triton.language as tl
@@ -122,11 +123,19 @@ def layer_kernels(
     narrow, gqe = f"*{dtype}", variant == "gqe"
     sizes = {"G": G, "M": M, "k": k, "d": d, "WIDE": tl.float32, "ROUTED": learned}
     copies = (k if copies is None else copies) if gqe else 0
-    heads = {**sizes, **triton_operators._sizes(G, M, d, r, norm), "C": copies, "r": r, "NORM": norm, "MEAN": True}
+    heads = {
+        **sizes,
+        **triton_operators._sizes(G, M, d, r, norm),
+        "C": copies,
+        "r": r,
+        "NORM": norm,
+        "MEAN": not first,
+        "eps": 1e-6,
+    }
     tensors = ("query", "key", "value", "shared", "cos", "sin", "query_norm", "key_norm", "heads", "keys", "values")
     types = dict.fromkeys((*tensors, "packed", "slots", "heads_gradient", "shared_gradient"), narrow)
     types |= dict.fromkeys(("logits", "norms", "logits_gradient"), "*fp32") | {"indices": "*i64", "start": "*i64"}
-    types |= dict.fromkeys(("num_tokens", "num_rows", "room"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("num_tokens", "num_rows", "room"), "i32")
     step = "i32:16" if d % 16 == 0 else "i32"
     types |= {f"{t}_row": step for t in ("query", "key", "value", "shared", "logits", "slots", "heads", "gradient")}
     types |= {f"{t}_{axis}": step for t in ("heads", "keys", "values") for axis in ("batch", "token", "head")}
@@ -135,7 +144,7 @@ def layer_kernels(
     slots |= {"WEIGHTED_SLOT": gqe, "SCALED": variant == "weighted_concat"}
     parts = 0 if not learned else 2 if dtype == "bf16" else 1
     kernels = [
-        (triton_prepare.prepare, {**heads, "GIVEN": False, "SHARED_KEY": gqe, "CACHED": False}),
+        (triton_prepare.prepare, {**heads, "GIVEN": given, "SHARED_KEY": gqe, "CACHED": False}),
         (triton_prepare.prepare, {**heads, "GIVEN": False, "SHARED_KEY": False, "CACHED": True, "C": min(copies, 1)}),
         (triton_prepare.prepare_back, {**heads, "SHARED_KEY": gqe, "LOGIT_PARTS": parts}),
         (triton_combine.combine, slots),

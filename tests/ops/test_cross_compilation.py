@@ -49,6 +49,8 @@ RARE = [
         (2, {"G": 5, "M": 3, "norm": True}),
         (1, {"r": d // 2}),
         (1, {"r": 0, "dtype": "fp32"}),
+        (1, {"dtype": "fp16", "given": True}),
+        (2, {"first": True, "given": True}),
         (2, {"variant": "weighted_concat", "by_expert": True}),
         (4, {"variant": "hard_concat", "learned": False, "norm": True}),
         (1, {"G": 32, "M": 8}),

@@ -297,7 +297,7 @@ class GQEAttention(nn.Module):
         Returns:
             y [B, T, D], attention weights [B, heads, T, S] or None, and the routing.
         """
-        if uses_triton(self, x):  # the same steps by fewer kernels
+        if uses_triton(self, x, cos_sin):  # the same steps by fewer kernels
             from query_experts.layers.fused import fused_attention  # needs triton
 
             y, weights, logits, indices = fused_attention(self, x, mask, cos_sin, past_key_values, **kwargs)

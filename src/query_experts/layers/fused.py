@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from query_experts.layers.caches import check_writer
+from query_experts.layers.caches import cached_tokens, check_writer
 from query_experts.layers.router import Router
 from query_experts.ops import triton_decode as _triton_decode  # noqa: F401 - registers the operator
 from query_experts.ops.attend import ONE_CALL_TOKENS, attend, uses_shared_decode
@@ -60,6 +62,8 @@ def fused_attention(
         experts [B, T, G, k] or None for all.
     """
     keys_are_new = _keys_are_new(layer, x.shape[1], past_key_values, kwargs)
+    if layer.top_k > 1 and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
+        keys_are_new = False  # a mask of each head fits the plain path's heads
     layout = _layout(layer, x, keys_are_new)
     static = _static_layer(layer, x, past_key_values)
     prepared = prepare(layer, x, cos_sin, layout, static)
@@ -75,7 +79,7 @@ def fused_attention(
     if layout.shared_key:
         heads, shared, weights = _attend_to_new_keys(layer, prepared, layout, mask, **kwargs)
         slots = combine(layer, heads, shared, prepared)
-    elif past_key_values is not None and _decodes(layer, prepared.heads, mask):
+    elif past_key_values is not None and _decodes(layer, prepared.heads, key, value, mask, past_key_values):
         slots = _decode(layer, prepared, key, value, mask)
     else:
         query = prepared.heads.transpose(1, 2)
@@ -96,7 +100,7 @@ def _layout(layer: Any, x: Tensor, keys_are_new: bool) -> Layout:
         copies = layer.top_k
     return Layout(
         batch, layer.num_kv_heads, layer.experts_per_group, layer.top_k, copies, layer.head_dim, shared_key,
-        layer.shared_head_kv == "mean", 0.0 if layer.q_norm is None else layer.q_norm.variance_epsilon,
+        layer.shared_head_kv == "mean", getattr(layer.q_norm, "variance_epsilon", 0.0),
     )  # fmt: skip
 
 
@@ -106,14 +110,16 @@ def _keys_are_new(layer: Any, num_tokens: int, past_key_values: Cache | None, kw
         return False
     if past_key_values is None:
         return True
-    if past_key_values.is_compileable or uses_shared_decode(layer, num_tokens, past_key_values):
+    if getattr(past_key_values, "is_compileable", False) or uses_shared_decode(layer, num_tokens, past_key_values):
         return False
     return bool(past_key_values.get_seq_length(layer.layer_idx) == 0)
 
 
 def _static_layer(layer: Any, x: Tensor, past_key_values: Cache | None) -> StaticLayer | None:
     """The layer's part of a static cache, where `prepare` may write into it as the cache itself would."""
-    if past_key_values is None or past_key_values.offloading or torch.is_grad_enabled():
+    if not isinstance(past_key_values, StaticCache) or type(past_key_values) is not StaticCache:
+        return None
+    if past_key_values.offloading or torch.is_grad_enabled():
         return None
     layers = past_key_values.layers
     part: Any = layers[layer.layer_idx] if layer.layer_idx < len(layers) else None
@@ -122,13 +128,18 @@ def _static_layer(layer: Any, x: Tensor, past_key_values: Cache | None) -> Stati
     fits = part.dtype == x.dtype and part.device == x.device and part.keys.shape[0] == x.shape[0]
     if not fits or torch.is_autocast_enabled(x.device.type):
         return None
+    length = cached_tokens(past_key_values, layer.layer_idx) if x.is_cpu else None  # a GPU would have to be waited for
+    if length is not None and length + x.shape[1] > part.max_cache_len:
+        return None  # the cache itself says that it is full
     check_writer(past_key_values, layer.layer_idx, layer)
     return part
 
 
 def _hand_over(layer: Any, past_key_values: Cache | None, key: Tensor, value: Tensor) -> bool:
     """Makes keys and values [B, G, T, d] those of an empty growing cache, without its copy; says whether it did."""
-    if not isinstance(past_key_values, DynamicCache) or past_key_values.offloading:
+    if not isinstance(past_key_values, DynamicCache) or type(past_key_values) is not DynamicCache:
+        return False
+    if past_key_values.offloading or key.requires_grad:
         return False
     if layer.layer_idx > len(past_key_values):
         return False
@@ -145,16 +156,19 @@ def _hand_over(layer: Any, past_key_values: Cache | None, key: Tensor, value: Te
     return True
 
 
-def _decodes(layer: Any, heads: Tensor, mask: Any) -> bool:
-    """Whether the kernel for one new token serves: no gradients, weights or dropout are asked for, and the mask says
-    for each key whether it is seen. heads [B, T, H, d]."""
-    if heads.shape[1] != 1 or heads.requires_grad or layer.config._attn_implementation == "eager":
+def _decodes(layer: Any, heads: Tensor, key: Tensor, value: Tensor, mask: Any, past_key_values: Cache) -> bool:
+    """Whether the kernel for one new token serves: no gradients, weights or dropout are asked for, the mask says for
+    each key whether it is seen, and attention isn't another backend's. heads [B, T, H, d]."""
+    backend = layer.config._attn_implementation
+    if backend == "eager" or not (backend == "sdpa" or uses_shared_decode(layer, heads.shape[1], past_key_values)):
+        return False
+    if heads.shape[1] != 1 or any(t.requires_grad for t in (heads, key, value)):
         return False
     if (layer.training and layer.dropout > 0) or layer.num_kv_heads > MOST_DECODED_GROUPS:
         return False
-    return mask is None or (
-        isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1
-    )
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1
 
 
 def _decode(layer: Any, prepared: Prepared, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -180,13 +194,17 @@ def prepare(
     batch, num_tokens, _ = x.shape
     rows = x.reshape(batch * num_tokens, -1)
     cos, sin = cos_sin if cos_sin is not None else (None, None)
-    norms = (None, None) if layer.q_norm is None else (layer.q_norm.weight, layer.k_norm.weight)
-    given = None if layer.forced_indices is None or layer.router is None else layer.forced_indices.long()
+    norms = (None, None)
+    if layer.q_norm is not None and _are_plain_norms(layer, rows):
+        norms = layer.q_norm.weight, layer.k_norm.weight
+    norms_apart = layer.q_norm is not None and norms[0] is None
+    given = None if layer.forced_indices is None or layer.router is None else _given_experts(layer, x)
     indices = None if given is None else given.reshape(batch * num_tokens, *given.shape[2:])
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.q_shared)
     plain = all(_is_plain(module, rows) for module in (*projections, layer.router))
     keys = values = None
-    if plain and torch.is_grad_enabled():
+    in_one = plain and not norms_apart and torch.is_grad_enabled()
+    if in_one and x.dtype != torch.float16:  # in which a logit's small gradient would be 0
         weights, biases = (_of_each(projections, name) for name in ("weight", "bias"))
         router = None if layer.router is None else layer.router.weight
         heads, keys, values, logits, chosen = ProjectAndPrepare.apply(
@@ -194,12 +212,15 @@ def prepare(
         )
     else:
         logits = projected = None
+        plain = plain and not torch.is_grad_enabled()
         if layer.router is not None:
             logits = wide_product(rows, layer.router.weight) if plain else layer.router(x)
         if plain and not layer.training:  # checkpointing runs a training layer without gradients first, and must agree
             projected = _in_one_product(projections, rows, layout.widths)
         if projected is None:
             projected = [None if module is None else module(x).flatten(0, 1) for module in projections]
+        if norms_apart:
+            projected = _normalised(layer, projected)
         inputs = (*projected, None if logits is None else logits.detach(), indices, cos, sin, *norms)
         if static is None:
             heads, keys, values, chosen = Prepare.apply(*inputs, layout)
@@ -211,6 +232,41 @@ def prepare(
     if given is None and layer.router is not None:
         given = chosen.view(batch, num_tokens, layout.G, layout.k)
     return Prepared(heads, keys, values, logits, given)
+
+
+def _given_experts(layer: Any, x: Tensor) -> Tensor:
+    """forced_indices [B, T, G, k] as int64, within bounds."""
+    given, shape = layer.forced_indices, (*x.shape[:2], layer.num_kv_heads, layer.top_k)
+    if given.shape != shape:
+        raise ValueError(f"forced_indices has shape {list(given.shape)}; it must have {list(shape)}")
+    return given.long().clamp(0, layer.experts_per_group - 1)
+
+
+def _are_plain_norms(layer: Any, rows: Tensor) -> bool:
+    """Whether the norms are what the kernels compute: RMSNorm by a weight that can be read past its module."""
+    norms = (layer.q_norm, layer.k_norm)
+    if any(type(norm) is not LlamaRMSNorm or _is_hooked(norm) for norm in norms):
+        return False
+    weights = [norm.weight for norm in norms]
+    plain = all(type(w) is nn.Parameter and w.device == rows.device for w in weights)
+    return plain and norms[0].variance_epsilon == norms[1].variance_epsilon
+
+
+def _normalised(layer: Any, projected: list[Tensor | None]) -> list[Tensor | None]:
+    """Query, key, value and shared query [R, width], with queries and keys normalised by the norms' own modules."""
+    query, key, value, shared = projected
+    assert query is not None
+    assert key is not None
+    heads = [t.unflatten(-1, (-1, layer.head_dim)) for t in (query, shared) if t is not None]
+    query, *rest = layer.q_norm(torch.cat(heads, 1)).split([t.shape[1] for t in heads], 1)
+    key = layer.k_norm(key.unflatten(-1, (-1, layer.head_dim)))
+    return [query.flatten(1), key.flatten(1), value, rest[0].flatten(1) if rest else None]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or _has_any_global_hook() or "forward" in vars(module)
 
 
 def _of_each(modules: Sequence[nn.Module | None], name: str) -> list[Tensor | None]:
@@ -236,9 +292,7 @@ def _is_plain(module: nn.Module | None, rows: Tensor) -> bool:
     """Whether a module is a linear map, or the router, whose weights can be read past its call, in the dtype of x."""
     if module is None:
         return True
-    if type(module).forward not in (nn.Linear.forward, Router.forward) or "forward" in vars(module):
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if type(module).forward not in (nn.Linear.forward, Router.forward) or _is_hooked(module):
         return False
     if torch.is_autocast_enabled(rows.device.type):
         return False
@@ -257,7 +311,8 @@ def _attend_to_new_keys(
     G, routed = layout.G, layout.G * layout.k
     if layout.copies == layout.k:
         heads, weights = layer.routed_heads(query, key, value, mask, **kwargs)
-        return heads, None, None if weights is None else weights[:, : routed + 1]
+        weights = weights[:, : routed + 1] if layer.config._attn_implementation == "eager" else None
+        return heads, None, weights
     heads, _ = layer.routed_heads(query[:, :routed], key[:, :G], value[:, :G], mask, **kwargs)
     shared, _ = layer.shared_head(query[:, routed:], key[:, G:], value[:, G:], mask, **kwargs)
     return heads, shared.squeeze(2), None

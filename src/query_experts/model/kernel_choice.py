@@ -16,7 +16,7 @@ from query_experts.common.fields import option
 from query_experts.layers.attention import GQEAttention
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.ops.kernels import Kernels as Kernels
-from query_experts.ops.kernels import no_triton_on, not_covered, uses_triton
+from query_experts.ops.kernels import measured_on, no_triton_on, not_covered
 
 HELP = "of GQE layers: torch, on any device; triton, fused, for NVIDIA GPUs; auto: triton only on GPUs where measured"
 
@@ -66,8 +66,10 @@ def kernel_choice(model: nn.Module) -> KernelChoice | None:
     layers = gqe_layers(model)
     if not layers:
         return None
-    triton = any(uses_triton(layer, layer.q_proj.weight.new_empty(1, 1, layer.q_proj.in_features)) for layer in layers)
-    return KernelChoice(layers[0].kernels, "triton" if triton else "torch")
+    asked = layers[0].kernels
+    device = next(model.parameters()).device
+    triton = asked == "triton" or (asked == "auto" and measured_on(device) and not any(map(not_covered, layers)))
+    return KernelChoice(asked, "triton" if triton else "torch")
 
 
 def gqe_layers(model: nn.Module) -> list[GQEAttention]:

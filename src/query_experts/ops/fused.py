@@ -6,7 +6,9 @@ C copies of the shared query, H = G*k + C query heads, GK = G + 1 key heads with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -17,6 +19,19 @@ from torch.nn import functional as F
 from query_experts.ops import triton_operators as _triton_operators  # noqa: F401 - registers the operators
 
 operators = torch.ops.query_experts
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that refuses to be differentiated, where torch would leave its part out of a sum in silence."""
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
+            raise RuntimeError("kernels is 'triton', which gives no second derivative; kernels='torch' does")
+        return once(ctx, *gradients)
+
+    return checked
 
 
 @dataclass(frozen=True)
@@ -72,7 +87,7 @@ class Prepare(torch.autograd.Function):
         return heads, keys, values, chosen
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, heads: Tensor, keys: Tensor, values: Tensor, _: None) -> tuple[Tensor | None, ...]:
         layout, saved = ctx.layout, ctx.saved_tensors
         packed, norms = _prepare_back(heads, keys, values, None, saved, layout, 0)
@@ -136,7 +151,7 @@ class ProjectAndPrepare(torch.autograd.Function):
         return heads, keys, values, logits, chosen
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(
         ctx: Any, heads: Tensor | None, keys: Tensor | None, values: Tensor | None, logits: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
@@ -216,7 +231,7 @@ class Combine(torch.autograd.Function):
         return operators.combine(heads, shared, logits, indices, *layout)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slots: Tensor) -> tuple[Tensor | None, ...]:
         heads, logits, indices = ctx.saved_tensors
         of_heads, of_shared, of_logits = operators.combine_back(

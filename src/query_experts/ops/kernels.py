@@ -17,6 +17,7 @@ Kernels = Literal["auto", "torch", "triton"]
 KERNELS = get_args(Kernels)
 OLDEST_TRITON = (3, 6)
 MEASURED: frozenset[tuple[int, int]] = frozenset()  # compute capabilities for which a green GPU suite is committed
+STEPS = ("route", "project", "project_queries", "project_keys_values", "queries_and_keys", "combine", "update_caches")
 LARGEST_HEAD_DIM = 256  # a program holds whole heads
 MOST_GROUPS = 64  # and all groups of a token
 
@@ -50,6 +51,16 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def changed_step(layer: Any) -> str | None:
+    """A step of the layer that a subclass does in its own way, where there is one."""
+    for kind in type(layer).__mro__:
+        if "route_and_attend" in vars(kind):  # the class whose steps the kernels compute
+            return None
+        if step := next((name for name in STEPS if name in vars(kind)), None):
+            return step
+    return None
+
+
 def no_triton_on(device: torch.device) -> str | None:
     """Why the kernels can't run on a device; None where they can."""
     if missing := no_triton():
@@ -65,13 +76,15 @@ def not_covered(layer: Any) -> str | None:
     """What of a layer's layout the kernels don't cover; None where they cover it."""
     if layer.head_dim > LARGEST_HEAD_DIM:
         return f"takes head_dim up to {LARGEST_HEAD_DIM}, where it is {layer.head_dim}"
+    if step := changed_step(layer):
+        return f"runs no subclass's own {step}"
     if layer.num_kv_heads > MOST_GROUPS or layer.experts_per_group > MOST_GROUPS:
         return f"takes up to {MOST_GROUPS} groups and {MOST_GROUPS} experts in a group"
     return None
 
 
-def not_taken(x: Tensor) -> str | None:
-    """What of the input x, or of where the call happens, the kernels don't take; None where they take it."""
+def not_taken(x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> str | None:
+    """What of x, of the angles, or of where the call happens, the kernels don't take; None where they take all."""
     if torch.compiler.is_exporting():
         return "can't be exported"
     if not torch.compiler.is_compiling():
@@ -79,6 +92,8 @@ def not_taken(x: Tensor) -> str | None:
             return "doesn't support the transforms of torch.func (vmap, grad, jvp)"
         if type(x) not in (Tensor, torch.nn.Parameter) and not _is_fake(x):
             return f"takes plain tensors, where x is a {type(x).__name__}"
+    if cos_sin is not None and torch.is_grad_enabled() and any(t.requires_grad for t in cos_sin):
+        return "gives no gradients of cos and sin"
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         return f"takes floating-point inputs, where x is {x.dtype}"
     return None
@@ -98,8 +113,8 @@ def described(kernels: Kernels, device: torch.device) -> str:
     return f"auto ({'triton' if measured_on(device) else 'torch'})" if kernels == "auto" else kernels
 
 
-def uses_triton(layer: Any, x: Tensor) -> bool:
-    """Whether the Triton kernels compute this call of a layer. x [B, T, D].
+def uses_triton(layer: Any, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> bool:
+    """Whether the Triton kernels compute this call of a layer. x [B, T, D]; cos and sin [B or 1, T, r], or None.
 
     Raises:
         ValueError: where `kernels` is `triton` and they can't.
@@ -107,8 +122,8 @@ def uses_triton(layer: Any, x: Tensor) -> bool:
     if layer.kernels == "torch" or x.numel() == 0:
         return False
     if layer.kernels == "auto":
-        return measured_on(x.device) and not (no_triton_on(x.device) or not_covered(layer) or not_taken(x))
-    reason = no_triton_on(x.device) or not_covered(layer) or not_taken(x)
+        return measured_on(x.device) and not (no_triton_on(x.device) or not_covered(layer) or not_taken(x, cos_sin))
+    reason = no_triton_on(x.device) or not_covered(layer) or not_taken(x, cos_sin)
     if reason:
         raise ValueError(f"kernels is 'triton', which {reason}; kernels='torch' runs here")
     return True

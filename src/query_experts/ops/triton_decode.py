@@ -19,13 +19,14 @@ G*k routed and the shared one last, if any.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from query_experts.ops.triton_operators import launch
 
 PROGRAMS_OF_ALL_GROUPS = 3  # of `_piece` on one processor of a GPU: for so many at once it has registers
 PROGRAMS_OF_ONE_GROUP = 5  # likewise; each has fewer loads in flight
@@ -78,9 +79,9 @@ def _piece(
     numbers, so that the compiler knows what divides them. The shared head reads the mean of the first `shared_groups`.
     partial: sums [B, P, H, d], then tops [B, P, H], then totals [B, P, H], all in `accumulator`.
     """
-    part, piece, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b, part, piece = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     first_group, first_rank = part // (k // ranks) * groups, part % (k // ranks) * ranks
-    step = tl.num_programs(1) * S_tile
+    step = tl.num_programs(2) * S_tile
     has_shared: tl.constexpr = shared_groups > 0
     routed: tl.constexpr = groups * ranks  # heads of this program, and then the shared one
     heads: tl.constexpr = G * k + has_shared
@@ -139,8 +140,8 @@ def _piece(
             new_sums = new_sums + (old_sums[routed] + shared_values * weights[routed][:, None],)
         sums, tops, totals = new_sums, new_tops, new_totals
 
-    rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * heads
-    row = (b * tl.num_programs(1) + piece) * heads
+    rows = tl.num_programs(0).to(tl.int64) * tl.num_programs(2) * heads
+    row = (b * tl.num_programs(2) + piece) * heads
     for h in tl.static_range(routed):
         at = row + first_head + h // ranks * k + h % ranks
         _store_sums(partial, rows, at, sums[h], tops[h], totals[h], column, real, d)
@@ -321,16 +322,17 @@ def _decode(
     strides = [stride // unit for t in (key, value) for stride in t.stride()[:3]]
     M = logits.shape[2] if logits is not None else k
     by_expert = output_projection == "expert" and logits is not None
-    with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
-        _piece[(parts, pieces, B)](
-            query, key, value, mask if mask is not None else query, partial, *query.stride()[:2], *strides,
-            mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0, S, **constants, num_warps=NUM_WARPS,
-        )  # fmt: skip
-        _join[(B, triton.cdiv(d, JOINED_COLUMNS))](
-            partial, logits if logits is not None else partial, indices if indices is not None else partial, output,
-            pieces, **join_constants(G, M, k, d, variant, logits is not None, by_expert, accumulator),
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch(
+        _piece, (B, parts, pieces), key,
+        query, key, value, mask if mask is not None else query, partial, *query.stride()[:2], *strides,
+        mask.stride(0) if mask is not None and mask.shape[0] > 1 else 0, S, **constants, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    launch(
+        _join, (B, triton.cdiv(d, JOINED_COLUMNS)), key,
+        partial, logits if logits is not None else partial, indices if indices is not None else partial, output,
+        pieces, **join_constants(G, M, k, d, variant, logits is not None, by_expert, accumulator),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
     return output
 
 

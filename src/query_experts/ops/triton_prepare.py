@@ -61,10 +61,10 @@ def _load_weight(weight, d: tl.constexpr, r: tl.constexpr, HALF: tl.constexpr, R
 
 
 @triton.jit
-def _inverse_norm(one, two, rest, eps, d: tl.constexpr):
-    """1 / sqrt(mean square + eps) of each head's row, [tokens, heads, 1]."""
+def _inverse_norm(one, two, rest, live, eps: tl.constexpr, d: tl.constexpr, WIDE: tl.constexpr):
+    """1 / sqrt(mean square + eps) of each head's row, [tokens, heads, 1]; 0 where there is none."""
     square = tl.sum(one * one, 2) + tl.sum(two * two, 2) + tl.sum(rest * rest, 2)
-    return (1.0 / tl.sqrt(square / d + eps))[:, :, None]
+    return tl.where(live, 1.0 / tl.sqrt(square / d + tl.full([1, 1], eps, WIDE)), 0.0)[:, :, None]
 
 
 @triton.jit
@@ -80,11 +80,11 @@ def _load_angles(
 
 @triton.jit
 def _normalise_and_rotate(
-    one, two, rest, weight_one, weight_two, weight_rest, cosine, sine, eps,
-    d: tl.constexpr, r: tl.constexpr, NORM: tl.constexpr,
+    one, two, rest, live, weight_one, weight_two, weight_rest, cosine, sine, eps: tl.constexpr,
+    d: tl.constexpr, r: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     if NORM:
-        inverse = _inverse_norm(one, two, rest, eps, d)
+        inverse = _inverse_norm(one, two, rest, live, eps, d, WIDE)
         one, two, rest = one * inverse * weight_one, two * inverse * weight_two, rest * inverse * weight_rest
     if r > 0:
         one, two = one * cosine - two * sine, two * cosine + one * sine
@@ -105,7 +105,8 @@ def _of_all_groups(heads, groups, G: tl.constexpr, MEAN: tl.constexpr):
 def prepare(
     query, key, value, shared, logits, cos, sin, query_norm, key_norm, start, heads, keys, values, indices,
     query_row, key_row, value_row, shared_row, logits_row, cos_batch,
-    keys_batch, keys_token, keys_head, values_batch, values_token, values_head, num_tokens, num_rows, room, eps,
+    keys_batch, keys_token, keys_head, values_batch, values_token, values_head, num_tokens, num_rows, room,
+    eps: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, k: tl.constexpr, C: tl.constexpr, d: tl.constexpr, r: tl.constexpr,
     G_PAD: tl.constexpr, M_PAD: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROUTED: tl.constexpr, GIVEN: tl.constexpr, SHARED_KEY: tl.constexpr,
@@ -156,7 +157,7 @@ def prepare(
             query, one_head * query_row + ((g * M)[None, :] + expert) * d, in_group, d, r, HALF, REST, WIDE
         )
         one, two, rest = _normalise_and_rotate(
-            one, two, rest, query_one, query_two, query_rest, cosine, sine, eps, d, r, NORM
+            one, two, rest, in_group, query_one, query_two, query_rest, cosine, sine, eps, d, r, NORM, WIDE
         )
         _store_heads(
             heads, one_head * (H * d) + (g * (k * d))[None, :] + rank * d, in_group, one, two, rest, d, r, HALF, REST
@@ -165,7 +166,7 @@ def prepare(
     if C > 0:
         one, two, rest = _load_heads(shared, one_head * shared_row, alive, d, r, HALF, REST, WIDE)
         one, two, rest = _normalise_and_rotate(
-            one, two, rest, query_one, query_two, query_rest, cosine, sine, eps, d, r, NORM
+            one, two, rest, alive, query_one, query_two, query_rest, cosine, sine, eps, d, r, NORM, WIDE
         )
         for copy in tl.static_range(C):
             _store_heads(heads, one_head * (H * d) + (G * k + copy) * d, alive, one, two, rest, d, r, HALF, REST)
@@ -181,7 +182,9 @@ def prepare(
     in_group = in_group & (token < room)
     at = batch * keys_batch + token * keys_token
     one, two, rest = _load_heads(key, one_head * key_row + (g * d)[None, :], in_group, d, r, HALF, REST, WIDE)
-    one, two, rest = _normalise_and_rotate(one, two, rest, key_one, key_two, key_rest, cosine, sine, eps, d, r, NORM)
+    one, two, rest = _normalise_and_rotate(
+        one, two, rest, in_group, key_one, key_two, key_rest, cosine, sine, eps, d, r, NORM, WIDE
+    )
     one, two, rest = one.to(keys.dtype.element_ty), two.to(keys.dtype.element_ty), rest.to(keys.dtype.element_ty)
     _store_heads(keys, at + head * keys_head, in_group, one, two, rest, d, r, HALF, REST)
     if SHARED_KEY:  # of keys rounded as they are cached, so that training equals decoding
@@ -217,7 +220,7 @@ def _rotate_back(one, two, cosine, sine, r: tl.constexpr):
 
 @triton.jit
 def _normalise_back(
-    source, at, live, one, two, rest, weight_one, weight_two, weight_rest, eps,
+    source, at, live, one, two, rest, weight_one, weight_two, weight_rest, eps: tl.constexpr,
     d: tl.constexpr, r: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows x after y = x * n * w with n = 1 / sqrt(mean x^2 + eps), and the summands of w's gradient.
@@ -225,7 +228,7 @@ def _normalise_back(
     dx = n * (dy w - x n^2 mean(dy w x)); dw = sum of dy x n over all rows.
     """
     x_one, x_two, x_rest = _load_heads(source, at, live, d, r, HALF, REST, WIDE)
-    inverse = _inverse_norm(x_one, x_two, x_rest, eps, d)
+    inverse = _inverse_norm(x_one, x_two, x_rest, live, eps, d, WIDE)
     sum_one = tl.sum(tl.sum(one * x_one * inverse, 1), 0)
     sum_two = tl.sum(tl.sum(two * x_two * inverse, 1), 0)
     sum_rest = tl.sum(tl.sum(rest * x_rest * inverse, 1), 0)
@@ -250,7 +253,7 @@ def _store_weight(
 def prepare_back(
     heads, keys, values, logits, cos, sin, indices, query, key, shared, query_norm, key_norm, packed, norms,
     heads_batch, heads_token, heads_head, keys_batch, keys_token, keys_head, values_batch, values_token, values_head,
-    logits_row, query_row, key_row, shared_row, cos_batch, num_tokens, num_rows, eps,
+    logits_row, query_row, key_row, shared_row, cos_batch, num_tokens, num_rows, eps: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, k: tl.constexpr, C: tl.constexpr, d: tl.constexpr, r: tl.constexpr,
     G_PAD: tl.constexpr, M_PAD: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROUTED: tl.constexpr, SHARED_KEY: tl.constexpr, MEAN: tl.constexpr,
