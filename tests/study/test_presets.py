@@ -34,4 +34,4 @@ PRESETS = {
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_larger_presets_mean_what_they_meant(preset):
     settings = dataclasses.asdict(parse_run("compare", CompareSettings, ["--preset", preset]))
-    assert settings == ANY_SIZE | PRESETS[preset] | {"out": f"runs/{preset}"}
+    assert settings == ANY_SIZE | PRESETS[preset] | {"out": f"runs/{preset}", "kernels": "auto"}

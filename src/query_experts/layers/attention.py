@@ -314,6 +314,7 @@ class GQEAttention(nn.Module):
 
         # Attend, causally: o_{g,m}, each selected expert over its group's K/V; s, the shared head over their mean.
         routed, shared, weights = attend(self, query, key, value, mask, past_key_values, **kwargs)
+        del heads, query, key, value  # their memory is free for what follows
 
         # Combine: y = [hard slots o_{g,m} ; weighted slot sum_g sum_m w_{g,m} o_{g,m} ; shared head s] W_O.
         return self.o_proj(self.combine(routed, shared, routing)), weights, routing

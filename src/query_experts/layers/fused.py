@@ -25,7 +25,8 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from query_experts.layers.caches import cached_tokens, check_writer
+from query_experts.layers.caches import check_writer
+from query_experts.layers.masks import has_values
 from query_experts.layers.router import Router
 from query_experts.ops import triton_decode as _triton_decode  # noqa: F401 - registers the operator
 from query_experts.ops.attend import ONE_CALL_TOKENS, attend, uses_shared_decode
@@ -110,7 +111,7 @@ def _keys_are_new(layer: Any, num_tokens: int, past_key_values: Cache | None, kw
         return False
     if past_key_values is None:
         return True
-    if getattr(past_key_values, "is_compileable", False) or uses_shared_decode(layer, num_tokens, past_key_values):
+    if type(past_key_values) is not DynamicCache or uses_shared_decode(layer, num_tokens, past_key_values):
         return False
     return bool(past_key_values.get_seq_length(layer.layer_idx) == 0)
 
@@ -128,11 +129,17 @@ def _static_layer(layer: Any, x: Tensor, past_key_values: Cache | None) -> Stati
     fits = part.dtype == x.dtype and part.device == x.device and part.keys.shape[0] == x.shape[0]
     if not fits or torch.is_autocast_enabled(x.device.type):
         return None
-    length = cached_tokens(past_key_values, layer.layer_idx) if x.is_cpu else None  # a GPU would have to be waited for
-    if length is not None and length + x.shape[1] > part.max_cache_len:
-        return None  # the cache itself says that it is full
+    if _is_full(part, x):
+        return None  # the cache itself says so
     check_writer(past_key_values, layer.layer_idx, layer)
     return part
+
+
+def _is_full(part: StaticLayer, x: Tensor) -> bool:
+    """Whether a static cache has no room for x [B, T, D], as far as can be told: a GPU would have to be waited for."""
+    if not x.is_cpu or torch.compiler.is_compiling() or not has_values(part.cumulative_length):
+        return False
+    return int(part.cumulative_length.numpy()) + x.shape[1] > part.max_cache_len
 
 
 def _hand_over(layer: Any, past_key_values: Cache | None, key: Tensor, value: Tensor) -> bool:

@@ -156,9 +156,9 @@ def _shared_key_value(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, T
 def _two_calls(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, None]:
-    shared_key, shared_value = _shared_key_value(layer, key, value)
     routed_query, shared_query = query.split([query.shape[1] - 1, 1], 1)
     routed, _ = layer.routed_heads(routed_query, key, value, mask, **kwargs)
+    shared_key, shared_value = _shared_key_value(layer, key, value)  # here, so as to take no memory before
     shared, _ = layer.shared_head(shared_query, shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
     return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), shared.squeeze(2), None
 
