@@ -41,6 +41,8 @@ from query_experts.ops.kernels import Kernels, check_kernels, described, no_trit
 from query_experts.ops.rotate import rotary_cos_sin, rotate
 from query_experts.ops.select import scatter_experts, select_experts, selected_queries
 
+COPIED_TOKENS = 1024  # from which a copy of the queries costs little beside attention
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -311,10 +313,13 @@ class GQEAttention(nn.Module):
         heads = rotate(heads, cos_sin)
         query, key = self.queries_and_keys(heads)
         key, value = self.update_caches(key, value.transpose(1, 2), past_key_values, kwargs)  # [B, G, S, d]
+        if past_key_values is not None and x.shape[1] >= COPIED_TOKENS and not torch.is_grad_enabled():
+            query = query.contiguous()  # the cache has the keys; theirs and the queries' joined memory is freed
+            del heads
 
         # Attend, causally: o_{g,m}, each selected expert over its group's K/V; s, the shared head over their mean.
         routed, shared, weights = attend(self, query, key, value, mask, past_key_values, **kwargs)
-        del heads, query, key, value  # their memory is free for what follows
+        del query, key, value  # their memory is free for what follows
 
         # Combine: y = [hard slots o_{g,m} ; weighted slot sum_g sum_m w_{g,m} o_{g,m} ; shared head s] W_O.
         return self.o_proj(self.combine(routed, shared, routing)), weights, routing
