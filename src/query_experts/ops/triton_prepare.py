@@ -68,12 +68,23 @@ def _inverse_norm(one, two, rest, live, eps: tl.constexpr, d: tl.constexpr, WIDE
 
 
 @triton.jit
+def _rows(num_rows, num_tokens, BLOCK: tl.constexpr):
+    """A program's rows, each one's place in the batch and in its sequence, and whether there is one: [BLOCK].
+
+    There are fewer than 2^31 rows, and a division of 64 bits takes a call, with a stack; offsets are of 64 bits.
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch, token = row // num_tokens, row % num_tokens
+    return row.to(tl.int64), batch.to(tl.int64), token.to(tl.int64), row < num_rows
+
+
+@triton.jit
 def _load_angles(
-    cos, sin, row, live, cos_batch, num_tokens, r: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr
+    cos, sin, batch, token, live, cos_batch, r: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """cos and sin [tokens, 1, HALF]; both halves of a head rotate by the same angles."""
     c = tl.arange(0, HALF)[None, None, :]
-    at = ((row // num_tokens) * cos_batch + (row % num_tokens) * r)[:, None, None] + c
+    at = (batch * cos_batch + token * r)[:, None, None] + c
     there = live[:, None, None] & (c < r // 2)
     return tl.load(cos + at, there, 0.0).to(WIDE), tl.load(sin + at, there, 0.0).to(WIDE)
 
@@ -119,14 +130,13 @@ def prepare(
     lie behind their end isn't written.
     """
     H: tl.constexpr = G * k + C
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = row < num_rows
+    row, batch, token, live = _rows(num_rows, num_tokens, BLOCK)
     g, e = tl.arange(0, G_PAD), tl.arange(0, M_PAD)
     one_head = row[:, None]  # [tokens, 1]
     alive = live[:, None]
     in_group = alive & (g < G)[None, :]  # [tokens, groups]
     if r > 0:
-        cosine, sine = _load_angles(cos, sin, row, live, cos_batch, num_tokens, r, HALF, WIDE)
+        cosine, sine = _load_angles(cos, sin, batch, token, live, cos_batch, r, HALF, WIDE)
     else:
         cosine, sine = 0.0, 0.0
     if NORM:
@@ -174,8 +184,7 @@ def prepare(
     begin = 0
     if CACHED:
         begin = tl.load(start)
-    token = (row % num_tokens + begin)[:, None]
-    batch = (row // num_tokens)[:, None]
+    token, batch = (token + begin)[:, None], batch[:, None]
     head = g.to(tl.int64)[None, :]  # times a step between heads, which may be as long as a cache
     behind = tl.zeros([1, 1], tl.int64) + G
     alive = alive & (token < room)
@@ -266,19 +275,18 @@ def prepare_back(
     norms [programs, 2, d] gets this program's part of the norm weights' gradients.
     """
     width: tl.constexpr = (G * M + 2 * G + (1 if C > 0 else 0)) * d + LOGIT_PARTS * G * M
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = row < num_rows
+    row, batch, token, live = _rows(num_rows, num_tokens, BLOCK)
     g, e = tl.arange(0, G_PAD), tl.arange(0, M_PAD)
     alive = live[:, None]
     in_group = alive & (g < G)[None, :]
-    token, batch = (row % num_tokens)[:, None], (row // num_tokens)[:, None]
     head = g.to(tl.int64)[None, :]  # times a step between heads, which may be as long as a sequence
     behind = tl.zeros([1, 1], tl.int64) + G
     out = row[:, None] * width  # [tokens, 1]
     if r > 0:
-        cosine, sine = _load_angles(cos, sin, row, live, cos_batch, num_tokens, r, HALF, WIDE)
+        cosine, sine = _load_angles(cos, sin, batch, token, live, cos_batch, r, HALF, WIDE)
     else:
         cosine, sine = 0.0, 0.0
+    token, batch = token[:, None], batch[:, None]
     if NORM:
         query_one, query_two, query_rest = _load_weight(query_norm, d, r, HALF, REST, WIDE)
         key_one, key_two, key_rest = _load_weight(key_norm, d, r, HALF, REST, WIDE)
