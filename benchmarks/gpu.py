@@ -75,7 +75,7 @@ PARTS = {  # the most wanted first, since time may run out; a part's time that i
     "decode-torch": Part(40, replace(DECODE, kernels="torch")),
     "prefill-graph-cudnn": Part(30, replace(PREFILL, cuda_graph=True, sdpa_backend="cudnn")),
     "prefill-eager-torch": Part(30, replace(PREFILL, kernels="torch")),
-    "parts": Part(30, replace(PREFILL, suites=["parts"], lengths=[8192, 65536])),
+    "parts": Part(30, replace(PREFILL, suites=["parts"], kernels="torch", lengths=[8192, 65536])),
     "chunk": Part(30, replace(PREFILL, suites=["chunk"], chunk_size=8192, cached_lengths=[16384, 65536])),
     "model": Part(60, replace(PREFILL, suites=["model"], lengths=[4096, 16384, 65536])),
 }

@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python benchmarks/operator_counts.py    # writes benchmarks/results/operator-counts.json
 
 Counted is every operator that reaches a backend, those inside registered operators (query_experts::...) too, and every
-launch of a Triton kernel, in the interpreter too. Views and allocations are counted apart, since a launch they are not;
+launch of a Triton kernel. Views and allocations are counted apart, since a launch they are not;
 in eager mode they cost as much of the host's time. Nothing is timed, so the machine needn't be idle.
 
 The router's product counts as the one that it is on a GPU, of bf16 numbers with a float32 result; a CPU lacks it and
@@ -22,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from query_experts.bench.models import Layer
 from query_experts.bench.settings import BenchSettings
@@ -106,7 +106,7 @@ class _Counting(TorchDispatchMode):
 
 @contextmanager
 def counted_launches() -> Iterator[Counter[str]]:
-    """Counts launches of Triton kernels, compiled or in the interpreter; none where Triton isn't installed."""
+    """Counts launches of Triton kernels, in whose place nothing runs, as no one reads what they would write."""
     launches: Counter[str] = Counter()
     if importlib.util.find_spec("triton") is None:
         yield launches
@@ -114,27 +114,24 @@ def counted_launches() -> Iterator[Counter[str]]:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    def counting(launch: Callable) -> Callable:
-        def launched(self: Any, *args: Any, **kwargs: Any) -> Any:
-            launches[self.fn.__name__] += 1
-            with _disable_current_modes():  # the interpreter copies tensors to and fro, which a card doesn't
-                return launch(self, *args, **kwargs)
-
-        return launched
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        launches[self.fn.__name__] += 1
 
     with (
-        mock.patch.object(JITFunction, "run", counting(JITFunction.run)),
-        mock.patch.object(InterpretedFunction, "run", counting(InterpretedFunction.run)),
+        mock.patch.object(JITFunction, "run", launched),
+        mock.patch.object(InterpretedFunction, "run", launched),
     ):
         yield launches
 
 
 def count(call: Callable[[], object]) -> Count:
     """Counts what one call runs, after a few to warm up."""
-    for _ in range(WARM_UP):
-        call()
-    with counted_launches() as launches, _Counting() as operators:
-        call()
+    with counted_launches() as launches:
+        for _ in range(WARM_UP):
+            call()
+        launches.clear()
+        with _Counting() as operators:
+            call()
     return Count(dict(operators.kernels), dict(launches), operators.views)
 
 

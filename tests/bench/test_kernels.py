@@ -146,3 +146,9 @@ def test_triton_where_it_cannot_run_is_refused_before_anything_is_written(refuse
 def test_triton_for_a_layout_that_it_does_not_cover_is_refused():
     with pytest.raises(SettingError, match="kernels is 'triton', which takes head_dim up to 256, where it is 512"):
         replace(SMALL, head_dim=512, kernels="triton").check()
+
+
+def test_stages_alone_are_refused_by_triton_which_has_none(refused):
+    refused(["bench", "--suites", "parts", "--kernels", "triton"], "kernels is 'triton'", "it must be torch or auto")
+    with pytest.raises(SettingError, match="'parts' times the plain path's stages"):
+        replace(SMALL, suites=["parts"], kernels="triton").check()

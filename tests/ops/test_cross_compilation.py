@@ -54,6 +54,7 @@ RARE = [
         (2, {"variant": "weighted_concat", "by_expert": True}),
         (4, {"variant": "hard_concat", "learned": False, "norm": True}),
         (1, {"G": 32, "M": 8}),
+        (2, {"G": 3, "M": 3, "r": d // 2, "norm": True, "by_expert": True, "given": True, "first": True}),
     ]
 ]
 

@@ -153,6 +153,10 @@ class BenchSettings(Settings):
             )
         if self.compile and "parts" in self.suites:
             raise SettingError("suites holds 'parts', which times the stages of a layer; with compile it must not")
+        if self.kernels == "triton" and self.suites == ["parts"]:
+            raise SettingError(
+                "kernels is 'triton', where 'parts' times the plain path's stages; it must be torch or auto"
+            )
 
     def _check_cuda_graph(self) -> None:
         if self.torch_device != "cuda":

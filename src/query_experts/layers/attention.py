@@ -41,7 +41,7 @@ from query_experts.ops.kernels import Kernels, check_kernels, described, no_trit
 from query_experts.ops.rotate import rotary_cos_sin, rotate
 from query_experts.ops.select import scatter_experts, select_experts, selected_queries
 
-COPIED_TOKENS = 1024  # from which a copy of the queries costs little beside attention
+COPIED_TOKENS = 1024  # from which a copy of the queries should cost little beside attention (not measured)
 
 
 @dataclass(frozen=True)

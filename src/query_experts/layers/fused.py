@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -28,9 +27,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from query_experts.layers.caches import check_writer
 from query_experts.layers.masks import has_values
 from query_experts.layers.router import Router
-from query_experts.ops import triton_decode as _triton_decode  # noqa: F401 - registers the operator
 from query_experts.ops.attend import ONE_CALL_TOKENS, attend, uses_shared_decode
 from query_experts.ops.fused import Combine, Layout, Prepare, ProjectAndPrepare, operators, wide_product
+from query_experts.ops.select import is_hooked
+from query_experts.ops.triton_decode import triton_decode
 
 JOINED_BYTES = 8 * 2**20  # of the projections' weights; larger ones aren't joined for one product
 MOST_DECODED_GROUPS = 16  # of the kernel for one token; the sums of more don't fit into registers (compiled)
@@ -63,9 +63,7 @@ def fused_attention(
         experts [B, T, G, k] or None for all.
     """
     keys_are_new = _keys_are_new(layer, x.shape[1], past_key_values, kwargs)
-    if layer.top_k > 1 and isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1:
-        keys_are_new = False  # a mask of each head fits the plain path's heads
-    layout = _layout(layer, x, keys_are_new)
+    layout = _layout(layer, x, mask, keys_are_new)
     static = _static_layer(layer, x, past_key_values)
     prepared = prepare(layer, x, cos_sin, layout, static)
     if static is None:
@@ -93,9 +91,10 @@ def fused_attention(
     return y, weights, logits, prepared.indices
 
 
-def _layout(layer: Any, x: Tensor, keys_are_new: bool) -> Layout:
+def _layout(layer: Any, x: Tensor, mask: Any, keys_are_new: bool) -> Layout:
     batch, num_tokens, _ = x.shape
-    shared_key = layer.shared_head is not None and keys_are_new
+    by_head = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] > 1  # fits the plain path's heads
+    shared_key = layer.shared_head is not None and keys_are_new and not (by_head and layer.top_k > 1)
     copies = 0 if layer.shared_head is None else 1
     if shared_key and _one_call(layer, batch * num_tokens):
         copies = layer.top_k
@@ -116,11 +115,9 @@ def _keys_are_new(layer: Any, num_tokens: int, past_key_values: Cache | None, kw
     return bool(past_key_values.get_seq_length(layer.layer_idx) == 0)
 
 
-def _static_layer(layer: Any, x: Tensor, past_key_values: Cache | None) -> StaticLayer | None:
+def _static_layer(layer: Any, x: Tensor, past_key_values: Any) -> StaticLayer | None:
     """The layer's part of a static cache, where `prepare` may write into it as the cache itself would."""
-    if not isinstance(past_key_values, StaticCache) or type(past_key_values) is not StaticCache:
-        return None
-    if past_key_values.offloading or torch.is_grad_enabled():
+    if type(past_key_values) is not StaticCache or past_key_values.offloading or torch.is_grad_enabled():
         return None
     layers = past_key_values.layers
     part: Any = layers[layer.layer_idx] if layer.layer_idx < len(layers) else None
@@ -142,11 +139,9 @@ def _is_full(part: StaticLayer, x: Tensor) -> bool:
     return int(part.cumulative_length.numpy()) + x.shape[1] > part.max_cache_len
 
 
-def _hand_over(layer: Any, past_key_values: Cache | None, key: Tensor, value: Tensor) -> bool:
+def _hand_over(layer: Any, past_key_values: Any, key: Tensor, value: Tensor) -> bool:
     """Makes keys and values [B, G, T, d] those of an empty growing cache, without its copy; says whether it did."""
-    if not isinstance(past_key_values, DynamicCache) or type(past_key_values) is not DynamicCache:
-        return False
-    if past_key_values.offloading or key.requires_grad:
+    if type(past_key_values) is not DynamicCache or past_key_values.offloading or key.requires_grad:
         return False
     if layer.layer_idx > len(past_key_values):
         return False
@@ -181,7 +176,7 @@ def _decodes(layer: Any, heads: Tensor, key: Tensor, value: Tensor, mask: Any, p
 def _decode(layer: Any, prepared: Prepared, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """The slots [B, slots * d] of one new token over keys and values [B, G, S, d]."""
     logits = None if prepared.logits is None else prepared.logits.unflatten(-1, (layer.num_kv_heads, -1))
-    return operators.decode(
+    return triton_decode(
         prepared.heads[:, 0], key, value, None if mask is None else mask[:, 0, 0], logits,
         None if prepared.indices is None else prepared.indices[:, 0], layer.scaling, layer.variant,
         layer.output_projection, layer.shared_head_kv,
@@ -200,13 +195,14 @@ def prepare(
     """Projects x [B, T, D], selects, normalises and rotates; keys and values go into the static cache, if any."""
     batch, num_tokens, _ = x.shape
     rows = x.reshape(batch * num_tokens, -1)
-    cos, sin = cos_sin if cos_sin is not None else (None, None)
-    norms = (None, None)
+    given = None if layer.forced_indices is None or layer.router is None else _given_experts(layer, x)
+    norms: tuple[Tensor | None, Tensor | None] = (None, None)
     if layer.q_norm is not None and _are_plain_norms(layer, rows):
         norms = layer.q_norm.weight, layer.k_norm.weight
     norms_apart = layer.q_norm is not None and norms[0] is None
-    given = None if layer.forced_indices is None or layer.router is None else _given_experts(layer, x)
-    indices = None if given is None else given.reshape(batch * num_tokens, *given.shape[2:])
+    angles = cos_sin if cos_sin is not None else (None, None)
+    rest = (None if given is None else given.flatten(0, 1), *angles, *norms)
+
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.q_shared)
     plain = all(_is_plain(module, rows) for module in (*projections, layer.router))
     keys = values = None
@@ -214,31 +210,40 @@ def prepare(
     if in_one and x.dtype != torch.float16:  # in which a logit's small gradient would be 0
         weights, biases = (_of_each(projections, name) for name in ("weight", "bias"))
         router = None if layer.router is None else layer.router.weight
-        heads, keys, values, logits, chosen = ProjectAndPrepare.apply(
-            rows, *weights, *biases, router, indices, cos, sin, *norms, layout
-        )
+        heads, keys, values, logits, chosen = ProjectAndPrepare.apply(rows, *weights, *biases, router, *rest, layout)
     else:
-        logits = projected = None
-        plain = plain and not torch.is_grad_enabled()
+        readable = plain and not torch.is_grad_enabled()
+        logits = None
         if layer.router is not None:
-            logits = wide_product(rows, layer.router.weight) if plain else layer.router(x)
-        if plain and not layer.training:  # checkpointing runs a training layer without gradients first, and must agree
-            projected = _in_one_product(projections, rows, layout.widths)
-        if projected is None:
-            projected = [None if module is None else module(x).flatten(0, 1) for module in projections]
-        if norms_apart:
-            projected = _normalised(layer, projected)
-        inputs = (*projected, None if logits is None else logits.detach(), indices, cos, sin, *norms)
+            logits = wide_product(rows, layer.router.weight) if readable else layer.router(x)
+        projected = _project(layer, x, projections, layout.widths, readable, norms_apart)
+        inputs = (*projected, None if logits is None else logits.detach(), *rest)
         if static is None:
             heads, keys, values, chosen = Prepare.apply(*inputs, layout)
         else:
             heads, chosen = operators.prepare_cached(
                 *inputs, layout.eps, static.keys, static.values, static.cumulative_length, *layout.heads
             )
-            static.cumulative_length.add_(x.shape[1])
+            static.cumulative_length.add_(num_tokens)
     if given is None and layer.router is not None:
         given = chosen.view(batch, num_tokens, layout.G, layout.k)
     return Prepared(heads, keys, values, logits, given)
+
+
+def _project(
+    layer: Any, x: Tensor, projections: Sequence[nn.Module | None], widths: list[int], readable: bool,
+    norms_apart: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    """x [B, T, D] -> query, key, value and shared query, [R, width] each or None; in one product where that is fast.
+
+    readable: whether the weights can be read past their modules. norms_apart: whether to call the norms' modules here.
+    """
+    projected = None
+    if readable and not layer.training:  # checkpointing runs a training layer without gradients first, and must agree
+        projected = _in_one_product(projections, x.flatten(0, 1), widths)
+    if projected is None:
+        projected = [None if module is None else module(x).flatten(0, 1) for module in projections]
+    return _normalised(layer, projected) if norms_apart else projected
 
 
 def _given_experts(layer: Any, x: Tensor) -> Tensor:
@@ -252,7 +257,7 @@ def _given_experts(layer: Any, x: Tensor) -> Tensor:
 def _are_plain_norms(layer: Any, rows: Tensor) -> bool:
     """Whether the norms are what the kernels compute: RMSNorm by a weight that can be read past its module."""
     norms = (layer.q_norm, layer.k_norm)
-    if any(type(norm) is not LlamaRMSNorm or _is_hooked(norm) for norm in norms):
+    if any(type(norm) is not LlamaRMSNorm or is_hooked(norm) for norm in norms):
         return False
     weights = [norm.weight for norm in norms]
     plain = all(type(w) is nn.Parameter and w.device == rows.device for w in weights)
@@ -268,12 +273,6 @@ def _normalised(layer: Any, projected: list[Tensor | None]) -> list[Tensor | Non
     query, *rest = layer.q_norm(torch.cat(heads, 1)).split([t.shape[1] for t in heads], 1)
     key = layer.k_norm(key.unflatten(-1, (-1, layer.head_dim)))
     return [query.flatten(1), key.flatten(1), value, rest[0].flatten(1) if rest else None]
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its class's forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or _has_any_global_hook() or "forward" in vars(module)
 
 
 def _of_each(modules: Sequence[nn.Module | None], name: str) -> list[Tensor | None]:
@@ -299,7 +298,7 @@ def _is_plain(module: nn.Module | None, rows: Tensor) -> bool:
     """Whether a module is a linear map, or the router, whose weights can be read past its call, in the dtype of x."""
     if module is None:
         return True
-    if type(module).forward not in (nn.Linear.forward, Router.forward) or _is_hooked(module):
+    if type(module).forward not in (nn.Linear.forward, Router.forward) or is_hooked(module):
         return False
     if torch.is_autocast_enabled(rows.device.type):
         return False

@@ -63,8 +63,11 @@ def changed_step(layer: Any) -> str | None:
 
 def no_triton_on(device: torch.device) -> str | None:
     """Why the kernels can't run on a device; None where they can."""
-    if missing := no_triton():
-        return missing
+    return no_triton() or wrong_device(device)
+
+
+def wrong_device(device: torch.device) -> str | None:
+    """What of a device Triton's kernels can't run on, where Triton is installed; None where they can."""
     if device.type == "cuda":
         return "doesn't support ROCm" if torch.version.hip else None
     if device.type == "cpu" and interpreted():
@@ -119,11 +122,10 @@ def uses_triton(layer: Any, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) ->
     Raises:
         ValueError: where `kernels` is `triton` and they can't.
     """
-    if layer.kernels == "torch" or x.numel() == 0:
+    if check_kernels(layer.kernels) == "torch" or x.numel() == 0:
         return False
     if layer.kernels == "auto":
         return measured_on(x.device) and not (no_triton_on(x.device) or not_covered(layer) or not_taken(x, cos_sin))
-    reason = no_triton_on(x.device) or not_covered(layer) or not_taken(x, cos_sin)
-    if reason:
+    if reason := wrong_device(x.device) or not_taken(x, cos_sin):  # set_kernels has asked about the rest
         raise ValueError(f"kernels is 'triton', which {reason}; kernels='torch' runs here")
     return True

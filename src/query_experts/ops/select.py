@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 SPARSE_FROM = 8  # experts per selected one, from which reading only the selected rows of W_Q is faster (measured)
 
@@ -64,8 +65,13 @@ def is_plain_linear(module: nn.Module, device: torch.device) -> bool:
 
 def is_unchanged_linear(module: nn.Module) -> bool:
     """Whether a module is an `nn.Linear` that nothing hooks into or replaces."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked
+    return type(module) is nn.Linear and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward: by hooks, global ones too, or a replacement."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or _has_any_global_hook() or "forward" in vars(module)
 
 
 def row_numbers(indices_BTGk: Tensor, num_experts: int) -> Tensor:

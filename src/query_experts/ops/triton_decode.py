@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from query_experts.ops.triton_operators import launch
+from query_experts.ops.dtypes import wide
+from query_experts.ops.triton_operators import accumulator_of, define, launch
 
 PROGRAMS_OF_ALL_GROUPS = 3  # of `_piece` on one processor of a GPU: for so many at once it has registers
 PROGRAMS_OF_ONE_GROUP = 5  # likewise; each has fewer loads in flight
@@ -310,15 +311,14 @@ def _decode(
         t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (query, key, value, mask)
     )
     logits, indices = (t.contiguous() if t is not None else None for t in (logits, indices))
-    kind = torch.promote_types(query.dtype, torch.float32)
-    accumulator = tl.float64 if kind == torch.float64 else tl.float32
+    sums = accumulator_of(query)
     unit = unit_of(d, *key.stride()[:3], *value.stride()[:3])
     shared_groups = 0 if not has_shared else G if shared_head_kv == "mean" else 1
-    constants = piece_constants(G, k, d, shared_groups, scaling, mask is not None, unit, accumulator)
+    constants = piece_constants(G, k, d, shared_groups, scaling, mask is not None, unit, sums)
     parts = G // constants["groups"] * (k // constants["ranks"])
     wanted = (PROGRAMS_OF_ALL_GROUPS if has_shared else PROGRAMS_OF_ONE_GROUP) * num_processors(key.device)
     pieces = max(1, min(triton.cdiv(S, constants["S_tile"]), wanted // (B * parts)))
-    partial = query.new_empty(B * pieces * H * (d + 2), dtype=kind)
+    partial = query.new_empty(B * pieces * H * (d + 2), dtype=wide(query.dtype))
     strides = [stride // unit for t in (key, value) for stride in t.stride()[:3]]
     M = logits.shape[2] if logits is not None else k
     by_expert = output_projection == "expert" and logits is not None
@@ -330,7 +330,7 @@ def _decode(
     launch(
         _join, (B, triton.cdiv(d, JOINED_COLUMNS)), key,
         partial, logits if logits is not None else partial, indices if indices is not None else partial, output,
-        pieces, **join_constants(G, M, k, d, variant, logits is not None, by_expert, accumulator),
+        pieces, **join_constants(G, M, k, d, variant, logits is not None, by_expert, sums),
         num_warps=NUM_WARPS,
     )  # fmt: skip
     return output
@@ -345,14 +345,11 @@ def _decode_fake(
     )
 
 
-# defined so and not by custom_op, which costs a call twice as much time on the host
-torch.library.define(
-    "query_experts::decode",
-    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? logits, Tensor? indices, float scaling, "
+define(
+    "decode(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? logits, Tensor? indices, float scaling, "
     "str variant, str output_projection, str shared_head_kv) -> Tensor",
-)
-torch.library.impl("query_experts::decode", "CompositeExplicitAutograd", _decode)
-torch.library.register_fake("query_experts::decode", _decode_fake)
+    _decode, _decode_fake,
+)  # fmt: skip
 
 
 def triton_decode(

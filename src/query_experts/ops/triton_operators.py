@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from query_experts.ops import triton_combine, triton_prepare
+from query_experts.ops.dtypes import wide
 from query_experts.ops.kernels import interpreted
 
 TILE = 4096  # numbers of a [tokens, groups, d] tile that a program holds at once: no register spills up to there
@@ -55,8 +56,8 @@ def tokens_a_program(G: int, M: int, d: int, norm: bool = False) -> int:
     return max(1, min(MOST_TOKENS, (TILE_NORM if norm else TILE) // (padded(G) * max(padded(d), padded(M)))))
 
 
-def wide(tensor: Tensor) -> Any:
-    """The dtype in which kernels compute."""
+def accumulator_of(tensor: Tensor) -> Any:
+    """The dtype in which kernels compute, as Triton names it."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
@@ -111,7 +112,7 @@ def _prepare_into(
         0 if logits is None else logits.stride(0), cos_batch, *keys.stride()[:3], *values.stride()[:3],
         num_tokens, num_rows, keys.shape[1], eps, G, M, k, copies, d, r, **sizes, NORM=query_norm is not None,
         ROUTED=logits is not None or given is not None, GIVEN=given is not None, SHARED_KEY=shared_key, MEAN=mean,
-        CACHED=start is not None, WIDE=wide(query), num_warps=4,
+        CACHED=start is not None, WIDE=accumulator_of(query), num_warps=4,
     )  # fmt: skip
     return heads, chosen
 
@@ -192,9 +193,7 @@ def _prepare_back(
     sizes = _sizes(G, M, d, r, query_norm is not None)
     programs = triton.cdiv(num_rows, sizes["BLOCK"])
     packed = heads.new_empty(num_rows, _packed_width(G, M, d, copies, logit_parts))
-    norms = heads.new_empty(
-        programs if query_norm is not None else 0, 2, d, dtype=torch.promote_types(heads.dtype, torch.float32)
-    )
+    norms = heads.new_empty(programs if query_norm is not None else 0, 2, d, dtype=wide(heads.dtype))
     launch(
         triton_prepare.prepare_back, (programs,), heads,
         heads, keys, values,
@@ -202,7 +201,7 @@ def _prepare_back(
         packed, norms, *heads.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         *(0 if t is None else t.stride(0) for t in (logits, query, key, shared)), cos_batch, num_tokens, num_rows, eps,
         G, M, k, copies, d, r, **sizes, NORM=query_norm is not None, ROUTED=indices is not None,
-        SHARED_KEY=shared_key, MEAN=mean, LOGIT_PARTS=logit_parts, WIDE=wide(heads), num_warps=4,
+        SHARED_KEY=shared_key, MEAN=mean, LOGIT_PARTS=logit_parts, WIDE=accumulator_of(heads), num_warps=4,
     )  # fmt: skip
     return packed, norms
 
@@ -218,7 +217,7 @@ def _prepare_back_fake(
     programs = (num_rows + block - 1) // block if query_norm is not None else 0
     return (
         heads.new_empty(num_rows, _packed_width(G, M, d, copies, logit_parts)),
-        heads.new_empty(programs, 2, d, dtype=torch.promote_types(heads.dtype, torch.float32)),
+        heads.new_empty(programs, 2, d, dtype=wide(heads.dtype)),
     )
 
 
@@ -236,8 +235,8 @@ def _combine(
         triton_combine.combine, (triton.cdiv(num_rows, sizes["BLOCK"]),), heads,
         heads, behind, heads if logits is None else logits, heads if indices is None else indices, slots,
         heads.stride(0), behind.stride(0), 0 if logits is None else logits.stride(0), num_rows, G, M, k, d, **sizes,
-        ROUTED=indices is not None, BY_EXPERT=by_expert, WEIGHTED_SLOT=weighted_slot, SCALED=scaled, WIDE=wide(heads),
-        num_warps=4,
+        ROUTED=indices is not None, BY_EXPERT=by_expert, WEIGHTED_SLOT=weighted_slot, SCALED=scaled,
+        WIDE=accumulator_of(heads), num_warps=4,
     )  # fmt: skip
     return slots
 
@@ -271,8 +270,8 @@ def _combine_back(
         slots, heads, heads if logits is None else logits, heads if indices is None else indices,
         of_heads, behind, of_logits, slots.stride(0), heads.stride(0), 0 if logits is None else logits.stride(0),
         of_heads.stride(0), behind.stride(0), num_rows, G, M, k, heads.shape[1] - G * k, d, **sizes,
-        ROUTED=indices is not None, BY_EXPERT=by_expert, WEIGHTED_SLOT=weighted_slot, SCALED=scaled, WIDE=wide(heads),
-        num_warps=4,
+        ROUTED=indices is not None, BY_EXPERT=by_expert, WEIGHTED_SLOT=weighted_slot, SCALED=scaled,
+        WIDE=accumulator_of(heads), num_warps=4,
     )  # fmt: skip
     return of_heads, of_shared, of_logits
 
@@ -285,9 +284,7 @@ def _combine_back_fake(
     return (
         heads.new_empty(heads.shape),
         heads.new_empty(num_rows if shared_apart else 0, d),
-        heads.new_empty(
-            num_rows if logits is not None else 0, G * M, dtype=torch.promote_types(heads.dtype, torch.float32)
-        ),
+        heads.new_empty(num_rows if logits is not None else 0, G * M, dtype=wide(heads.dtype)),
     )
 
 
