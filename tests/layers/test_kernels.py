@@ -656,3 +656,39 @@ def test_a_mask_of_each_head_fits_the_heads_of_eager_attention():
     mask[:, 2] *= 0.5
     outputs = [layer.route_and_attend(x, mask, angles, None)[0] for layer in (plain, by_triton(plain))]
     assert error(*outputs) < 5e-6
+
+
+def test_a_bf16_router_s_gradient_is_that_of_float32_logits_rounded_once():
+    layer, (x, _) = by_triton(build("gqe").bfloat16()), inputs(torch.bfloat16)
+    cotangent = torch.randn(B, T, 4, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    _, routing = layer(x, output_routing=True)
+    (routing.logits * cotangent).sum().backward()
+    exact = cotangent.double().view(B * T, 8).mT @ x.double().view(B * T, D)
+    assert rounding(layer.router.weight.grad, exact) <= 1.01 * rounding(exact.bfloat16(), exact)
+
+
+def test_keys_with_gradients_are_copied_into_the_cache_which_may_then_change():
+    layer, (x, _) = by_triton(build("gqe")), inputs()
+    leaf, cache = x.clone().requires_grad_(), DynamicCache()
+    y = layer(leaf, past_key_values=cache)
+    with torch.no_grad():
+        cache.layers[0].keys.zero_()
+    (y * y.detach().sin()).sum().backward()
+    plain = build("gqe")
+    (gradient,) = torch.autograd.grad((plain(x.requires_grad_()) * y.detach().sin()).sum(), x)
+    assert error(leaf.grad, gradient) < 5e-6
+
+
+def test_global_hooks_see_the_projections_of_both_paths():
+    plain, (x, _) = build("gqe"), inputs()
+    called = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: called.append(type(module)))
+    try:
+        counts = []
+        for layer in (plain, by_triton(plain)):
+            called.clear()
+            layer(x)
+            counts.append([called.count(nn.Linear), called.count(Router)])
+    finally:
+        handle.remove()
+    assert counts == [[5, 1], [5, 1]]
