@@ -60,7 +60,11 @@ def header(result: BenchResult) -> str:
     named = {kind: ", ".join(arms) for kind, arms in by_kind.items()}
     chosen = "; ".join(f"{kind} for {arms}" for kind, arms in named.items() if kind != STOCK)
     line += f" Stock Llama: {named[STOCK]}."
-    return line + (f" Kernels: {settings.kernels}, which is {chosen}." if chosen else "")
+    if chosen:
+        line += f" Kernels: {'auto, which is ' if settings.kernels == 'auto' else ''}{chosen}."
+    if "triton" in named and result.environment.device == "cpu":
+        line += " Triton interprets its kernels on a CPU, so their times mean nothing."
+    return line
 
 
 def _print(rows: list[list[str]], title: str, console: Console) -> None:
