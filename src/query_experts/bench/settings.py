@@ -58,7 +58,8 @@ class BenchSettings(Settings):
     """
 
     elsewhere = Elsewhere(
-        {"fused_decode": None}, "an option that has become kernels; it must be left out, and kernels be triton or torch"
+        {"fused_decode": None},
+        "which has become kernels; it must be left out: --kernels torch or triton takes its place",
     )
     older: ClassVar[dict[str, tuple[str, dict[bool, str]]]] = {
         "fused_decode": ("kernels", {False: "torch", True: "triton"})

@@ -112,9 +112,8 @@ def use_recipe(parser: SettingsParser, path: Any, recipe: dict[str, Any], also_k
     names = {f.name for f in fields(parser.kind)} | parser.kind.elsewhere.defaults.keys()  # type: ignore[arg-type]
     for name, value in recipe.items():
         if name not in names | also_known:
-            raise SettingError(
-                f"recipe {path} sets {name!r}; it must be one of {', '.join(sorted(names | also_known))}"
-            )
+            offered = (names | also_known) - parser.kind.elsewhere.defaults.keys()
+            raise SettingError(f"recipe {path} sets {name!r}; it must be one of {', '.join(sorted(offered))}")
         if name not in names:
             continue
         option = parser.option(name)
