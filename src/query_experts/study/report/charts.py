@@ -127,15 +127,7 @@ def _loss_legend(figure: Figure, arms: Sequence[str], styles: Mapping[int, Any],
         ]
     if crosses:
         entries.append(Line2D([], [], color=FAINT, linestyle="none", marker="x", markersize=7, label="diverged"))
-    figure.legend(
-        handles=entries,
-        loc="outside lower center",
-        ncols=min(len(entries), 6),
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        handlelength=2.4,
-    )
+    figure.legend(handles=entries, handlelength=2.4, **LEGEND | {"ncols": 3})
 
 
 def difference_figure(comparison: Comparison) -> Figure | None:
