@@ -46,12 +46,13 @@ class Resources:
 
 
 def compile_for(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int, capability: int
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], launch: dict[str, int], capability: int
 ) -> Resources:
     """Compiles a `triton.jit` function for NVIDIA's compute capability (90: sm_90).
 
     signature: the arguments' types, as `*bf16` or `i64`, in any order. Pointers are taken to be aligned to 16 bytes,
-    as torch allocates them; `i32:16` is a number that 16 divides. constants: the compile-time arguments.
+    as torch allocates them; `i32:16` is a number that 16 divides. constants: the
+    compile-time arguments. launch: the options of a launch, as num_warps.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -65,7 +66,7 @@ def compile_for(
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=values, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps},
+        options=launch,
     )
     ptx, tensors = compiled.asm["ptx"], compiled.asm["ttir"]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -105,7 +106,7 @@ def decode_kernels(
     unit = triton_decode.unit_of(d)
     constants = triton_decode.piece_constants(G, k, d, shared_groups, d**-0.5, masked, unit, accumulator)
     joined = triton_decode.join_constants(G, M or k, k, d, variant, M is not None, by_expert, accumulator)
-    warps = triton_decode.NUM_WARPS
+    warps = {"num_warps": triton_decode.NUM_WARPS}
     return [(triton_decode._piece, piece, constants, warps), (triton_decode._join, join, joined, warps)]
 
 
@@ -150,7 +151,7 @@ def layer_kernels(
         (triton_combine.combine, slots),
         (triton_combine.combine_back, {**slots, "C": copies}),
     ]
-    return [(kernel, types, constants, 4) for kernel, constants in kernels]
+    return [(kernel, types, constants, triton_operators.OPTIONS) for kernel, constants in kernels]
 
 
 FAMILIES = {"decode": decode_kernels, "layer": layer_kernels}

@@ -24,6 +24,8 @@ from query_experts.ops.kernels import interpreted
 TILE = 4096  # numbers of a [tokens, groups, d] tile that a program holds at once: no register spills up to there
 TILE_NORM = 2048  # with norms, whose backward pass holds more tiles
 MOST_TOKENS = 16  # of a program
+# without the second, the assembler spills a few bytes of some layouts to fit one more program into a processor
+OPTIONS = {"num_warps": 4, "maxnreg": 255}
 
 Operator = Callable[..., Any]
 
@@ -112,7 +114,7 @@ def _prepare_into(
         0 if logits is None else logits.stride(0), cos_batch, *keys.stride()[:3], *values.stride()[:3],
         num_tokens, num_rows, keys.shape[1], eps, G, M, k, copies, d, r, **sizes, NORM=query_norm is not None,
         ROUTED=logits is not None or given is not None, GIVEN=given is not None, SHARED_KEY=shared_key, MEAN=mean,
-        CACHED=start is not None, WIDE=accumulator_of(query), num_warps=4,
+        CACHED=start is not None, WIDE=accumulator_of(query), **OPTIONS,
     )  # fmt: skip
     return heads, chosen
 
@@ -201,7 +203,7 @@ def _prepare_back(
         packed, norms, *heads.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         *(0 if t is None else t.stride(0) for t in (logits, query, key, shared)), cos_batch, num_tokens, num_rows, eps,
         G, M, k, copies, d, r, **sizes, NORM=query_norm is not None, ROUTED=indices is not None,
-        SHARED_KEY=shared_key, MEAN=mean, LOGIT_PARTS=logit_parts, WIDE=accumulator_of(heads), num_warps=4,
+        SHARED_KEY=shared_key, MEAN=mean, LOGIT_PARTS=logit_parts, WIDE=accumulator_of(heads), **OPTIONS,
     )  # fmt: skip
     return packed, norms
 
@@ -236,7 +238,7 @@ def _combine(
         heads, behind, heads if logits is None else logits, heads if indices is None else indices, slots,
         heads.stride(0), behind.stride(0), 0 if logits is None else logits.stride(0), num_rows, G, M, k, d, **sizes,
         ROUTED=indices is not None, BY_EXPERT=by_expert, WEIGHTED_SLOT=weighted_slot, SCALED=scaled,
-        WIDE=accumulator_of(heads), num_warps=4,
+        WIDE=accumulator_of(heads), **OPTIONS,
     )  # fmt: skip
     return slots
 
@@ -271,7 +273,7 @@ def _combine_back(
         of_heads, behind, of_logits, slots.stride(0), heads.stride(0), 0 if logits is None else logits.stride(0),
         of_heads.stride(0), behind.stride(0), num_rows, G, M, k, heads.shape[1] - G * k, d, **sizes,
         ROUTED=indices is not None, BY_EXPERT=by_expert, WEIGHTED_SLOT=weighted_slot, SCALED=scaled,
-        WIDE=accumulator_of(heads), num_warps=4,
+        WIDE=accumulator_of(heads), **OPTIONS,
     )  # fmt: skip
     return of_heads, of_shared, of_logits
 
