@@ -1,7 +1,7 @@
 """Grouped Query Experts (arXiv 2606.20945): experts and a router inside the attention layer of a language model."""
 
 from query_experts.layers.attention import GQEAttention, Routing
-from query_experts.model.configuration_gqe import GQEConfig
+from query_experts.model.configuration_gqe import SHARDS_BY_GROUP, GQEConfig
 from query_experts.model.heads import (
     GQEForQuestionAnswering,
     GQEForSequenceClassification,
@@ -27,3 +27,6 @@ __all__ = [
     "GQETokenClassifierOutput",
     "Routing",
 ]
+
+if SHARDS_BY_GROUP:
+    import query_experts.model.tensor_parallel  # registers the style that GQEConfig's plan names

@@ -22,6 +22,7 @@ from model_helpers import (
 )
 from query_experts import GQEAttention, GQEConfig, GQEForCausalLM, GQEModel
 from query_experts.convert import from_dense
+from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 
 OURS = {
     "active_query_experts": 1,
@@ -284,11 +285,12 @@ def test_the_auto_classes_load_what_was_saved(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is GQEForCausalLM
 
 
-def test_tensor_parallelism_leaves_attention_whole():
+def test_tensor_parallelism_leaves_router_and_shared_query_whole_and_attention_where_transformers_cannot_split_it():
     model = tiny_model()
     for plan in (model.config.base_model_tp_plan, model.tp_plan, model.model.tp_plan):
-        assert not [name for name in plan if "attn" in name or "router" in name]
+        assert not [name for name in plan if "router" in name or "q_shared" in name]
         assert any("mlp" in name for name in plan)
+        assert any("attn" in name for name in plan) == SHARDS_BY_GROUP
 
 
 # ---------------------------------------------------------------------------------------------------------------------

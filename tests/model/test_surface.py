@@ -42,7 +42,7 @@ LOSSES = "the router's losses need them"
 OLD_PREFIX = "Llama's is 'transformer' for the sake of old checkpoints; with ours a language model's weights load"
 DIFFERENT = {
     ("*", "_can_record_outputs"): "attention weights come from GQESelfAttention",
-    ("*", "_tp_plan"): "10 output slots don't split like 16 heads: ranks replicate attention",
+    ("*", "_tp_plan"): "10 output slots don't split like 16 heads: KV groups have a style of their own",
     ("GQEConfig", "base_model_tp_plan"): "the same",
     ("GQEConfig", "keys_to_ignore_at_inference"): "outputs that are no predictions",
     ("GQEForCausalLM", "balance_window"): LOSSES,

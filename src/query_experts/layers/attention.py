@@ -123,6 +123,7 @@ class GQEAttention(nn.Module):
 
     kernels: Kernels = "auto"
     forced_indices: Tensor | None = None
+    is_group_parallel = False  # whether a rank has only some of the groups (model/tensor_parallel.py)
     hidden_size: int | None = None  # of a layer that an older version pickled
 
     def __init__(
@@ -328,7 +329,7 @@ class GQEAttention(nn.Module):
         """x [B, T, D] -> logits [B, T, G, M] and selected experts [B, T, G, k]: top-k by the logits."""
         if self.router is None:
             return self.routing_of(x, None, None)
-        logits = self.router(x).view(*x.shape[:2], self.num_kv_heads, self.experts_per_group)
+        logits = self.router(x).view(*x.shape[:2], -1, self.experts_per_group)
         indices = self.forced_indices
         if indices is None:
             indices = select_top_k(logits.detach(), self.top_k)
@@ -356,9 +357,14 @@ class GQEAttention(nn.Module):
             key, value = self.project_keys_values(x)
         else:
             queries, key, value = self._split_product(rows, routing)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, key = [self.q_norm(torch.cat(queries, 2))], self.k_norm(key)
+        queries, key = self.normalise(queries, key)
         return torch.cat([*queries, key], 2), value
+
+    def normalise(self, queries: list[Tensor], key: Tensor) -> tuple[list[Tensor], Tensor]:
+        """QK norm of queries and keys [B, T, heads, d], where the layer has it."""
+        if self.q_norm is None or self.k_norm is None:
+            return queries, key
+        return [self.q_norm(torch.cat(queries, 2))], self.k_norm(key)
 
     def _split_product(self, rows: Tensor, routing: Routing) -> tuple[list[Tensor], Tensor, Tensor]:
         """The rows of q_proj, q_shared, k_proj and v_proj -> as `project_queries` and `project_keys_values`."""
@@ -387,6 +393,12 @@ class GQEAttention(nn.Module):
         """x [B, T, D] -> keys and values of all groups, [B, T, G, d]."""
         heads = (-1, self.head_dim)
         return self.k_proj(x).unflatten(-1, heads), self.v_proj(x).unflatten(-1, heads)
+
+    def shared_key_value(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, S, d] -> the one head [B, 1, S, d] of each that the shared head reads."""
+        if self.shared_head_kv == "mean":
+            return key.mean(1, keepdim=True), value.mean(1, keepdim=True)
+        return key[:, :1], value[:, :1]
 
     def combine(self, routed: Tensor, shared: Tensor | None, routing: Routing) -> Tensor:
         """The rows that W_O takes: hard slots, weighted slot, shared head.

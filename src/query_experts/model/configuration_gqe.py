@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
@@ -13,6 +15,16 @@ from query_experts.layers.validation import CONFIG_NAMES, check_layout, default_
 from query_experts.model.remote_code import AUTO_MAP, write_shim
 from query_experts.model.rotary import check_rope_frequencies, check_rope_parameters, without_none
 
+# from 5.20 on, Transformers has what `tensor_parallel` needs
+SHARDS_BY_GROUP = tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) >= (5, 20)
+KV_GROUPS = "gqe_kv_groups"  # the style that `tensor_parallel` registers
+ATTENTION_TP_PLAN = {
+    "layers.*.self_attn": KV_GROUPS,
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "colwise_gather_output",
+}
 WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")  # which Transformers' caches obey in any model
 
 
@@ -43,8 +55,8 @@ class GQEConfig(LlamaConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
         "past_key_values", "lm_loss", "task_loss", "aux_loss", "router_logits",
     ]  # fmt: skip
-    # 10 output slots don't split like 16 heads: tensor-parallel ranks replicate attention and split the MLP
     base_model_tp_plan: ClassVar[dict[str, str]] = {
+        **(ATTENTION_TP_PLAN if SHARDS_BY_GROUP else {}),  # else every rank has all of attention
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",

@@ -43,6 +43,7 @@ def check_kernels_setting(kernels: str, device: str, configs: Iterable[LlamaConf
             head_dim=config.head_dim,
             num_kv_heads=config.num_key_value_heads,
             experts_per_group=config.num_attention_heads // config.num_key_value_heads,
+            is_group_parallel=False,
         )
         for config in configs
         if isinstance(config, GQEConfig)

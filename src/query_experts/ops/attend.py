@@ -100,7 +100,7 @@ def attend(
     num_tokens = query.shape[2]
     visible = isinstance(mask, Tensor) and mask.ndim == 4 if mask is not None else num_tokens == 1
     dropout = layer.dropout if layer.training else 0.0
-    if visible and uses_shared_decode(layer, num_tokens, past_key_values):
+    if visible and uses_shared_decode(layer, num_tokens, past_key_values) and not layer.is_group_parallel:
         if _is_short(layer, key):
             return _one_call(layer, query, key, value, mask, scaling=layer.scaling, dropout=dropout)
         return _decode(layer, query, key, value, mask, dropout)
@@ -146,19 +146,12 @@ def _decode(
     return routed.permute(0, 3, 1, 2, 4), shared, returned
 
 
-def _shared_key_value(layer: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The one key and value head [B, 1, S, d] that the shared head reads."""
-    if layer.shared_head_kv == "mean":
-        return key.mean(1, keepdim=True), value.mean(1, keepdim=True)
-    return key[:, :1], value[:, :1]
-
-
 def _two_calls(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, None]:
     routed_query, shared_query = query.split([query.shape[1] - 1, 1], 1)
     routed, _ = layer.routed_heads(routed_query, key, value, mask, **kwargs)
-    shared_key, shared_value = _shared_key_value(layer, key, value)  # here, so as to take no memory before
+    shared_key, shared_value = layer.shared_key_value(key, value)  # here, so as to take no memory before
     shared, _ = layer.shared_head(shared_query, shared_key, shared_value, mask, **kwargs)  # [B, T, 1, d]
     return routed.unflatten(2, (layer.num_kv_heads, layer.top_k)), shared.squeeze(2), None
 
@@ -167,7 +160,7 @@ def _one_call(
     layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One call over one more KV head; each of the others is repeated k times beforehand."""
-    shared_key, shared_value = _shared_key_value(layer, key, value)
+    shared_key, shared_value = layer.shared_key_value(key, value)
     key, value = (
         torch.cat([repeat_kv(routed, layer.top_k), shared], 1)
         for routed, shared in ((key, shared_key), (value, shared_value))

@@ -21,5 +21,10 @@ def weighted_slot(routed_BTGkd: Tensor, log_scores_BTGk: Tensor | None) -> Tenso
     """
     if log_scores_BTGk is None:
         return routed_BTGkd.mean((2, 3))
-    weights = log_scores_BTGk.flatten(2).softmax(-1).to(routed_BTGkd.dtype)  # [B, T, G*k]
-    return (weights[..., None] * routed_BTGkd.flatten(2, 3)).sum(2)
+    weights = weights_of_selected(log_scores_BTGk).to(routed_BTGkd.dtype)
+    return (weights.flatten(2)[..., None] * routed_BTGkd.flatten(2, 3)).sum(2)
+
+
+def weights_of_selected(log_scores_BTGk: Tensor) -> Tensor:
+    """w = p / sum of all selected p, [B, T, G, k], from log p."""
+    return log_scores_BTGk.flatten(2).softmax(-1).view_as(log_scores_BTGk)

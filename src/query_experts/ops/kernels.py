@@ -17,7 +17,10 @@ Kernels = Literal["auto", "torch", "triton"]
 KERNELS = get_args(Kernels)
 OLDEST_TRITON = (3, 6)
 MEASURED: frozenset[tuple[int, int]] = frozenset()  # compute capabilities for which a green GPU suite is committed
-STEPS = ("route", "project", "project_queries", "project_keys_values", "queries_and_keys", "combine", "update_caches")
+STEPS = (
+    "route", "project", "project_queries", "project_keys_values", "normalise", "queries_and_keys", "shared_key_value",
+    "combine", "update_caches",
+)  # fmt: skip
 LARGEST_HEAD_DIM = 256  # a program holds whole heads
 MOST_GROUPS = 64  # and all groups of a token
 
@@ -79,6 +82,8 @@ def not_covered(layer: Any) -> str | None:
     """What of a layer's layout the kernels don't cover; None where they cover it."""
     if layer.head_dim > LARGEST_HEAD_DIM:
         return f"takes head_dim up to {LARGEST_HEAD_DIM}, where it is {layer.head_dim}"
+    if layer.is_group_parallel:
+        return "doesn't run on the groups of one rank (tensor parallelism)"
     if step := changed_step(layer):
         return f"runs no subclass's own {step}"
     if layer.num_kv_heads > MOST_GROUPS or layer.experts_per_group > MOST_GROUPS:
