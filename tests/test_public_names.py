@@ -25,16 +25,17 @@ PUBLIC = [
     "from query_experts.replay import replayed_routing",
     "from query_experts.cli import main",
 ]
-ROOMS = ["common", "ops", "layers", "model", "data", "convert", "study", "bench", "evaluate", "serving"]
+ROOMS = ["common", "ops", "layers", "model", "distributed", "data", "convert", "study", "bench", "evaluate", "serving"]
 # a room imports only rooms before it in this order, but study, bench and evaluate don't import one another
 BELOW = {
     "common": set(),
     "ops": {"common"},
     "layers": {"common", "ops"},
     "model": {"common", "ops", "layers"},
+    "distributed": {"common", "model"},
     "data": {"common"},
     "convert": {"common", "ops", "layers", "model", "data"},
-    "study": {"common", "ops", "layers", "model", "data"},
+    "study": {"common", "ops", "layers", "model", "distributed", "data"},
     "bench": {"common", "ops", "layers", "model"},
     "evaluate": {"common", "model"},
     "serving": {"common", "ops", "layers", "model"},

@@ -29,4 +29,4 @@ __all__ = [
 ]
 
 if SHARDS_BY_GROUP:
-    import query_experts.model.tensor_parallel  # registers the style that GQEConfig's plan names
+    import query_experts.model.tensor_parallel  # noqa: F401 - registers the style that GQEConfig's plan names

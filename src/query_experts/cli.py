@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import os
 import signal
 import sys
 import threading
@@ -53,6 +54,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("study", REPORTING),
     "scaling": ("study", tuple(sorted({*TRAINING, *REPORTING}))),
 }
+ON_RANKS = ("compare", "train", "distill")  # that a launcher of several processes may start
 GOES_ON = ("compare", "train", "distill", "scaling")  # from their last checkpoint
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and on a CPU
 
@@ -64,7 +66,7 @@ class Terminated(SystemExit):
 
 
 def run_command(command: str, argv: list[str], begin: Callable[[], Any] = lambda: None) -> int:
-    """Runs one command.
+    """Runs one command, as one of several ranks where a launcher started several and the command takes them.
 
     Args:
         command: A key of `COMMANDS`.
@@ -74,36 +76,44 @@ def run_command(command: str, argv: list[str], begin: Callable[[], Any] = lambda
     Returns:
         The exit status, as `main` explains it.
     """
+    if command in ON_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
+        from query_experts.distributed.ranks import run_as_rank
+
+        return run_as_rank(lambda: outcome_of(command, argv, begin), refuse)
+    sentence, status = outcome_of(command, argv, begin)
+    return status if sentence is None else refuse(sentence, status)
+
+
+def outcome_of(command: str, argv: list[str], begin: Callable[[], Any]) -> tuple[str | None, int]:
+    """Runs one command. Returns a sentence about why it ended early, or None, and the exit status."""
     try:
         work = LOADERS[command](command, argv)
         begin()
-        return work()
+        return None, work()
     except Terminated as ended:
-        return refuse("stopped", ended.code)
+        return "stopped", ended.code
     except SystemExit as ended:  # after --help, or of a run that a signal has stopped, with its checkpoint saved
         if ended.code is None or isinstance(ended.code, int):
-            return ended.code or 0
-        return refuse(str(ended.code), 1)
+            return None, ended.code or 0
+        return str(ended.code), 1
     except KeyboardInterrupt:
         kept = "; the same command goes on from the last checkpoint, if there is one" if command in GOES_ON else ""
-        return refuse(f"stopped{kept}", INTERRUPTED)
+        return f"stopped{kept}", INTERRUPTED
     except SettingError as error:
-        return refuse(str(error))
+        return str(error), 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("query_experts"):
             raise
-        return refuse(f"{error.name} is not installed; pip install query-experts[{EXTRAS[command][0]}]")
+        return f"{error.name} is not installed; pip install query-experts[{EXTRAS[command][0]}]", 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return refuse(
-            f"memory doesn't suffice for this model, batch and length; one of them must be smaller ({reason})"
-        )
+        return f"memory doesn't suffice for this model, batch and length; one of them must be smaller ({reason})", 2
     except BrokenPipeError:
-        return CLOSED_PIPE
+        return None, CLOSED_PIPE
     except OSError as error:
-        return refuse(describe_os_error(error))
+        return describe_os_error(error), 2
 
 
 def describe_os_error(error: OSError) -> str:

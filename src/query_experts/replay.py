@@ -72,6 +72,7 @@ def experts_within_groups(experts: Tensor, layers: list[GQEAttention]) -> Tensor
     Raises ValueError for experts that don't fit the layers.
     """
     M, k = layers[0].experts_per_group, layers[0].top_k
+    assert layers[0].router is not None
     G = layers[0].router.weight.shape[0] // M  # of all ranks
     if not isinstance(experts, Tensor) or experts.dtype == torch.bool or experts.is_floating_point():
         kind = experts.dtype if isinstance(experts, Tensor) else type(experts).__name__

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from query_experts import liger
+from query_experts.distributed.checkpoints import WholeCheckpoints
 
 
-class GQETrainer(Trainer):
+class GQETrainer(WholeCheckpoints):
     """Transformers' Trainer for GQE models and dense models, with its training loop unchanged.
 
-    It differs from the stock Trainer, which also trains GQE models, in two ways:
+    It differs from the stock Trainer, which also trains GQE models, in three ways:
 
     - Each micro-batch of a GQE model gets `num_tokens_in_batch`: the step's real tokens over all micro-batches and
       ranks. So the balance loss is weighted exactly. (The stock Trainer weights it by labels.)

@@ -173,7 +173,7 @@ def tokens_after_text(tokenizer: Any) -> list[int]:
     return encoded.input_ids[len(encoded.input_ids) - added :]
 
 
-def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
+def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str, **more: Any) -> Any:
     """Load a model and refuse a checkpoint that isn't complete.
 
     Transformers itself would draw missing weights, or weights of another shape, at random.
@@ -183,6 +183,7 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
         checkpoint: a folder, or the name of a model on the hub.
         dtype: of the weights; a torch.dtype or its name, or "auto" for the checkpoint's own.
         field: the setting that names the checkpoint, for error sentences.
+        **more: for `from_pretrained`; one that is None is left out.
 
     Raises:
         SettingError: if the checkpoint can't be loaded, has a damaged generation_config.json, lacks weights, has
@@ -194,7 +195,7 @@ def load_whole(kind: Any, checkpoint: str, dtype: Any, field: str) -> Any:
     try:
         model, loading = kind.from_pretrained(
             checkpoint, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
-            trust_remote_code=False,
+            trust_remote_code=False, **{name: value for name, value in more.items() if value is not None},
         )  # fmt: skip
     except Exception as error:  # Transformers, tokenizers and the hub's HTTP client raise errors of any kind
         raise SettingError(f"{field} is {checkpoint}, which can't be loaded: {reason(error)}") from error
@@ -232,7 +233,8 @@ def is_unexpected_layer(model: PreTrainedModel, tensors: dict[str, Tensor], name
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor has neither NaN nor infinity."""
-    return all(bool(part.isfinite().all()) for part in tensor.detach().reshape(-1).split(VALUES_AT_ONCE))
+    tensor = getattr(tensor, "to_local", lambda: tensor)().detach()  # of a rank's shard, its own part
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(VALUES_AT_ONCE))
 
 
 def reason(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Literal
 
 import torch
@@ -65,13 +64,3 @@ def has_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in BFLOAT16_INSTRUCTIONS)
-
-
-def require_one_process() -> None:
-    """Raises SettingError for a launch on several processes."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise SettingError(
-            f"WORLD_SIZE is {processes}; the study runs in one process on one device, so it must be 1 (on several "
-            "devices, train with GQETrainer in a script of your own)"
-        )

@@ -1,4 +1,4 @@
-"""Tensor parallelism: each rank holds some KV groups of a layer, with their query experts (Transformers 5.20 and later).
+"""Tensor parallelism: each rank holds some KV groups of a layer, with their query experts (Transformers 5.20 and on).
 
 The groups of grouped-query attention are independent but for three things, each of which costs a collective:
 
@@ -117,17 +117,17 @@ class GatherGroups(torch.autograd.Function):
 class GroupParallel(TensorParallelLayer):
     """The style of a layer's attention in a plan for tensor parallelism. Its projections have styles of their own."""
 
-    def install_forward(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    def install_forward(self, module: GQESelfAttention, mesh: DeviceMesh) -> GQESelfAttention:
         """Gives an attention layer its rank's part.
 
         Raises:
             ValueError: for a number of ranks that doesn't divide the groups.
         """
-        assert isinstance(module, GQESelfAttention)
         groups, ranks = module.num_kv_heads, mesh.size()
         if groups % ranks:
             raise ValueError(f"tp_size is {ranks}; it must divide num_key_value_heads, {groups}")
         module.__class__ = GroupParallelAttention
+        assert isinstance(module, GroupParallelAttention)
         module.mesh = mesh
         module.num_kv_heads //= ranks
         module.num_query_experts //= ranks

@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from query_experts.common.environment import environment, instructions
+from query_experts.distributed.ranks import greatest, require_all_ranks
 from query_experts.model.kernel_choice import kernel_choice
 
 
@@ -27,8 +27,11 @@ class ZClipCallback(TrainerCallback, ExportableState):
 
     The first `warmup_steps` norms pass unclipped and give the mean and variance, which then are exponential moving
     averages. A norm g with z = (g - mean) / std above `z_threshold` is scaled to mean + (z_threshold**2 / z) * std.
-    A larger outlier is scaled down further. The averages take the scaled norm. A norm that isn't finite passes
-    unscaled and doesn't enter the averages. Works on DDP and FSDP2 gradients.
+    A larger outlier is scaled down further. The averages take the scaled norm. Works on gradients of DDP, FSDP2 and
+    tensor parallelism.
+
+    Where the norm isn't finite, the step is skipped: the gradients are dropped, on every rank, since all know the same
+    norm. Ten such steps in a row, or half of a shorter run's, stop the training.
 
     Args:
         alpha: Decay of the moving averages.
@@ -40,6 +43,8 @@ class ZClipCallback(TrainerCallback, ExportableState):
             than 0, with which the Trainer would clip too.
     """
 
+    MOST_SKIPPED = 10
+
     def __init__(self, alpha: float = 0.97, z_threshold: float = 2.5, warmup_steps: int = 25):
         self.alpha = alpha
         self.z_threshold = z_threshold
@@ -48,6 +53,9 @@ class ZClipCallback(TrainerCallback, ExportableState):
         self.mean: float | None = None
         self.variance = 0.0
         self.clipped_steps = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.gave_up = False
 
     def state(self) -> dict[str, Any]:
         return {
@@ -57,6 +65,9 @@ class ZClipCallback(TrainerCallback, ExportableState):
                 "mean": self.mean,
                 "variance": self.variance,
                 "clipped_steps": self.clipped_steps,
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "gave_up": self.gave_up,
             },
         }
 
@@ -91,15 +102,39 @@ class ZClipCallback(TrainerCallback, ExportableState):
         if not parameters:
             raise ValueError("ZClip finds no gradients in the parameters (DeepSpeed keeps its own); it can't clip")
 
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if hasattr(total, "full_tensor"):  # sharded gradients (FSDP2)
-            total = total.full_tensor()
-        norm = float(total)
+        norm = total_norm(parameters)
+        if not math.isfinite(norm):
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            for p in parameters:
+                p.grad = None
+            return
+        self.skipped_in_a_row = 0
         target = self.target_norm(norm)
         if target < norm:
             self.clipped_steps += 1
             for p in parameters:
                 p.grad.mul_(target / norm)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self.gave_up = self.skipped_in_a_row >= min(self.MOST_SKIPPED, max(1, state.max_steps // 2))
+        if self.gave_up:
+            control.should_training_stop = True
+        return control
+
+
+def total_norm(parameters: list[torch.nn.Parameter]) -> float:
+    """The norm of all gradients, over all ranks' shards; what several ranks have alike counts once."""
+    of_mesh: dict[Any, list[Any]] = {}
+    for p in parameters:
+        of_mesh.setdefault(getattr(p.grad, "device_mesh", None), []).append(p.grad)
+    norms = []
+    for gradients in of_mesh.values():
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return float(norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def clock(device: torch.device) -> Callable[[], float]:
@@ -251,44 +286,51 @@ class StopRequest:
             restore()
 
 
-def on_any_rank(true: bool, device: torch.device) -> bool:
-    """Whether a value is true on any rank. Every rank must call this."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return true
-    found = torch.tensor(float(true), device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
-
-
 class StopWhenAsked(TrainerCallback):
-    """Saves a checkpoint and stops at the first log after the request, on all ranks once it is made on one."""
+    """Saves a checkpoint and stops at the first log after the request, on all ranks once it is made on one.
 
-    def __init__(self, request: StopRequest):
+    A signal that one rank got is then in every rank's request.
+
+    Args:
+        request: Of this rank.
+        rank_timeout: Seconds after which a rank that doesn't come to a log is named, and the others end.
+    """
+
+    def __init__(self, request: StopRequest, rank_timeout: float = 1800.0):
         self.request = request
+        self.rank_timeout = rank_timeout
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         # a stop between two logs would lose a part of the mean that lm_loss is
-        logged = state.global_step % state.logging_steps == 0
-        if logged and state.global_step < state.max_steps and on_any_rank(self.request.made, args.device):
+        if state.global_step % state.logging_steps or state.global_step >= state.max_steps:
+            return control
+        require_all_ranks(self.rank_timeout)
+        if greatest(self.request.made, args.device):
+            self.request.signal = int(greatest(self.request.signal or 0, args.device)) or None
             control.should_save = True
             control.should_training_stop = True
         return control
 
 
 class StopAtDivergence(TrainerCallback):
-    """Stops when a logged loss is no longer a finite number, from which training can't recover."""
+    """Stops when a validation loss is no longer a finite number, from which training can't recover."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        if not losses_are_finite(state.log_history[-1:]):
+        if not validations_are_finite(state.log_history[-1:]):
             control.should_training_stop = True
         return control
 
 
-def losses_are_finite(logs: list[dict[str, Any]]) -> bool:
-    """Whether every language-model loss, of training and of validation, that the Trainer logged is finite."""
-    return all(math.isfinite(log[name]) for log in logs for name in ("lm_loss", "eval_loss") if name in log)
+def validations_are_finite(logs: list[dict[str, Any]]) -> bool:
+    """Whether every validation loss that the Trainer logged is finite."""
+    return all(math.isfinite(log["eval_loss"]) for log in logs if "eval_loss" in log)
+
+
+def has_diverged(callbacks: list[TrainerCallback], logs: list[dict[str, Any]]) -> bool:
+    """Whether a validation loss wasn't finite, or ZClip gave up."""
+    return not validations_are_finite(logs) or any(isinstance(c, ZClipCallback) and c.gave_up for c in callbacks)
 
 
 class Pieces(TrainerCallback, ExportableState):

@@ -16,6 +16,7 @@ from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus, CorpusInfo, prepare
+from query_experts.distributed.ranks import agreed, first_rank
 from query_experts.model.arms import ARMS
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.measure import validation_split
@@ -49,21 +50,21 @@ def compare(settings: CompareSettings, console: Console) -> bool:
 def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
     started = time.monotonic()
     stop = stop_after(settings.stop_after_minutes)
-    corpus = open_corpus(settings, out, console)
+    corpus = first_rank(lambda: open_corpus(settings, out, console))
     asked = [(arm, seed) for seed in settings.seeds for arm in settings.arms]  # seed by seed, for paired differences
     for number, (arm, seed) in enumerate(asked, 1):
         folder = run_folder(out, arm, seed)
-        if new := not (folder / "result.json").exists():
+        if new := agreed(not (folder / "result.json").exists()):
             console.print(f"Run {number} of {len(asked)}: {arm}, seed {seed}")
         run = train_arm(settings, arm, seed, corpus, folder, stop)
         if run is not None and run.diverged:
             console.print(Text(divergence(settings, run), style="yellow"))
         if new or number == len(asked):
-            write_reports(settings, corpus, out)  # so that the page shows the finished runs meanwhile
+            first_rank(lambda: write_reports(settings, corpus, out) and None)  # so that the page shows them meanwhile
         if run is None or stop.signal is not None:
             return report_stop(settings, stop, console)
-    timed = measure_prefill(settings, model_folders(out), out / "prefill.json", stop)
-    comparison = write_reports(settings, corpus, out)
+    timed = first_rank(lambda: measure_prefill(settings, model_folders(out), out / "prefill.json", stop))
+    comparison = first_rank(lambda: write_reports(settings, corpus, out))
     if not timed:
         return report_stop(settings, stop, console)
     print_summary(comparison, console)
@@ -175,9 +176,17 @@ def check_corpus(settings: RunSettings, corpus: Corpus) -> None:
         )
     if len(corpus.train) < settings.sequences_per_step:
         raise SettingError(
-            f"batch_size * gradient_accumulation_steps is {settings.sequences_per_step}; it must be at most the "
+            f"{step_in_words(settings)} is {settings.sequences_per_step}; it must be at most the "
             f"{len(corpus.train)} sequences that data holds"
         )
+
+
+def step_in_words(settings: RunSettings) -> str:
+    """The settings that make up the sequences of an optimizer step."""
+    if settings.global_batch_size is not None:
+        return "global_batch_size"
+    ranks = " * processes" if settings.data_parallel_ranks > 1 else ""
+    return f"batch_size * gradient_accumulation_steps{ranks}"
 
 
 def print_corpus(settings: RunSettings, corpus: Corpus, console: Console) -> None:

@@ -16,7 +16,7 @@ from query_experts.data import Corpus, ValidationPart
 from query_experts.layers.router import select_top_k
 from query_experts.model import costs
 from query_experts.model.configuration_gqe import GQEConfig
-from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, losses_are_finite
+from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, has_diverged
 from query_experts.study.results import Curve, ParameterCounts, PartLoss, Passage, Piece, RoutingLoad, RunResult
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
@@ -71,7 +71,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
     trained_tokens = trainer.state.global_step * settings.tokens_per_step
     validation_curve = _final_validation_curve(trainer, settings.tokens_per_step)
     facts = corpus.facts
-    diverged = not losses_are_finite(trainer.state.log_history)
+    diverged = diverged_run(trainer)
     validation_loss = None if diverged else validation_curve[-1][1]
     routed = is_routed(model) and not diverged
     bytes_per_value = getattr(torch, settings.autocast_dtype()).itemsize
@@ -90,6 +90,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
         diverged_at_tokens=trained_tokens if diverged else None,
         pieces=[Piece(**piece) for piece in pieces.pieces],
         clipped_steps=zclip.clipped_steps,
+        skipped_steps=zclip.skipped_steps or None,
         validation_loss=validation_loss,
         train_curve=curve_of(trainer, "lm_loss", settings.tokens_per_step),
         validation_curve=validation_curve,
@@ -107,6 +108,11 @@ def callback_of(trainer: GQETrainer, kind: type) -> Any:
     return next(callback for callback in trainer.callback_handler.callbacks if type(callback) is kind)
 
 
+def diverged_run(trainer: GQETrainer) -> bool:
+    """Whether a run has diverged, as far as it has been validated."""
+    return has_diverged(trainer.callback_handler.callbacks, trainer.state.log_history)
+
+
 def is_routed(model: PreTrainedModel) -> bool:
     """Whether a model has routers."""
     return isinstance(model.config, GQEConfig) and model.config.routing != "none"
@@ -122,7 +128,7 @@ def _final_validation_curve(trainer: GQETrainer, tokens_per_step: int) -> Curve:
     """The validation curve; it ends with the last step unless the run diverged."""
     curve = curve_of(trainer, "eval_loss", tokens_per_step)
     complete = bool(curve) and curve[-1][0] == trainer.state.global_step * tokens_per_step
-    if complete or not losses_are_finite(trainer.state.log_history):
+    if complete or diverged_run(trainer):
         return curve
     trainer.evaluate()
     return curve_of(trainer, "eval_loss", tokens_per_step)

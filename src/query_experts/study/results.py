@@ -136,6 +136,7 @@ class RunResult:
         diverged_at_tokens: Tokens after which the loss was no longer finite; None for a run that did not diverge.
         pieces: Where the run was trained; empty in files from before pieces were recorded.
         clipped_steps: Steps whose gradient ZClip scaled down.
+        skipped_steps: Steps that were skipped, as their gradient wasn't finite. None, and absent in the file, for none.
         validation_loss: Language-model loss in nats a token at the end; None for a run that diverged.
         train_curve: Training loss.
         validation_curve: Validation loss.
@@ -164,6 +165,7 @@ class RunResult:
     diverged_at_tokens: int | None = None
     pieces: list[Piece] = field(default_factory=list)
     clipped_steps: int | None = None
+    skipped_steps: int | None = None
     validation_loss: float | None
     train_curve: Curve
     validation_curve: Curve
@@ -320,7 +322,7 @@ def write_comparison(file: Path, comparison: Comparison) -> None:
 
 def _run_as_json(run: RunResult) -> dict[str, Any]:
     values = dataclasses.asdict(run)
-    for name in ("teacher_loss", "bits_per_byte", "validation_parts"):
+    for name in ("skipped_steps", "teacher_loss", "bits_per_byte", "validation_parts"):
         if values[name] is None:
             del values[name]
     return values

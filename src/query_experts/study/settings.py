@@ -10,7 +10,6 @@ from query_experts.common.device import (
     check_compiler,
     check_device,
     has_bfloat16,
-    require_one_process,
     resolve_device,
 )
 from query_experts.common.errors import SettingError
@@ -30,6 +29,7 @@ from query_experts.common.fields import (
     option,
 )
 from query_experts.common.settings import default_of, validate
+from query_experts.distributed.layout import check_layout_of_ranks, data_parallel_ranks
 from query_experts.model.arms import ARMS, ModelSize, arm_config, check_arms, model_size, size_option
 from query_experts.model.kernel_choice import Kernels, check_kernels_setting, kernels_option
 
@@ -74,6 +74,18 @@ class RunSettings(Settings):
         False, "compile the model with torch.compile, which needs a C++ compiler on a CPU", "machine"
     )
     kernels: Kernels = kernels_option("machine")
+    fsdp_size: Count | None = option(
+        None, "processes that share one copy of the model (FSDP2); default: each has its own (DDP)", "processes"
+    )
+    tp_size: Count = option(
+        1, "processes that share each layer (tensor parallelism); it must divide num_key_value_heads", "processes"
+    )
+    activation_checkpointing: bool = option(
+        False, "compute activations again in the backward pass, which saves memory", "machine"
+    )
+    rank_timeout_minutes: Annotated[float, Bounds(above=0)] = option(
+        30.0, "time after which a process that doesn't answer is named, and all end", "processes"
+    )
     stop_after_minutes: NonNegative | None = option(
         None, "save and stop after X minutes; the same command goes on from there", "machine"
     )
@@ -93,8 +105,11 @@ class RunSettings(Settings):
     router_z_loss_coef: NonNegative = size_option("router_z_loss_coef", 0.0)
 
     steps: Count = option(240, "optimizer steps", "training")
-    batch_size: Count = option(4, "sequences in a micro-batch", "training")
-    gradient_accumulation_steps: Count = option(1, "micro-batches in an optimizer step", "training")
+    batch_size: Count = option(4, "sequences in a micro-batch of one process", "training")
+    gradient_accumulation_steps: Count = option(1, "micro-batches of a process in an optimizer step", "training")
+    global_batch_size: Count | None = option(
+        None, "sequences in an optimizer step over all processes, in place of gradient_accumulation_steps", "training"
+    )
     learning_rate: Annotated[float, Bounds(above=0)] = option(
         2e-3, "peak learning rate; the schedule is warm-up, stable, decay (WSD)", "training"
     )
@@ -103,13 +118,37 @@ class RunSettings(Settings):
     decay_fraction: Share = option(0.2, "share of the steps that decay", "training")
     weight_decay: NonNegative = option(0.1, "weight decay of AdamW", "training")
     evaluations: Count = option(5, "validations, and checkpoints, along the run", "training")
+    keep: Annotated[int, Bounds(least=2)] = option(2, "checkpoints to keep", "training")
 
     def __post_init__(self) -> None:
         self.torch_device = resolve_device(self.device)
 
     @property
+    def data_parallel_ranks(self) -> int:
+        """Processes that train on sequences of their own."""
+        return data_parallel_ranks(self.tp_size)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes share a copy of the model."""
+        return (self.fsdp_size or 1) * self.tp_size > 1
+
+    @property
+    def rank_timeout(self) -> float:
+        """In seconds."""
+        return 60 * self.rank_timeout_minutes
+
+    @property
+    def micro_batches(self) -> int:
+        """Those of one process in an optimizer step."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        return self.global_batch_size // (self.batch_size * self.data_parallel_ranks)
+
+    @property
     def sequences_per_step(self) -> int:
-        return self.batch_size * self.gradient_accumulation_steps
+        """Over all processes."""
+        return self.batch_size * self.micro_batches * self.data_parallel_ranks
 
     @property
     def warmup_steps(self) -> int:
@@ -141,7 +180,24 @@ class RunSettings(Settings):
         check_device(self.device)
         check_compiler(self.compile, self.torch_device)
         check_kernels_setting(self.kernels, self.torch_device)
-        require_one_process()
+        check_layout_of_ranks(self.fsdp_size, self.tp_size, self.num_key_value_heads)
+        self.check_batch()
+
+    def check_batch(self) -> None:
+        """Raises SettingError for a global batch that the processes' micro-batches don't fill."""
+        if self.global_batch_size is None:
+            return
+        if self.gradient_accumulation_steps != 1:
+            raise SettingError(
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and global_batch_size sets it; "
+                "one of them must be left out"
+            )
+        together = self.batch_size * self.data_parallel_ranks
+        if self.global_batch_size % together:
+            raise SettingError(
+                f"global_batch_size is {self.global_batch_size}; it must be a multiple of batch_size times the "
+                f"processes with data of their own, {self.batch_size} x {self.data_parallel_ranks}"
+            )
 
     def check_arms(self, arms: list[str]) -> None:
         """Raises SettingError for arms that can't be built, or that the kernels don't cover."""

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from query_experts.common.errors import SettingError
+from query_experts.distributed.ranks import first_rank
 from query_experts.study.compare import divergence, open_corpus, report_stop
 from query_experts.study.settings import DistillSettings, TrainSettings
 from query_experts.study.train import StartingPoint, stop_after, train_arm
@@ -33,7 +34,7 @@ def train_one(
     """One run in the folder `out`, from an arm's initial values or from `start`; otherwise as `train`."""
     with own_folder(Path(settings.out)) as out:
         stop = stop_after(settings.stop_after_minutes)
-        corpus = open_corpus(settings, out, console)
+        corpus = first_rank(lambda: open_corpus(settings, out, console))
         run = train_arm(settings, arm, settings.seed, corpus, out, stop, start)
     if run is None:
         return report_stop(settings, stop, console)

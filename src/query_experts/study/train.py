@@ -17,13 +17,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from query_experts.common.files import disk_errors_as_os_errors, parse_json, require_space, save_tokenizer
 from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
+from query_experts.distributed.checkpoints import FILES, barrier, has_shards, missing_or_cut
+from query_experts.distributed.ranks import agreed, first_rank, is_first, naming_hung_ranks
 from query_experts.model.arms import arm_config, build
 from query_experts.model.initialization import initialise_by_name
 from query_experts.model.kernel_choice import use_kernels
@@ -35,14 +44,16 @@ from query_experts.study.callbacks import (
     StopWhenAsked,
     TokenProgress,
     ZClipCallback,
-    losses_are_finite,
 )
-from query_experts.study.measure import describe, loss_of, validation_split
+from query_experts.study.measure import describe, diverged_run, loss_of, validation_split
 from query_experts.study.results import RunResult, read_result, write_result
 from query_experts.study.settings import RunSettings
+from query_experts.study.sharded import load_sharded
 from query_experts.training import GQETrainer
 
 MOST_COMPILED = 256  # shapes of models in one process
+SHOWN_FILES = 3  # of those that a checkpoint lacks
+INITIAL = "initial"  # the folder, in a run's, of a new model that ranks share
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ def train_arm(
     """Trains one arm from its last checkpoint on, and writes model and result.json.
 
     A finished run is read, not trained again. A run whose loss is no longer finite ends there; that is its result.
+    Every rank calls this, and rank 0 writes.
 
     Args:
         start: A model to train on from; `arm` is its name then.
@@ -81,41 +93,85 @@ def train_arm(
         The result; None if the run was asked to stop before its end.
     """
     result_file = folder / "result.json"
-    if result_file.exists():
-        return read_result(result_file)
-    model = new_model(settings, arm, seed) if start is None else start.model
+    if (known := first_rank(lambda: read_result(result_file) if result_file.exists() else None)) is not None:
+        return known
+    model = initial_model(settings, arm, seed, folder) if start is None else start.model
     use_kernels(model, settings.kernels)
-    require_space(folder, 7 * 4 * model.num_parameters())  # weights, and two checkpoints with Adam's moments
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    size = 4 * model.num_parameters()
+    first_rank(lambda: require_space(folder, size * (1 + 3 * (settings.keep + 1))))  # a checkpoint has Adam's moments
+    checkpoint = first_rank(lambda: last_checkpoint(folder / "checkpoints"))
     arguments = training_arguments(settings, seed, folder / "checkpoints")
     arguments.eval_on_start = start is not None and checkpoint is None
     callbacks = run_callbacks(settings, f"{arm} seed {seed}", stop)
     trainer = build_trainer(settings, model, arguments, corpus, callbacks, start)
     with disk_errors_as_os_errors(folder), close_progress_bar(trainer), stop.listening():
-        train_from(trainer, checkpoint)
-        if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
+        with naming_hung_ranks(settings.rank_timeout):
+            train_from(trainer, checkpoint)
+        if trainer.state.global_step < settings.steps and not diverged_run(trainer):
             return None
         validation = validation_split(settings, corpus)
         result = describe(settings, arm, seed, trainer, corpus)
         if start is not None and start.teacher is not None:
             result = dataclasses.replace(result, teacher_loss=loss_of(start.teacher, validation, settings))
         if not result.diverged:
-            model.save_pretrained(folder / "model")
-            save_tokenizer(corpus.tokenizer, folder / "model")
-    write_result(result_file, result)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return result
+            save_model(model, corpus, folder / "model")
+    barrier()
+    if is_first():
+        write_result(result_file, result)
+        for name in ("checkpoints", INITIAL):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return agreed(result)
+
+
+def save_model(model: PreTrainedModel, corpus: Corpus, folder: Path) -> None:
+    """Writes an ordinary checkpoint. Every rank must call this: each may have a part of the model."""
+    model.save_pretrained(folder, is_main_process=is_first())
+    if is_first():
+        save_tokenizer(corpus.tokenizer, folder)
+
+
+def initial_model(settings: RunSettings, arm: str, seed: int, folder: Path) -> PreTrainedModel:
+    """A model of an arm with its initial values, which the ranks share as the settings say."""
+    if not settings.is_sharded:
+        return new_model(settings, arm, seed)
+    first_rank(lambda: write_initial(settings, arm, seed, folder / INITIAL))
+    return prepared(settings, load_sharded(AutoModelForCausalLM, str(folder / INITIAL), settings))
+
+
+def write_initial(settings: RunSettings, arm: str, seed: int, folder: Path) -> None:
+    """Writes the checkpoint that ranks read their parts of a new model from."""
+    model = built(settings, arm, seed)
+    require_space(folder.parent, 4 * model.num_parameters())
+    model.save_pretrained(folder)
 
 
 def new_model(settings: RunSettings, arm: str, seed: int) -> PreTrainedModel:
     """A model of an arm with its initial values, compiled when it is first called if the settings ask for it."""
+    return prepared(settings, built(settings, arm, seed))
+
+
+def built(settings: RunSettings, arm: str, seed: int) -> PreTrainedModel:
     model = build(arm_config(arm, settings.model_size()))
     initialise_by_name(model, seed, model.config.initializer_range)
+    return model
+
+
+def prepared(settings: RunSettings, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, compiled when it is first called and with activations computed again, if the settings ask for it.
+
+    A sharded model is compiled layer by layer, as its layers are gathered one by one.
+    """
+    if settings.activation_checkpointing:
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:  # of earlier Transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
         # Dynamo counts compilations of one class over all models; past its limit it runs eager without an error
         torch._dynamo.config.recompile_limit = MOST_COMPILED
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        model.compile(dynamic=False)
+        for part in model.model.layers if settings.is_sharded else [model]:
+            part.compile(dynamic=False)
     return model
 
 
@@ -126,7 +182,7 @@ def run_callbacks(settings: RunSettings, name: str, stop: StopRequest) -> list[T
         TokenProgress(name, settings.tokens_per_step),
         Pieces(settings.torch_device, settings.autocast_dtype()),
         StopAtDivergence(),
-        StopWhenAsked(stop),
+        StopWhenAsked(stop, settings.rank_timeout),
     ]
 
 
@@ -184,7 +240,8 @@ def last_checkpoint(folder: Path, most: float = math.inf) -> Path | None:
         if is_complete(path):
             return path
         print(
-            f"{path} is damaged or lacks files, and is deleted; the run goes on from the last complete checkpoint.",
+            f"{path} is damaged or lacks files{named(lacking(path))}, and is deleted; the run goes on from the last "
+            "complete checkpoint.",
             file=sys.stderr,
         )
         shutil.rmtree(path)
@@ -192,13 +249,16 @@ def last_checkpoint(folder: Path, most: float = math.inf) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer finished this checkpoint, and none of its files is cut short.
+    """Whether the Trainer finished this checkpoint, and none of its files, of any rank, is missing or cut short.
 
     Raises OSError for a file that is there and can't be read.
     """
-    archives = {path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")}
-    archives |= {checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME}
+    archives = {path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth")} | {checkpoint / SCHEDULER_NAME}
+    if not has_shards(checkpoint):
+        archives.add(checkpoint / OPTIMIZER_NAME)
     try:
+        if missing_or_cut(checkpoint):
+            return False
         parse_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
         for weights in [*checkpoint.glob("*.safetensors")] or [checkpoint / SAFE_WEIGHTS_NAME]:
             with safe_open(weights, framework="pt"):
@@ -210,6 +270,18 @@ def is_complete(checkpoint: Path) -> bool:
     except (FileNotFoundError, ValueError, SafetensorError):
         return False
     return True
+
+
+def lacking(checkpoint: Path) -> list[str]:
+    """The files that a checkpoint lists and that aren't there as listed, as far as its list can be read."""
+    try:
+        return missing_or_cut(checkpoint)
+    except ValueError:
+        return [FILES]
+
+
+def named(files: list[str]) -> str:
+    return f" ({', '.join(files[:SHOWN_FILES])}{', ...' if len(files) > SHOWN_FILES else ''})" if files else ""
 
 
 def train_from(trainer: GQETrainer, checkpoint: Path | None) -> None:
@@ -232,7 +304,7 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_accumulation_steps=settings.micro_batches,
         optim="adamw_torch_fused",
         learning_rate=settings.learning_rate,
         adam_beta1=0.9,
@@ -251,7 +323,7 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=settings.keep,
         # checkpoints fall on logs, so that a resumed run logs the same means
         logging_steps=max(n for n in range(1, max(1, settings.steps // 50) + 1) if every % n == 0),
         restore_callback_states_from_checkpoint=True,
@@ -260,6 +332,9 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         disable_tqdm=True,
         report_to="none",
         log_level="error",
+        # only without the router's losses may a router get no gradient, which DDP must be told
+        ddp_find_unused_parameters=not (settings.router_aux_loss_coef or settings.router_z_loss_coef),
+        logging_nan_inf_filter=False,  # which would log another number in place of a loss that isn't finite
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # the first visible GPU; the Trainer would use nn.DataParallel on all
     return arguments

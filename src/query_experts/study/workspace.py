@@ -14,12 +14,14 @@ from filelock import FileLock, Timeout
 from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders, parse_json
 from query_experts.common.settings import presets, read_recipe
+from query_experts.distributed.ranks import is_first
 from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
 LOCK = ".lock"
 # places, what computes, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
-                  "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir"}  # fmt: skip
+                  "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir",
+                  "fsdp_size", "tp_size", "rank_timeout_minutes", "activation_checkpointing", "keep"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings) -> dict[str, Any]:
@@ -28,6 +30,7 @@ def fingerprint(settings: RunSettings) -> dict[str, Any]:
     The keys of `train` include those of `distill`, since both wrote their folders as one command.
     """
     kept = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in FREE_TO_CHANGE}
+    kept |= batch_fingerprint(settings)
     one: Any = "several"
     if isinstance(settings, TrainSettings):
         kept |= settings.elsewhere.defaults
@@ -35,6 +38,14 @@ def fingerprint(settings: RunSettings) -> dict[str, Any]:
     elif isinstance(settings, DistillSettings):
         one = [settings.elsewhere.defaults["arm"], settings.seed]
     return kept | {"device": settings.torch_device, "dtype": settings.autocast_dtype(), "arm and seed": one}
+
+
+def batch_fingerprint(settings: RunSettings) -> dict[str, Any]:
+    """What of an optimizer step's sequences must stay: with `global_batch_size` their number, else each part of it."""
+    if settings.global_batch_size is not None:
+        return {"batch_size": None, "gradient_accumulation_steps": None}
+    ranks = settings.data_parallel_ranks
+    return {"processes with data of their own": ranks} if ranks > 1 else {}
 
 
 def _change(name: str, before: Any, now: Any) -> str:
@@ -83,12 +94,15 @@ def go_on_with_first_demo(settings: RunSettings) -> None:
 
 @contextmanager
 def own_folder(out: Path) -> Iterator[Path]:
-    """Reserves `out` for this process.
+    """Reserves `out` for this process, or for the ranks of this launch by their first one.
 
     A refusal before anything was written leaves no folder, and no lock in one.
 
     Raises SettingError where another process is at work, or where `out` isn't the folder of a run.
     """
+    if not is_first():
+        yield out
+        return
     with no_empty_folders(out):
         require_own_folder(out)
         lock = FileLock(out / LOCK)

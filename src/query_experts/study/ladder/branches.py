@@ -6,6 +6,7 @@ A branch equals the straight run of its budget bit for bit: up to the start of i
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from query_experts.common.files import disk_errors_as_os_errors, require_space
 from query_experts.data import Corpus
 from query_experts.model import costs
-from query_experts.study.callbacks import Pieces, StopRequest, TokenProgress, losses_are_finite
+from query_experts.study.callbacks import Pieces, StopRequest, TokenProgress
 from query_experts.study.ladder.callbacks import KeepFork, ProgressFile, RoutingCurve
 from query_experts.study.ladder.results import MIXED, LadderResult
 from query_experts.study.ladder.settings import LOGS, Ladder, Run
@@ -26,6 +27,7 @@ from query_experts.study.measure import (
     bits_per_byte,
     callback_of,
     curve_of,
+    diverged_run,
     is_routed,
     losses_by_part,
     routing_load,
@@ -56,6 +58,12 @@ NOT_IN_RESULTS = {
     "kernels",
     "max_bytes",
     "text_field",
+    "fsdp_size",
+    "tp_size",
+    "rank_timeout_minutes",
+    "activation_checkpointing",
+    "global_batch_size",
+    "keep",
 }
 
 
@@ -108,7 +116,7 @@ class Branch:
             None if it was asked to stop before its end, or a callback stopped it.
         """
         settings = self.settings
-        require_space(self.own_folder, 4 * CHECKPOINT_BYTES * model.num_parameters())
+        require_space(self.own_folder, (3 + settings.keep) * CHECKPOINT_BYTES * model.num_parameters())
         model.load_state_dict(new_model(settings, self.run.arm, self.run.seed).state_dict())
         sample = routing_split(settings, corpus)
         trainer = self.trainer(settings, model, corpus, sample, stop)
@@ -116,7 +124,7 @@ class Branch:
             trainer.add_callback(callback)
         with disk_errors_as_os_errors(self.folder), close_progress_bar(trainer), stop.listening():
             train_from(trainer, self.latest_checkpoint(settings))
-            if trainer.state.global_step < settings.steps and losses_are_finite(trainer.state.log_history):
+            if trainer.state.global_step < settings.steps and not diverged_run(trainer):
                 return None
             return self.result(settings, trainer, corpus, sample)
 
@@ -153,8 +161,9 @@ class Branch:
         model, config = trainer.model, trainer.model.config
         progress, pieces = (callback_of(trainer, kind) for kind in (TokenProgress, Pieces))
         tokens = trainer.state.global_step * settings.tokens_per_step
-        diverged = not losses_are_finite(trainer.state.log_history)
-        parts = [] if diverged else losses_by_part(model, corpus, settings)
+        parts = [] if diverged_run(trainer) else losses_by_part(model, corpus, settings)
+        diverged = not parts or not all(math.isfinite(part.loss) for part in parts)
+        parts = [] if diverged else parts
         predicted = sum(part.predicted_tokens for part in parts)
         loss = bits = None
         facts, parameters = corpus.facts, ParameterCounts(**costs.parameters(model))

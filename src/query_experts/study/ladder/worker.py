@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from query_experts.common.device import check_compiler, check_device, require_one_process, resolve_device
+from query_experts.common.device import check_compiler, check_device, resolve_device
 from query_experts.common.environment import commit, instructions
 from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus
+from query_experts.distributed.layout import require_one_process
 from query_experts.model.arms import ModelSize
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.ladder.beside import run_beside
@@ -58,7 +59,7 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
     if settings.hours is not None and settings.minutes is not None:
         raise SettingError(f"hours is {settings.hours} and minutes {settings.minutes}; one of them must be left out")
     check_device(settings.device)
-    require_one_process()
+    require_one_process("scaling run")
     queue = read_queue(settings)
     require_tag(queue)
     check_compiler(any(queue.ladder.run_settings(run).compile for run in queue.runs), resolve_device(settings.device))

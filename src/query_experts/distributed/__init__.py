@@ -1,0 +1,1 @@
+"""Several processes: who speaks and writes, whole checkpoints, and models that Transformers shards."""

@@ -1,0 +1,197 @@
+"""Checkpoints of Transformers' Trainer that appear whole or not at all, and that another number of ranks can load.
+
+A checkpoint is written beside its place and renamed when every rank has written its part, and a list of its files with
+their sizes. A model that Transformers sharded (`DistributedConfig`) is written by all ranks, each its own shards, in
+the formats of torch.distributed.checkpoint; any other model is written as the Trainer writes it. Either kind is read by
+either kind of model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+
+from query_experts.common.files import parse_json
+
+WRITING = "writing"  # the folder, beside the checkpoints, of one that isn't finished
+FILES = "files.json"  # of a checkpoint: its processes, and the size of each other file
+SHARDED_OPTIMIZER = "optimizer"  # the folder of the ranks' parts
+
+
+class WholeCheckpoints(Trainer):
+    """The part of a Trainer that writes and reads checkpoints."""
+
+    _is_writing = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        arguments: Any = kwargs.get("args", args[1] if len(args) > 1 else None)
+        model = kwargs.get("model", args[0] if args else None)
+        strategy = getattr(arguments, "save_strategy", None)
+        if is_sharded(model) and arguments is not None:  # which the stock Trainer refuses, as it couldn't resume
+            arguments.save_strategy = "no"
+        super().__init__(*args, **kwargs)
+        if arguments is not None:
+            arguments.save_strategy = strategy
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        built = super()._build_accelerator_args(**kwargs)
+        if (mesh := built.get("parallelism_config")) is not None and self.args.use_cpu:
+            mesh._validate_accelerator = lambda _: None  # it knows no ranks on a CPU, where gloo carries them as well
+        return built
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, WRITING) if self._is_writing else run
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(run / WRITING, ignore_errors=True)
+        barrier()
+        self._is_writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_writing = False
+        barrier()  # every rank's files are there
+        if self.args.should_save:
+            self._name_best(run / WRITING / name, run / name)
+            put_in_place(run / WRITING / name, run / name, self.args.world_size)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run), self.args.save_total_limit, best)
+        barrier()
+
+    def _name_best(self, written: Path, final: Path) -> None:
+        """Has the Trainer's state name the best checkpoint by its final place, if it is the one just written."""
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._is_writing and is_sharded(self.model):
+            self.model.save_pretrained(output_dir, distributed_checkpoint=True)
+        else:
+            super().save_model(output_dir, _internal_call=_internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        from transformers.distributed.checkpoint import save_optimizer_distributed
+
+        save_optimizer_distributed(self.model, self._plain_optimizer(), os.path.join(output_dir, SHARDED_OPTIMIZER))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not (is_sharded(self.model) or has_shards(Path(resume_from_checkpoint))):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if not has_shards(Path(resume_from_checkpoint)):
+            return load_whole_weights(model, Path(resume_from_checkpoint))
+        from transformers.distributed.checkpoint import _load_model_checkpoint_distributed
+
+        _load_model_checkpoint_distributed(model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (is_sharded(self.model) or has_shards(Path(checkpoint))):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        if has_shards(Path(checkpoint)):
+            from transformers.distributed.checkpoint import load_optimizer_distributed
+
+            load_optimizer_distributed(self.model, self._plain_optimizer(), os.path.join(checkpoint, SHARDED_OPTIMIZER))
+        else:
+            self._shard_optimizer(torch.load(Path(checkpoint, OPTIMIZER_NAME), weights_only=True, mmap=True))
+        self._set_schedule(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _shard_optimizer(self, whole: dict[str, Any]) -> None:
+        """Takes the state of an optimizer in one process, which numbers parameters in the order of its groups."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        names = [n for n in trained if n in decayed] + [n for n in trained if n not in decayed]
+        groups = [group | {"params": [names[i] for i in group["params"]]} for group in whole["param_groups"]]
+        state: Any = {"state": {names[i]: value for i, value in whole["state"].items()}, "param_groups": groups}
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self._plain_optimizer(), state, options=options)
+
+    def _set_schedule(self, kept: dict[str, Any]) -> None:
+        """Puts the schedule at its step. Its rates are computed anew, as the groups may be others on another mesh."""
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        schedule.last_epoch, schedule._step_count = kept["last_epoch"], kept["_step_count"]
+        schedule._last_lr = schedule.get_lr()
+        for group, rate in zip(self._plain_optimizer().param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+
+    def _plain_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether Transformers sharded a model as it loaded it."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def has_shards(checkpoint: Path) -> bool:
+    """Whether several ranks wrote a checkpoint's weights, each its own."""
+    return (checkpoint / SHARDED_OPTIMIZER).is_dir()
+
+
+def load_whole_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Gives each rank of a sharded model its part of an ordinary checkpoint, in which tied weights stand once."""
+    whole: dict[str, Any] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        whole |= load_file(file)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    kept_as = {id(p): name for name, p in named.items() if name in whole}
+    whole |= {name: whole[kept_as[id(p)]] for name, p in named.items() if name not in whole and id(p) in kept_as}
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
+
+
+def barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def put_in_place(written: Path, final: Path, processes: int) -> None:
+    """Lists a checkpoint's files in it, and gives it its name, in place of one that has it."""
+    (written / FILES).write_text(json.dumps({"processes": processes, "sizes": sizes(written)}), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    written.replace(final)
+    written.parent.rmdir()
+
+
+def sizes(checkpoint: Path) -> dict[str, int]:
+    """The files of a checkpoint, with their bytes; without whole weights, which hold a list of themselves."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    kept = [path for path in files if has_shards(checkpoint) or path.suffix != ".safetensors"]
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in kept}
+
+
+def missing_or_cut(checkpoint: Path) -> list[str]:
+    """The files that a checkpoint lists and lacks, or has in another size; none for one of an earlier version.
+
+    Raises ValueError for a list that is damaged.
+    """
+    if not (checkpoint / FILES).exists():
+        return []
+    listed = parse_json((checkpoint / FILES).read_text(encoding="utf-8"))
+    if not isinstance(listed, dict) or not isinstance(listed.get("sizes"), dict):
+        raise ValueError(f"{checkpoint / FILES} is damaged")
+    there = sizes(checkpoint)
+    return [name for name, size in listed["sizes"].items() if there.get(name) != size]

@@ -1,0 +1,65 @@
+"""How the processes of a launch share a model: copies of it (DDP), shards of a copy (FSDP2), groups of a layer (TP)."""
+
+from __future__ import annotations
+
+import os
+
+import transformers
+
+from query_experts.common.errors import SettingError
+from query_experts.distributed.ranks import num_processes
+from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
+
+OLDEST_SHARDING = "5.20"  # Transformers
+# set by `accelerate launch` from its own configuration file
+OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": "FSDP by Accelerate's plug-in",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "Accelerate's own parallelism",
+}
+
+
+def data_parallel_ranks(tp_size: int) -> int:
+    """Processes that train on sequences of their own."""
+    return max(1, num_processes() // tp_size)
+
+
+def check_layout_of_ranks(fsdp_size: int | None, tp_size: int, num_kv_heads: int) -> None:
+    """Raises SettingError for sizes that the processes of this launch, or the model, can't be divided by."""
+    processes = num_processes()
+    for variable, name in OF_ACCELERATE.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise SettingError(
+                f"{variable} is {os.environ[variable]}, which asks for {name}; it must be unset: fsdp_size and tp_size "
+                "say how processes share a model"
+            )
+    if num_kv_heads % tp_size:
+        raise SettingError(
+            f"tp_size is {tp_size}; it must divide num_key_value_heads, {num_kv_heads}: processes share a layer by "
+            "its KV groups"
+        )
+    together = (fsdp_size or 1) * tp_size
+    if processes % together:
+        names = " x ".join(
+            f"{name} {size}" for name, size in (("fsdp_size", fsdp_size), ("tp_size", tp_size)) if size not in (None, 1)
+        )
+        raise SettingError(
+            f"{names} is {together}, and there {'is' if processes == 1 else 'are'} {processes} "
+            f"{'process' if processes == 1 else 'processes'} (WORLD_SIZE); it must divide their number. Launch more "
+            "with torchrun --nproc_per_node"
+        )
+    if together > 1 and not SHARDS_BY_GROUP:
+        raise SettingError(
+            f"transformers is {transformers.__version__}, which can't share a model of this kind between processes; "
+            f"fsdp_size and tp_size need {OLDEST_SHARDING} or newer"
+        )
+
+
+def require_one_process(command: str) -> None:
+    """Raises SettingError for a launch on several processes."""
+    if num_processes() > 1:
+        raise SettingError(
+            f"WORLD_SIZE is {num_processes()}; {command} works in one process, so it must be 1 (compare, train and "
+            "distill take several)"
+        )

@@ -1,0 +1,168 @@
+"""The processes of one launch (torchrun, `accelerate launch`): who prints and writes, and how all of them end.
+
+Every rank runs the same program. Rank 0 alone prints and writes what the ranks have in common. What only one rank may
+do, or see, is shared by `first_rank` and `agreed`, which every rank must call.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import sys
+import time
+import traceback
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+HEARD_AFTER = 3.0  # seconds in which rank 0 may say an error that several ranks have
+ASKED_AGAIN = 5.0  # seconds that a rank has to answer once it has been waited for
+ERROR, DONE = "query-experts/error", "query-experts/done"  # keys of the ranks' store
+
+
+def num_processes() -> int:
+    """Processes of this launch; 1 where there is no launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, int], int]) -> int:
+    """Runs a command's work as one rank of several, joined by a process group. It doesn't return after an error.
+
+    Args:
+        work: gives a sentence about what went wrong, or None, and the exit status.
+        say: prints a sentence and returns the status. An error is said by one rank, which names itself.
+    """
+    join_ranks()
+    heard = sys.stderr
+    if not is_first():
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    try:
+        sentence, status = work()
+        trace = ""
+    except Exception as error:  # of any kind: a rank that stays silent leaves the others waiting
+        sentence, status, trace = f"{type(error).__name__}: {error}", 1, traceback.format_exc()
+    sys.stderr = heard
+    if sentence is not None and says_it():
+        sys.stderr.write(trace)
+        say(f"rank {rank()}: {sentence}", status)
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # a group in which ranks are missing can't be left in order
+    dist.destroy_process_group()
+    return status
+
+
+def join_ranks() -> None:
+    """Joins this launch's process group: gloo on a CPU, and NCCL too where there are GPUs."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group()
+    _watch.append(dist.new_group(backend="gloo"))
+
+
+_watch: list[dist.ProcessGroup] = []  # a group of its own for the barrier that names missing ranks: it stays usable
+
+
+def store() -> dist.Store:
+    """What all ranks can write to and read without a collective."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def says_it() -> bool:
+    """Whether this rank is to say an error: the first that has one does, or rank 0 if it has one a moment later."""
+    try:
+        if not is_first():
+            deadline = time.monotonic() + HEARD_AFTER
+            while time.monotonic() < deadline and not store().check([ERROR]):
+                time.sleep(0.05)
+        return store().compare_set(ERROR, "", str(rank())) == str(rank()).encode()
+    except RuntimeError:  # the store went with rank 0, which ended before
+        return False
+
+
+def first_rank(work: Callable[[], T]) -> T:
+    """Runs work on rank 0 alone, and gives its result to every rank, which waits as long as it takes.
+
+    Raises:
+        RuntimeError: on the other ranks, where it failed on rank 0.
+    """
+    if num_processes() == 1:
+        return work()
+    key = f"{DONE}/{next_number()}"
+    if is_first():
+        result = work()
+        store().set(key, b64encode(pickle.dumps(result)).decode())
+        return result
+    while not store().check([key]):
+        if store().check([ERROR]):
+            raise RuntimeError("rank 0 has ended")
+        time.sleep(0.05)
+    return pickle.loads(b64decode(store().get(key)))
+
+
+_numbers = iter(range(sys.maxsize))
+
+
+def next_number() -> int:
+    """Counts the calls of `first_rank`, which every rank makes in the same order."""
+    return next(_numbers)
+
+
+def agreed(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    return first_rank(lambda: value)
+
+
+def greatest(value: float, device: torch.device) -> float:
+    """The greatest of all ranks' values, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    found = torch.tensor(float(value), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def require_all_ranks(seconds: float) -> None:
+    """Waits until every rank is here.
+
+    Raises:
+        RuntimeError: naming the ranks that didn't come in time.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    try:
+        dist.monitored_barrier(_watch[0] if _watch else None, timedelta(seconds=seconds), wait_all_ranks=True)
+    except RuntimeError as error:
+        missing = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
+        if missing is None:  # rank 0 knows
+            raise
+        raise RuntimeError(f"rank {missing[1].strip(' ,')} didn't answer within {seconds:g} s; it hangs") from error
+
+
+@contextmanager
+def naming_hung_ranks(seconds: float) -> Iterator[None]:
+    """Gives collectives within it so many seconds. Where one runs out of time, the ranks that are missing are named."""
+    if num_processes() > 1 and dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+    try:
+        yield
+    except RuntimeError as error:
+        if "imed out" in str(error):
+            require_all_ranks(ASKED_AGAIN)
+        raise
