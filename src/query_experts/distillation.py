@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from query_experts.distributed.checkpoints import is_sharded
 from query_experts.training import GQETrainer
 
 
@@ -26,7 +27,7 @@ class DistillationTrainer(GQETrainer):
         *args: as for Transformers' Trainer.
         **kwargs: as for Transformers' Trainer.
         teacher: a causal language model with the same vocabulary. Its logits are computed without gradients. It is set
-            to eval mode, and moved to the model's device unless it is quantised or spread over several devices.
+            to eval mode, and moved to the model's device unless it is quantised, sharded or spread over devices.
         weight: of the divergence, 0 to 1.
 
     Raises:
@@ -45,7 +46,9 @@ class DistillationTrainer(GQETrainer):
         if teacher_vocabulary != vocabulary:
             raise ValueError(f"teacher has a vocabulary of {teacher_vocabulary}; it must be the model's, {vocabulary}")
         spread = len(set((getattr(teacher, "hf_device_map", None) or {}).values())) > 1
-        if not (spread or getattr(teacher, "is_quantized", False)):
+        if is_sharded(teacher):
+            pass  # it is where its ranks are
+        elif not (spread or getattr(teacher, "is_quantized", False)):
             teacher.to(self.args.device)
         elif not spread and (device := next(teacher.parameters()).device).type != self.args.device.type:
             raise ValueError(f"teacher is quantised and on {device}; it must be loaded onto {self.args.device}")

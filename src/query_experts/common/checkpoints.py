@@ -100,15 +100,16 @@ def _read_object(path: Path, field: str) -> dict[str, Any]:
     return value
 
 
-def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, Any]:
+def load_gqe(folder: Path, field: str = "checkpoint", **more: Any) -> tuple[PreTrainedModel, Any]:
     """Load a GQE checkpoint and its tokenizer.
 
     Args:
         folder: the checkpoint's folder.
         field: the setting that names the folder, for error sentences.
+        **more: as for `load_whole`.
 
     Returns:
-        A `GQEForCausalLM` in float32 on the CPU, and the tokenizer.
+        A `GQEForCausalLM` in float32, on the CPU unless `more` says otherwise, and the tokenizer.
 
     Raises:
         SettingError: if the folder holds no GQE checkpoint, or one that `load_whole` or `load_tokenizer` refuses.
@@ -120,7 +121,7 @@ def load_gqe(folder: Path, field: str = "checkpoint") -> tuple[PreTrainedModel, 
     model_type = load_config(str(folder), field).model_type
     if model_type != "gqe":
         raise SettingError(f"{field} is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
-    model = load_whole(AutoModelForCausalLM, str(folder), torch.float32, field)
+    model = load_whole(AutoModelForCausalLM, str(folder), torch.float32, field, **more)
     return model, load_tokenizer(str(folder), model, field)
 
 

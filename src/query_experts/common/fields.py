@@ -137,6 +137,7 @@ class Settings:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"strict": True, "revalidate_instances": "always"}
     elsewhere: ClassVar[Elsewhere] = Elsewhere({}, "")
+    refused: ClassVar[dict[str, str]] = {}  # options that people may look for -> why there are none
     unlisted: ClassVar[frozenset[str]] = frozenset()  # settings that the help page leaves out
 
 

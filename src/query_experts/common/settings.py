@@ -57,6 +57,10 @@ def parse_settings(
     settings, *others, unknown = parser.parse_args_into_dataclasses(
         argv, look_for_args_file=False, return_remaining_strings=True
     )
+    for word in unknown:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if name in kind.refused:
+            raise SettingError(f"{name} {kind.refused[name]}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for name, default in kind.elsewhere.defaults.items():

@@ -7,6 +7,7 @@ import os
 import transformers
 
 from query_experts.common.errors import SettingError
+from query_experts.common.formatting import plural
 from query_experts.distributed.ranks import num_processes
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 
@@ -41,13 +42,12 @@ def check_layout_of_ranks(fsdp_size: int | None, tp_size: int, num_kv_heads: int
         )
     together = (fsdp_size or 1) * tp_size
     if processes % together:
-        names = " x ".join(
-            f"{name} {size}" for name, size in (("fsdp_size", fsdp_size), ("tp_size", tp_size)) if size not in (None, 1)
-        )
+        sizes = {"fsdp_size": fsdp_size or 1, "tp_size": tp_size}
+        sizes = {name: size for name, size in sizes.items() if size > 1}
+        there = f"there is {plural(processes, 'process')}" if processes == 1 else f"there are {processes} processes"
         raise SettingError(
-            f"{names} is {together}, and there {'is' if processes == 1 else 'are'} {processes} "
-            f"{'process' if processes == 1 else 'processes'} (WORLD_SIZE); it must divide their number. Launch more "
-            "with torchrun --nproc_per_node"
+            f"{' x '.join(sizes)} is {' x '.join(map(str, sizes.values()))}, and {there} (WORLD_SIZE); it must divide "
+            "their number. Launch more with torchrun --nproc_per_node"
         )
     if together > 1 and not SHARDS_BY_GROUP:
         raise SettingError(

@@ -51,7 +51,7 @@ def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, 
     join_ranks()
     heard = sys.stderr
     if not is_first():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     try:
         sentence, status = work()
         trace = ""

@@ -10,12 +10,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from query_experts.common.checkpoints import has_tokenizer, load_gqe, load_tokenizer, load_whole
+from query_experts.common.checkpoints import has_tokenizer, load_gqe, load_tokenizer
 from query_experts.common.errors import SettingError
+from query_experts.distributed.ranks import num_processes
 from query_experts.model.arms import ModelSize
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.kernel_choice import use_kernels
 from query_experts.study.settings import DistillSettings
+from query_experts.study.sharded import load_sharded, sharding
 from query_experts.study.single import train_one
 from query_experts.study.train import StartingPoint
 
@@ -29,7 +31,7 @@ def distill(settings: DistillSettings, console: Console) -> bool:
 
 def load_start(settings: DistillSettings) -> StartingPoint:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
-    model, tokenizer = load_gqe(Path(settings.init), "init")
+    model, tokenizer = load_gqe(Path(settings.init), "init", distributed_config=sharding(settings))
     use_kernels(model, settings.kernels)
     if tokenizer.eos_token_id is None:
         raise SettingError(f"init is {settings.init}, whose tokenizer has no eos_token; it needs one to end a document")
@@ -49,7 +51,7 @@ def load_matching_teacher(
     settings: DistillSettings, name: str, model: PreTrainedModel, tokenizer: Any
 ) -> PreTrainedModel:
     """The teacher. Raises SettingError for one with another vocabulary, or for shorter sequences."""
-    teacher = load_teacher(name)
+    teacher = load_teacher(name, settings)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise SettingError(
             f"teacher has a vocabulary of {teacher.config.vocab_size}; it must be that of init, "
@@ -65,9 +67,14 @@ def load_matching_teacher(
     return teacher
 
 
-def load_teacher(name: str) -> PreTrainedModel:
-    """A causal language model in float32. Raises SettingError for a checkpoint that can't be loaded."""
-    return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
+def load_teacher(name: str, settings: DistillSettings) -> PreTrainedModel:
+    """A causal language model, which the ranks share as they share the model that is trained.
+
+    In float32 in one process; on several ranks in the dtype that it computes in, bf16 or float32. Raises SettingError
+    for a checkpoint that can't be loaded.
+    """
+    dtype = torch.float32 if num_processes() == 1 else getattr(torch, settings.autocast_dtype())
+    return load_sharded(AutoModelForCausalLM, name, settings, "teacher", dtype)
 
 
 def with_model_sizes(settings: DistillSettings, config: GQEConfig) -> DistillSettings:

@@ -33,6 +33,7 @@ from query_experts.distributed.layout import check_layout_of_ranks, data_paralle
 from query_experts.model.arms import ARMS, ModelSize, arm_config, check_arms, model_size, size_option
 from query_experts.model.kernel_choice import Kernels, check_kernels_setting, kernels_option
 
+INSTEAD = "which there isn't; it must be left out: fsdp_size and tp_size say how processes share a model"
 TEACHER = NotEmpty("be the dense model's checkpoint, or none to train with only the language-model loss")
 
 
@@ -46,6 +47,10 @@ class RunSettings(Settings):
     """
 
     given: ClassVar[frozenset[str]] = frozenset()
+    refused = dict.fromkeys(("cp_size", "sp_size"), f"asks for context parallelism, {INSTEAD}") | {
+        "pp_size": f"asks for pipeline parallelism, {INSTEAD}",
+        "ep_size": f"asks for expert parallelism, whose experts are those of a feed-forward layer, {INSTEAD}",
+    }
 
     out: OutFolder = option("runs/demo", "folder for checkpoints, results and the report", "output", metavar="FOLDER")
     data: list[str] = option(

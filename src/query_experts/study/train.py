@@ -95,7 +95,7 @@ def train_arm(
     result_file = folder / "result.json"
     if (known := first_rank(lambda: read_result(result_file) if result_file.exists() else None)) is not None:
         return known
-    model = initial_model(settings, arm, seed, folder) if start is None else start.model
+    model = initial_model(settings, arm, seed, folder) if start is None else prepared(settings, start.model)
     use_kernels(model, settings.kernels)
     size = 4 * model.num_parameters()
     first_rank(lambda: require_space(folder, size * (1 + 3 * (settings.keep + 1))))  # a checkpoint has Adam's moments
