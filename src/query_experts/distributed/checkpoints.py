@@ -28,6 +28,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import rotate_checkpoints
 
 from query_experts.common.files import parse_json
+from query_experts.model.tied import check_tied
 
 WRITING = "writing"  # the folder, beside the checkpoints, of one that isn't finished
 FILES = "files.json"  # of a checkpoint: its processes, and the size of each other file
@@ -46,6 +47,8 @@ class WholeCheckpoints(Trainer):
         if is_sharded(model) and arguments is not None:  # which the stock Trainer refuses, as it couldn't resume
             arguments.save_strategy = "no"
         super().__init__(*args, **kwargs)
+        if is_sharded(self.model):
+            check_tied(self.model)
         if arguments is not None:
             arguments.save_strategy = strategy
 

@@ -33,6 +33,7 @@ from query_experts.layers.masks import causal_mask, padding_mask
 from query_experts.layers.router import Router
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.router_losses import RouterLosses, predicted_tokens, real_tokens
+from query_experts.model.tied import tied_before_sharding
 from query_experts.ops.attend import uses_shared_decode
 from query_experts.ops.kernels import Kernels
 
@@ -121,6 +122,12 @@ class GQEPreTrainedModel(LlamaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+
+    @classmethod
+    def maybe_distribute_model(cls, *args: Any) -> Any:
+        """As Transformers shards a model while it loads it, with tied embeddings tied before."""
+        with tied_before_sharding():
+            return super().maybe_distribute_model(*args)
 
     def set_top_k(self, top_k: int) -> None:
         """Selects another number of experts in each group of every layer, and sets it in the config.

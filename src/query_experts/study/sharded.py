@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from query_experts.common.checkpoints import load_whole
 from query_experts.distributed.ranks import num_processes
+from query_experts.model.tied import tied_before_sharding
 from query_experts.study.settings import RunSettings
 
 
@@ -31,4 +32,5 @@ def load_sharded(
 ) -> PreTrainedModel:
     """A checkpoint's model, each rank's part of it where the settings share it. Raises as `load_whole`."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writes in place to its outputs; there are none
-    return load_whole(kind, checkpoint, dtype, field, distributed_config=sharding(settings))
+    with tied_before_sharding():
+        return load_whole(kind, checkpoint, dtype, field, distributed_config=sharding(settings))
