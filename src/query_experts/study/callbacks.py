@@ -20,15 +20,19 @@ from transformers.trainer_callback import ExportableState
 
 from query_experts.common.environment import environment, instructions
 from query_experts.model.kernel_choice import kernel_choice
+from query_experts.training import GQETrainer, LoggedCallback
 
 
-class ZClipCallback(TrainerCallback, ExportableState):
+class ZClipCallback(LoggedCallback, ExportableState):
     """ZClip (arXiv 2504.02507): scales gradients down where their norm is an outlier among recent norms.
 
     The first `warmup_steps` norms pass unclipped and give the mean and variance, which then are exponential moving
     averages. A norm g with z = (g - mean) / std above `z_threshold` is scaled to mean + (z_threshold**2 / z) * std.
     A larger outlier is scaled down further. The averages take the scaled norm. A norm that isn't finite passes
     unscaled and doesn't enter the averages. Works on DDP and FSDP2 gradients.
+
+    `GQETrainer` logs the norm after clipping as `grad_norm_clipped`, beside the Trainer's `grad_norm`, and the steps
+    that were clipped so far as `clipped_steps`.
 
     Args:
         alpha: Decay of the moving averages.
@@ -48,6 +52,7 @@ class ZClipCallback(TrainerCallback, ExportableState):
         self.mean: float | None = None
         self.variance = 0.0
         self.clipped_steps = 0
+        self.clipped_norm = math.nan  # of the last step
 
     def state(self) -> dict[str, Any]:
         return {
@@ -95,11 +100,16 @@ class ZClipCallback(TrainerCallback, ExportableState):
         if hasattr(total, "full_tensor"):  # sharded gradients (FSDP2)
             total = total.full_tensor()
         norm = float(total)
-        target = self.target_norm(norm)
+        target = self.clipped_norm = self.target_norm(norm)
         if target < norm:
             self.clipped_steps += 1
             for p in parameters:
                 p.grad.mul_(target / norm)
+
+    def add_to_logs(self, trainer: GQETrainer, logs: dict[str, float]) -> None:
+        logs |= {"grad_norm_clipped": self.clipped_norm, "clipped_steps": self.clipped_steps}
+        if (skipped := getattr(self, "skipped_steps", None)) is not None:
+            logs["skipped_steps"] = skipped
 
 
 def clock(device: torch.device) -> Callable[[], float]:

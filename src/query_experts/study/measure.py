@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from query_experts.data import Corpus, ValidationPart
-from query_experts.layers.router import select_top_k
+from query_experts.layers.balance import DEAD_BELOW, relative_entropy, selected_experts
 from query_experts.model import costs
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, losses_are_finite
@@ -26,7 +26,6 @@ T = TypeVar("T")
 PASSAGE_TOKENS = 192
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
 ROUTING_SEQUENCES = 16
-DEAD_BELOW = 0.01  # an expert that a smaller share of tokens selects is dead
 
 
 def as_it_is(measure: Callable[P, T]) -> Callable[P, T]:
@@ -188,14 +187,11 @@ def routing_load(model: PreTrainedModel, validation: Subset) -> RoutingLoad:
     """The load of each expert and the entropy of each router, on held-out sequences."""
     sequences = [validation[i]["input_ids"] for i in range(min(ROUTING_SEQUENCES, len(validation)))]
     logits = router_logits(model, torch.stack(sequences))
-    probs, num_experts = logits.softmax(-1), logits.shape[-1]
-    selected = select_top_k(logits, model.config.active_query_experts)
-    load = torch.nn.functional.one_hot(selected, num_experts).sum(-2).float().mean(1)  # [L, G, M]
-    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(-1).mean(1)  # [L, G]
-    share = entropy / torch.log(torch.tensor(float(num_experts))) if num_experts > 1 else torch.ones_like(entropy)
+    load = selected_experts(logits, model.config.active_query_experts).float().mean(1)  # [L, G, M]
+    entropy = relative_entropy(logits).mean(1)  # [L, G]
     return RoutingLoad(
         load=[[[round(x, 4) for x in group] for group in layer] for layer in load.tolist()],
-        entropy=[[round(x, 4) for x in layer] for layer in share.tolist()],
+        entropy=[[round(x, 4) for x in layer] for layer in entropy.tolist()],
         dead=int((load < DEAD_BELOW).sum()),
         dead_below=DEAD_BELOW,
     )
