@@ -66,14 +66,19 @@ class GQETrainer(Trainer):
                 liger.check_config(self.args.liger_kernel_config or {})
         # for a dense model; outputs of a GQE model tell
         self._logged_as = "lm_loss" if getattr(self.model, "can_generate", lambda: True)() else "task_loss"
+        self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        """Begins what is counted from one log to the next: losses, and `positions`, this rank's tokens with padding."""
         self._loss_sums: dict[str, Tensor] = {}
-        self._sums_step = 0
-        self._sums_state = self.state
-        self._balance_window: BalanceWindow | None = None
-        self.positions = 0  # tokens of this rank's training batches so far, padding included
-        self.row_length = 0  # tokens in a row of the last one
+        self._interval_step, self._interval_state = self.state.global_step, self.state
+        self._balance_window = balance_window_of(self.model)
+        self.positions = 0
+        self.row_length = 0  # tokens in a row of the last batch
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        if self._interval_state is not self.state:  # each call of `train`, and each retry of auto_find_batch_size
+            self._begin_interval()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if num_items is not None and is_gqe(self.model):  # else the Trainer averages micro-batches
             tokens = torch.tensor(sum(count_tokens(batch) for batch in batches), device=device)
@@ -93,10 +98,6 @@ class GQETrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         lm_loss = self.lm_loss(outputs, num_items_in_batch)
         if model.training:
-            # each call of `train`, and each retry of auto_find_batch_size, has a state of its own
-            if not self._loss_sums or self._sums_state is not self.state:
-                self._loss_sums, self._sums_step, self._sums_state = {}, self.state.global_step, self.state
-                self._balance_window = balance_window_of(self.model)
             self.add_up(self._logged_as, lm_loss, num_items_in_batch)
             if self._balance_window is not None and self._balance_window.losses is not None:
                 for name, value in zip(("aux_loss", "z_loss"), self._balance_window.losses, strict=True):
@@ -135,18 +136,18 @@ class GQETrainer(Trainer):
         return self.current_gradient_accumulation_steps * ranks
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._loss_sums:
-            logs |= self._mean_losses()
-            self._loss_sums = {}
         if "loss" in logs:
+            if self._loss_sums:
+                logs |= self._mean_losses()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, LoggedCallback):
                     callback.add_to_logs(self, logs)
+            self._begin_interval()
         super().log(logs, *args, **kwargs)
 
     def _mean_losses(self) -> dict[str, float]:
         """Name -> mean of a loss over all ranks and the steps since the last log."""
-        steps = max(1, self.state.global_step - self._sums_step)
+        steps = max(1, self.state.global_step - self._interval_step)
         sums = [*self._loss_sums.values()]
         # each summand is its share of the step's mean: the sum over ranks and micro-batches is one per step
         totals = self.accelerator.reduce(torch.stack([value.to(sums[0]) for value in sums]), "sum")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from query_experts.layers.attention import GQEAttention
 from query_experts.layers.balance import DEAD_BELOW, relative_entropy, selected_experts
+from query_experts.model.modeling_gqe import GQEForCausalLM
 
 PREFIX = "moe"
 
@@ -41,12 +42,6 @@ def routed_layers(model: nn.Module) -> list[GQEAttention]:
     return [module for module in model.modules() if isinstance(module, GQEAttention) and module.router is not None]
 
 
-def groups_of(layer: GQEAttention) -> int:
-    """G of all ranks: tensor-parallel ranks hold some of the groups, and the whole router."""
-    assert layer.router is not None
-    return layer.router.weight.shape[0] // layer.experts_per_group
-
-
 @torch.no_grad()
 def probe(model: nn.Module, layers: Sequence[GQEAttention], inputs: dict[str, Any]) -> ProbedRouting:
     """Routes tokens by a model in evaluation mode, without gradients and uncompiled.
@@ -61,13 +56,14 @@ def probe(model: nn.Module, layers: Sequence[GQEAttention], inputs: dict[str, An
     """
     training = model.training
     model.eval()
+    last_logits = {"logits_to_keep": 1} if any(isinstance(m, GQEForCausalLM) for m in model.modules()) else {}
     with torch.compiler.set_stance("force_eager"):
-        outputs = model(**inputs, output_router_logits=True, use_cache=False)
+        outputs = model(**inputs, output_router_logits=True, use_cache=False, **last_logits)
     model.train(training)
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).flatten().ne(0)
     entropies, top_probs, selected = [], [], []
     for layer, logits in zip(layers, outputs["router_logits"], strict=True):
-        grouped = logits[real.to(logits.device)].unflatten(-1, (groups_of(layer), -1))  # [R, G, M]
+        grouped = logits[real.to(logits.device)].unflatten(-1, (-1, layer.experts_per_group))  # [R, G, M]
         entropies.append(relative_entropy(grouped).mean(0).cpu())
         top_probs.append(grouped.softmax(-1).amax(-1).mean(0).cpu())
         selected.append(selected_experts(grouped, layer.top_k).bool().cpu())
