@@ -17,7 +17,16 @@ from query_experts.layers.balance import DEAD_BELOW, relative_entropy, selected_
 from query_experts.model import costs
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, losses_are_finite
-from query_experts.study.results import Curve, ParameterCounts, PartLoss, Passage, Piece, RoutingLoad, RunResult
+from query_experts.study.results import (
+    Curve,
+    ParameterCounts,
+    PartLoss,
+    Passage,
+    Piece,
+    RoutingLoad,
+    RoutingPoint,
+    RunResult,
+)
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
 
@@ -26,6 +35,12 @@ T = TypeVar("T")
 PASSAGE_TOKENS = 192
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
 ROUTING_SEQUENCES = 16
+LOGGED_ROUTING = {  # field of RoutingPoint -> telemetry's name
+    "entropy": "moe/router_entropy_mean",
+    "entropy_lowest": "moe/router_entropy_min",
+    "highest_load": "moe/load_max",
+    "dead": "moe/dead_experts",
+}
 
 
 def as_it_is(measure: Callable[P, T]) -> Callable[P, T]:
@@ -98,6 +113,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
         if validation_loss is None
         else bits_per_byte(validation_loss, facts.validation_tokens, facts.validation_bytes),
         validation_parts=None if diverged else losses_by_part(model, corpus, settings) or None,
+        routing_curve=routing_curve(trainer, settings.tokens_per_step) or None,
     )
 
 
@@ -115,6 +131,16 @@ def curve_of(trainer: GQETrainer, key: str, tokens_per_step: int) -> Curve:
     """The finite losses that the Trainer logged under a key."""
     logged = [(log["step"] * tokens_per_step, log[key]) for log in trainer.state.log_history if key in log]
     return [(tokens, round(loss, 5)) for tokens, loss in logged if math.isfinite(loss)]
+
+
+def routing_curve(trainer: GQETrainer, tokens_per_step: int) -> list[RoutingPoint]:
+    """The routing that telemetry logged, without what isn't finite."""
+    logged = [log for log in trainer.state.log_history if LOGGED_ROUTING.values() <= log.keys()]
+    finite = [log for log in logged if all(math.isfinite(log[name]) for name in LOGGED_ROUTING.values())]
+    return [
+        RoutingPoint(tokens=log["step"] * tokens_per_step, **{key: log[name] for key, name in LOGGED_ROUTING.items()})
+        for log in finite
+    ]
 
 
 def _final_validation_curve(trainer: GQETrainer, tokens_per_step: int) -> Curve:

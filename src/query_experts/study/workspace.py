@@ -17,9 +17,10 @@ from query_experts.common.settings import presets, read_recipe
 from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
 LOCK = ".lock"
-# places, what computes, the number of results, and what the hash of the data covers
+# places, what computes, what is watched, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
-                  "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir"}  # fmt: skip
+                  "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir",
+                  "report_to", "telemetry", "peak_flops"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings) -> dict[str, Any]:

@@ -55,6 +55,10 @@ NOT_IN_RESULTS = {
     "stop_after_minutes",
     "kernels",
     "max_bytes",
+    "report_to",
+    "telemetry",
+    "log_every",
+    "peak_flops",
     "text_field",
 }
 
