@@ -135,7 +135,7 @@ def curve_of(trainer: GQETrainer, key: str, tokens_per_step: int) -> Curve:
 
 def routing_curve(trainer: GQETrainer, tokens_per_step: int) -> list[RoutingPoint]:
     """The routing that telemetry logged, without what isn't finite."""
-    logged = [log for log in trainer.state.log_history if LOGGED_ROUTING.values() <= log.keys()]
+    logged = [log for log in trainer.state.log_history if {*LOGGED_ROUTING.values()} <= log.keys()]
     finite = [log for log in logged if all(math.isfinite(log[name]) for name in LOGGED_ROUTING.values())]
     return [
         RoutingPoint(tokens=log["step"] * tokens_per_step, **{key: log[name] for key, name in LOGGED_ROUTING.items()})

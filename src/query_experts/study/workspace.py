@@ -20,7 +20,7 @@ LOCK = ".lock"
 # places, what computes, what is watched, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir",
-                  "report_to", "telemetry", "peak_flops"}  # fmt: skip
+                  "report_to", "telemetry", "log_every", "peak_flops"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings) -> dict[str, Any]:
