@@ -236,7 +236,8 @@ class Telemetry(LoggedCallback):
 
 
 def first_rows(data: Any) -> list[Tensor]:
-    """The first rows of a data set, int64 [T] each, up to `PROBED_TOKENS` tokens; none of one without positions."""
+    """The first rows of a data set without padding, int64 [T] each, up to `PROBED_TOKENS` tokens; none where there
+    is no reading by position."""
     rows: list[Tensor] = []
     left = PROBED_TOKENS
     with torch.random.fork_rng(devices=[]):  # a data set may draw
@@ -244,7 +245,10 @@ def first_rows(data: Any) -> list[Tensor]:
             row = data[len(rows)]
             if not isinstance(row, Mapping) or "input_ids" not in row:
                 return []
-            rows.append(torch.as_tensor(row["input_ids"]).flatten()[:left])
+            ids = torch.as_tensor(row["input_ids"]).flatten()
+            if (mask := row.get("attention_mask")) is not None:
+                ids = ids[torch.as_tensor(mask).flatten().ne(0)]
+            rows.append(ids[:left])
             left -= max(1, len(rows[-1]))
     return [row for row in rows if len(row)]
 
