@@ -35,7 +35,7 @@ from query_experts.training import GQETrainer, LoggedCallback, balance_window_of
 
 COLLAPSED_BELOW = 0.1  # entropy over log M; routers in good order end at 0.7 to 0.8
 PATIENCE = 3  # logs in a row
-PROBED_TOKENS = 1024
+PROBED_TOKENS = 512
 NAMED = 4  # places in a warning
 GIB = 2**30
 
