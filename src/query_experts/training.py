@@ -70,7 +70,7 @@ class GQETrainer(Trainer):
 
     def _begin_interval(self) -> None:
         """Begins what is counted from one log to the next: losses, and `positions`, this rank's tokens with padding."""
-        self._loss_sums: dict[str, Tensor] = {}
+        self._loss_sums: dict[tuple[str, ...], Tensor] = {}  # names -> their sums, a scalar or [names]
         self._interval_step, self._interval_state = self.state.global_step, self.state
         self._balance_window = balance_window_of(self.model)
         self.positions = 0
@@ -98,18 +98,17 @@ class GQETrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         lm_loss = self.lm_loss(outputs, num_items_in_batch)
         if model.training:
-            self.add_up(self._logged_as, lm_loss, num_items_in_batch)
+            self.add_up((self._logged_as,), lm_loss, num_items_in_batch)
             if self._balance_window is not None and self._balance_window.losses is not None:
-                for name, value in zip(("aux_loss", "z_loss"), self._balance_window.losses, strict=True):
-                    self.add_up(name, value, num_items_in_batch)
+                self.add_up(("aux_loss", "z_loss"), self._balance_window.losses, num_items_in_batch)
         else:
             loss = lm_loss * self.num_averaging_ranks(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def add_up(self, name: str, loss: Tensor, num_items_in_batch: Any) -> None:
-        """Adds a micro-batch's loss, in the scale of `lm_loss`, to the mean that is logged under a name."""
-        part = loss.detach() / self.averaged_losses(num_items_in_batch)
-        self._loss_sums[name] = self._loss_sums[name] + part if name in self._loss_sums else part
+    def add_up(self, names: tuple[str, ...], losses: Tensor, num_items_in_batch: Any) -> None:
+        """Adds a micro-batch's losses, in the scale of `lm_loss`, to the means that are logged under their names."""
+        part = losses.detach() / self.averaged_losses(num_items_in_batch)
+        self._loss_sums[names] = self._loss_sums[names] + part if names in self._loss_sums else part
 
     def lm_loss(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
         """The model's loss without the router's losses and without the factor `num_averaging_ranks`."""
@@ -148,13 +147,14 @@ class GQETrainer(Trainer):
     def _mean_losses(self) -> dict[str, float]:
         """Name -> mean of a loss over all ranks and the steps since the last log."""
         steps = max(1, self.state.global_step - self._interval_step)
-        sums = [*self._loss_sums.values()]
+        names = [name for group in self._loss_sums for name in group]
+        sums = [value.reshape(-1) for value in self._loss_sums.values()]
         # each summand is its share of the step's mean: the sum over ranks and micro-batches is one per step
-        totals = self.accelerator.reduce(torch.stack([value.to(sums[0]) for value in sums]), "sum")
+        totals = self.accelerator.reduce(torch.cat([value.to(sums[0]) for value in sums]), "sum")
         ranks = self.get_tp_size()  # tensor-parallel ranks all count the same loss
         if not self.args.average_tokens_across_devices:  # then each rank's losses add up to its own mean
             ranks *= self.accelerator.num_processes // self.get_tp_size()
-        return {name: total / ranks / steps for name, total in zip(self._loss_sums, totals.tolist(), strict=True)}
+        return {name: total / ranks / steps for name, total in zip(names, totals.tolist(), strict=True)}
 
 
 def is_gqe(model: nn.Module) -> bool:
