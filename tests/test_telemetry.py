@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from query_experts.layers.balance import relative_entropy
 from query_experts.layers.router import select_top_k
 from query_experts.model import costs
 from query_experts.model.routing_metrics import churn, load_values
+from query_experts.study.callbacks import TokenProgress, ZClipCallback
 from query_experts.telemetry import PATIENCE, Onsets, Telemetry
 from query_experts.training import GQETrainer
 from study_helpers import LENGTHS, Rows, arguments, logged, model_of
@@ -104,6 +107,15 @@ def test_means_and_extremes_of_all_values_are_logged_as_python_floats_and_detail
     by_expert, by_group = (sum(name[-1].isdigit() == wanted for name in more) for wanted in (True, False))
     assert (by_expert, by_group) == (2 * 2 * 2 * 2, 2 * 2 * 7)  # layers, groups, experts or not, values
     assert not [name for name in brief if "layer" in name]
+
+
+def test_the_page_on_training_explains_every_name_that_is_logged(tmp_path):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    more = [ZClipCallback()]
+    (log, *_) = logs_of(trained(one_layer(), tmp_path, Telemetry(peak_flops=1e12), more=more, max_steps=2))[::-1]
+    names = {re.sub("_(mean|min|max)$", "", name) for name in log} - {"epoch", "step", "learning_rate"}
+    assert len(names) > 15
+    assert not [name for name in names if f"`{name}`" not in page]
 
 
 def test_values_of_load_are_those_of_nemo_and_olmo():
@@ -318,7 +330,8 @@ def test_a_collapsed_router_and_a_dead_expert_are_warned_of_once_with_what_to_tr
         router = model.model.layers[0].self_attn.router.weight
         router.fill_(5.0)
         router[1::2] = -5.0
-    trainer = trained(model, tmp_path, Telemetry(), learning_rate=0.0, max_steps=5)
+    more = [TokenProgress("run", 144)]  # whose bar the lines don't break
+    trainer = trained(model, tmp_path, Telemetry(), more=more, learning_rate=0.0, max_steps=5)
     collapse, death = [log for log in trainer.state.log_history if "warning" in log]
     assert collapse["step"] == death["step"] == PATIENCE
     assert "routers collapsed" in collapse["warning"]
@@ -326,8 +339,8 @@ def test_a_collapsed_router_and_a_dead_expert_are_warned_of_once_with_what_to_tr
     assert "router_z_loss_coef above 0, such as 0.001" in collapse["warning"]
     assert "layer 0 group 0 expert 1, layer 0 group 1 expert 1;" in death["warning"]
     assert "router_aux_loss_coef above 0.01" in death["warning"]
-    lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if line.startswith("Warning:")] == [
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert [line for line in lines if "Warning:" in line] == [
         f"Warning: step {PATIENCE}: {log['warning']}." for log in (collapse, death)
     ]
 

@@ -236,8 +236,10 @@ class Telemetry(LoggedCallback):
 
 
 def first_rows(data: Any) -> list[Tensor]:
-    """The first rows of a data set without padding, int64 [T] each, up to `PROBED_TOKENS` tokens; none where there
-    is no reading by position."""
+    """The first rows of a data set without padding, int64 [T] each, `PROBED_TOKENS` tokens in all.
+
+    None of a data set that can't be read by position, or whose rows have no `input_ids`.
+    """
     rows: list[Tensor] = []
     left = PROBED_TOKENS
     with torch.random.fork_rng(devices=[]):  # a data set may draw

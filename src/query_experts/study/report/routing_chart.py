@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from query_experts.common import formatting as text
 from query_experts.common.plots import ARM_COLOURS, FAINT, LEGEND, new_figure, tidy
-from query_experts.study.report.charts import SEED_STYLES, smooth
+from query_experts.study.report.charts import MAX_POINTS, SEED_STYLES, smooth
 from query_experts.study.results import RunResult
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def routing_figure(by_arm: Mapping[str, Sequence[RunResult]]) -> Figure | None:
         axes.set_ylabel(title)
         for run in runs:
             points = [(point.tokens, getattr(point, name)) for point in run.routing_curve or []]
-            drawn = points if name == "dead" else smooth(points)
+            drawn = points[:: -max(1, len(points) // MAX_POINTS)][::-1] if name == "dead" else smooth(points)
             axes.plot(*zip(*drawn, strict=True), color=ARM_COLOURS[run.arm], linestyle=styles[run.seed], linewidth=1.2)
     panels[-1].set_ylim(bottom=-0.2, top=max(1.2, panels[-1].get_ylim()[1]))
     panels[-1].yaxis.get_major_locator().set_params(integer=True)
