@@ -52,7 +52,7 @@ class ZClipCallback(LoggedCallback, ExportableState):
         self.mean: float | None = None
         self.variance = 0.0
         self.clipped_steps = 0
-        self.norm = self.clipped_norm = math.nan  # of the last step
+        self.clipped_norm = math.nan  # of the last step
 
     def state(self) -> dict[str, Any]:
         return {
@@ -99,7 +99,7 @@ class ZClipCallback(LoggedCallback, ExportableState):
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if hasattr(total, "full_tensor"):  # sharded gradients (FSDP2)
             total = total.full_tensor()
-        norm = self.norm = float(total)
+        norm = float(total)
         target = self.clipped_norm = self.target_norm(norm)
         if target < norm:
             self.clipped_steps += 1
@@ -107,7 +107,6 @@ class ZClipCallback(LoggedCallback, ExportableState):
                 p.grad.mul_(target / norm)
 
     def add_to_logs(self, trainer: GQETrainer, logs: dict[str, float]) -> None:
-        logs.setdefault("grad_norm", self.norm)  # older Trainers leave it out where they don't clip
         logs |= {"grad_norm_clipped": self.clipped_norm, "clipped_steps": self.clipped_steps}
         if (skipped := getattr(self, "skipped_steps", None)) is not None:
             logs["skipped_steps"] = skipped
