@@ -108,8 +108,6 @@ class ZClipCallback(LoggedCallback, ExportableState):
 
     def add_to_logs(self, trainer: GQETrainer, logs: dict[str, float]) -> None:
         logs |= {"grad_norm_clipped": self.clipped_norm, "clipped_steps": self.clipped_steps}
-        if (skipped := getattr(self, "skipped_steps", None)) is not None:
-            logs["skipped_steps"] = skipped
 
 
 def clock(device: torch.device) -> Callable[[], float]:
