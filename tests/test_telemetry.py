@@ -306,6 +306,9 @@ def test_data_sets_that_cannot_be_read_by_position_still_give_loads(tmp_path):
         def __iter__(self):
             return iter(Rows(12)[i] for i in range(12))
 
+        def __len__(self):
+            return 12
+
     (log,) = logs_of(trained(one_layer(), tmp_path, Telemetry(), data=Stream()))
     assert "moe/load_max" in log
     assert "moe/router_entropy_mean" not in log

@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, TrainerControl, TrainerState, TrainingArguments
 
@@ -240,10 +241,12 @@ def first_rows(data: Any) -> list[Tensor]:
 
     None of a data set that can't be read by position, or whose rows have no `input_ids`.
     """
+    if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return []
     rows: list[Tensor] = []
     left = PROBED_TOKENS
     with torch.random.fork_rng(devices=[]):  # a data set may draw
-        while hasattr(data, "__getitem__") and hasattr(data, "__len__") and left > 0 and len(rows) < len(data):
+        while left > 0 and len(rows) < len(data):
             row = data[len(rows)]
             if not isinstance(row, Mapping) or "input_ids" not in row:
                 return []
