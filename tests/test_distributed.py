@@ -30,7 +30,9 @@ from model_helpers import (
 )
 from query_experts import GQEForCausalLM
 from query_experts.distillation import DistillationTrainer
+from query_experts.model.routing_metrics import probe, routed_layers
 from query_experts.study.callbacks import StopRequest, StopWhenAsked
+from query_experts.telemetry import Telemetry
 from query_experts.training import GQETrainer
 
 WORLD = 2
@@ -111,6 +113,7 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(tiny_llama_config()).double()
 
 
+LOSSES = ("lm_loss", "aux_loss", "z_loss", "kd_loss")
 TRAINED = {
     "gqe_trainer_on_gqe": tiny_model,
     "gqe_trainer_on_static": tiny_static,
@@ -124,7 +127,7 @@ TRAINED = {
 
 
 def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
-    """Parameters after two steps of GQETrainer over 8 rows, `rows` on each rank, and its losses.
+    """Parameters after two steps of GQETrainer over 8 rows, `rows` on each rank, and what it logs but speed and memory.
 
     The rows are unevenly padded, unless each rank counts its own tokens: then the loss is the mean of the ranks' means.
     """
@@ -139,14 +142,29 @@ def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
         report_to=[], disable_tqdm=True, dataloader_pin_memory=False, average_tokens_across_devices=not by_rank,
     )  # fmt: skip
     options: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": data, "eval_dataset": data}
+    options["callbacks"] = [Telemetry(detailed=True)]
     if case.startswith("distilled"):
         trainer = DistillationTrainer(**options, teacher=tiny_llama(seed=4), weight=0.7)
     else:
         trainer = GQETrainer(**options)
     trainer.train()
-    *_, trained = (log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log)
-    losses = {"lm_loss": trained, "eval_loss": trainer.evaluate()["eval_loss"]}
-    return {name: p.detach() for name, p in model.named_parameters()} | {k: torch.tensor(v) for k, v in losses.items()}
+    *_, last = (log for log in trainer.state.log_history if "lm_loss" in log)
+    logged = {name: value for name, value in last.items() if name in LOSSES or name.startswith("moe/")}
+    logged["eval_loss"] = trainer.evaluate()["eval_loss"]
+    return {name: p.detach() for name, p in model.named_parameters()} | {
+        f"logged {name}": torch.tensor(value, dtype=torch.float64) for name, value in logged.items()
+    }
+
+
+def entropies(shard: bool) -> Tensor:
+    """Router entropy by layer and group, of a whole model or of one that FSDP2 shards."""
+    model = tiny_model(**SETTING)
+    layers = routed_layers(model)
+    if shard:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+    return probe(model, layers, {"input_ids": random_tokens(2, 12, seed=5)}).entropy
 
 
 def tokens_in_window(rank: int, own: bool) -> Tensor:
@@ -193,7 +211,7 @@ def main(rank: int, folder: Path) -> None:
         torch.save(train_as_rank(case, rank), folder / f"{case}.{rank}.pt")
     for case in TRAINED:
         torch.save(train_by_trainer(case, 4, folder), folder / f"{case}.{rank}.pt")
-    facts = {"stopped": steps_until_stopped(rank, folder)}
+    facts = {"stopped": steps_until_stopped(rank, folder), "entropies": entropies(shard=True)}
     facts |= {name: tokens_in_window(rank, name == "own") for name in ("own", "all")}
     torch.save(facts, folder / f"facts.{rank}.pt")
     dist.barrier()
@@ -238,10 +256,16 @@ def test_two_processes_get_the_gradients_of_one(case, rank, folder):
 def test_gqe_trainer_on_two_processes_trains_and_evaluates_as_on_one(case, rank, folder, tmp_path):
     expected = train_by_trainer(case, 8, tmp_path)
     actual = torch.load(folder / f"{case}.{rank}.pt")
-    losses = {name: (actual.pop(name), expected.pop(name)) for name in ("lm_loss", "eval_loss")}
+    logged = [{name: run.pop(name) for name in [*run] if name.startswith("logged")} for run in (actual, expected)]
     assert_same_tensors(actual, expected, **EXACT)
-    for two, one in losses.values():
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)  # float32 means
+    assert_same_tensors(*logged, rtol=0, atol=2e-6)  # float32 means
+    assert ("logged moe/layer_0/group_0/load_expert_0" in logged[0]) == ("logged aux_loss" in logged[0])
+    assert ("logged moe/routing_churn_max" in logged[0]) == case.endswith(("gqe", "gqe_rank_by_rank"))
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_routers_of_a_sharded_model_are_measured_as_those_of_a_whole_one(rank, folder):
+    torch.testing.assert_close(torch.load(folder / f"facts.{rank}.pt")["entropies"], entropies(shard=False), **EXACT)
 
 
 @pytest.mark.parametrize("rank", range(WORLD))

@@ -19,7 +19,8 @@ PUBLIC = [
     "from query_experts import __version__",
     "from query_experts.convert import from_dense, from_reference",
     "from query_experts.data import prepare",
-    "from query_experts.training import GQETrainer",
+    "from query_experts.training import GQETrainer, LoggedCallback",
+    "from query_experts.telemetry import Telemetry",
     "from query_experts.distillation import DistillationTrainer, TopKSchedule",
     "from query_experts.liger import register",
     "from query_experts.replay import replayed_routing",
@@ -40,7 +41,7 @@ BELOW = {
     "evaluate": {"common", "model"},
     "serving": {"common", "ops", "layers", "model"},
 }
-USED_BY_STUDY = {"training", "distillation"}  # public files that rooms may import
+USED_BY_STUDY = {"training", "distillation", "telemetry"}  # public files that rooms may import
 
 
 @pytest.mark.parametrize("statement", PUBLIC)

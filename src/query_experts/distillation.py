@@ -23,6 +23,8 @@ class DistillationTrainer(GQETrainer):
     attention mask that hides other tokens of such a row raises ValueError, because with it a stock teacher would attend
     across documents.
 
+    It logs the divergence from the teacher as `kd_loss`.
+
     Args:
         *args: as for Transformers' Trainer.
         **kwargs: as for Transformers' Trainer.
@@ -66,6 +68,7 @@ class DistillationTrainer(GQETrainer):
                 teacher_logits = self.teacher(**batch, use_cache=False).logits
             logits = outputs["logits"]
             kl = divergence(logits, teacher_logits.to(logits.device), labels, num_items_in_batch)
+            self.add_up(("kd_loss",), kl, num_items_in_batch)
             lm_loss = self.lm_loss(outputs, num_items_in_batch)
             loss = loss + self.weight * (kl - lm_loss) * self.num_averaging_ranks(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

@@ -33,7 +33,7 @@ class _OwnLossSFTTrainer(SFTTrainer):
 class GQESFTTrainer(GQETrainer, _OwnLossSFTTrainer):
     """TRL's SFTTrainer with the loss of `GQEForCausalLM`; logs it as `GQETrainer` does.
 
-    It doesn't log TRL's metrics of the loss: entropy, mean_token_accuracy, aux_loss, num_tokens.
+    It doesn't log TRL's metrics of the loss: entropy, mean_token_accuracy, num_tokens.
 
     Args:
         *args: as for SFTTrainer.

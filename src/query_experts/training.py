@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from query_experts import liger
 from query_experts.distributed.checkpoints import WholeCheckpoints
+from query_experts.layers.balance import BalanceWindow
+
+
+class LoggedCallback(TrainerCallback):
+    """A callback that adds to what `GQETrainer` logs of training."""
+
+    def add_to_logs(self, trainer: GQETrainer, logs: dict[str, float]) -> None:
+        """Adds numbers to a log, on every rank, after a step and before the loggers get it.
+
+        Args:
+            trainer: The Trainer that logs.
+            logs: What it has so far, with `loss`.
+        """
+        raise NotImplementedError
 
 
 class GQETrainer(WholeCheckpoints):
@@ -20,7 +36,8 @@ class GQETrainer(WholeCheckpoints):
       ranks. So the balance loss is weighted exactly. (The stock Trainer weights it by labels.)
     - It also logs the language-model loss without the router's losses, as `lm_loss`, and reports it as `eval_loss`. So
       losses of models with and without a router are comparable. Both are in nats per token. For a classifying head this
-      is the task's loss, logged as `task_loss`.
+      is the task's loss, logged as `task_loss`. Beside it stand `aux_loss` and `z_loss`, without their coefficients,
+      and what each `LoggedCallback` adds. All are means over the steps since the last log.
 
     Args:
         *args: as for Transformers' Trainer.
@@ -50,11 +67,19 @@ class GQETrainer(WholeCheckpoints):
                 liger.check_config(self.args.liger_kernel_config or {})
         # for a dense model; outputs of a GQE model tell
         self._logged_as = "lm_loss" if getattr(self.model, "can_generate", lambda: True)() else "task_loss"
-        self._lm_loss_sum: Tensor | None = None
-        self._lm_loss_step = 0
-        self._lm_loss_state = self.state
+        self._begin_interval()
+
+    def _begin_interval(self) -> None:
+        """Begins what is counted from one log to the next: losses, and `positions`, this rank's tokens with padding."""
+        self._loss_sums: dict[tuple[str, ...], Tensor] = {}  # names -> their sums, a scalar or [names]
+        self._interval_step, self._interval_state = self.state.global_step, self.state
+        self._balance_window = balance_window_of(self.model)
+        self.positions = 0
+        self.row_length = 0  # tokens in a row of the last batch
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        if self._interval_state is not self.state:  # each call of `train`, and each retry of auto_find_batch_size
+            self._begin_interval()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if num_items is not None and is_gqe(self.model):  # else the Trainer averages micro-batches
             tokens = torch.tensor(sum(count_tokens(batch) for batch in batches), device=device)
@@ -63,6 +88,9 @@ class GQETrainer(WholeCheckpoints):
             tokens = tokens // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
             for batch in batches:
                 batch["num_tokens_in_batch"] = tokens
+        for batch in batches:
+            if (positions := positions_of(batch)) is not None:
+                self.positions, self.row_length = self.positions + positions.numel(), positions.shape[-1]
         return batches, num_items
 
     def compute_loss(
@@ -71,14 +99,17 @@ class GQETrainer(WholeCheckpoints):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         lm_loss = self.lm_loss(outputs, num_items_in_batch)
         if model.training:
-            # each call of `train`, and each retry of auto_find_batch_size, has a state of its own
-            if self._lm_loss_sum is None or self._lm_loss_state is not self.state:
-                self._lm_loss_sum, self._lm_loss_step = torch.zeros_like(lm_loss), self.state.global_step
-                self._lm_loss_state = self.state
-            self._lm_loss_sum += lm_loss.detach() / self.averaged_losses(num_items_in_batch)
+            self.add_up((self._logged_as,), lm_loss, num_items_in_batch)
+            if self._balance_window is not None and self._balance_window.losses is not None:
+                self.add_up(("aux_loss", "z_loss"), self._balance_window.losses, num_items_in_batch)
         else:
             loss = lm_loss * self.num_averaging_ranks(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def add_up(self, names: tuple[str, ...], losses: Tensor, num_items_in_batch: Any) -> None:
+        """Adds a micro-batch's losses, in the scale of `lm_loss`, to the means that are logged under their names."""
+        part = losses.detach() / self.averaged_losses(num_items_in_batch)
+        self._loss_sums[names] = self._loss_sums[names] + part if names in self._loss_sums else part
 
     def lm_loss(self, outputs: Any, num_items_in_batch: Any) -> Tensor:
         """The model's loss without the router's losses and without the factor `num_averaging_ranks`."""
@@ -105,16 +136,26 @@ class GQETrainer(WholeCheckpoints):
         return self.current_gradient_accumulation_steps * ranks
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._lm_loss_sum is not None:
-            steps = max(1, self.state.global_step - self._lm_loss_step)
-            # each summand is its share of the step's mean: the sum over ranks and micro-batches is one per step
-            total = self.accelerator.reduce(self._lm_loss_sum, "sum").item()
-            total /= self.get_tp_size()  # tensor-parallel ranks all count the same loss
-            if not self.args.average_tokens_across_devices:  # then each rank's losses add up to its own mean
-                total /= self.accelerator.num_processes // self.get_tp_size()
-            logs[self._logged_as] = total / steps
-            self._lm_loss_sum = None
+        if "loss" in logs:
+            if self._loss_sums:
+                logs |= self._mean_losses()
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, LoggedCallback):
+                    callback.add_to_logs(self, logs)
+            self._begin_interval()
         super().log(logs, *args, **kwargs)
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Name -> mean of a loss over all ranks and the steps since the last log."""
+        steps = max(1, self.state.global_step - self._interval_step)
+        names = [name for group in self._loss_sums for name in group]
+        sums = [value.reshape(-1) for value in self._loss_sums.values()]
+        # each summand is its share of the step's mean: the sum over ranks and micro-batches is one per step
+        totals = self.accelerator.reduce(torch.cat([value.to(sums[0]) for value in sums]), "sum")
+        ranks = self.get_tp_size()  # tensor-parallel ranks all count the same loss
+        if not self.args.average_tokens_across_devices:  # then each rank's losses add up to its own mean
+            ranks *= self.accelerator.num_processes // self.get_tp_size()
+        return {name: total / ranks / steps for name, total in zip(names, totals.tolist(), strict=True)}
 
 
 def is_gqe(model: nn.Module) -> bool:
@@ -122,9 +163,24 @@ def is_gqe(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "model_type", None) == "gqe"
 
 
+def balance_window_of(model: nn.Module) -> BalanceWindow | None:
+    """The window in which a GQE model, or one that is wrapped, counts selections; None without one."""
+    windows = (getattr(module, "balance_window", None) for module in model.modules())
+    return next((window for window in windows if window is not None), None)
+
+
 def count_tokens(batch: dict[str, Any]) -> int:
     """Number of real tokens in a batch: those that its 2D attention mask keeps, or all."""
     mask = batch.get("attention_mask")
     if mask is not None and mask.ndim == 2:
         return int(mask.ne(0).sum())
-    return batch["input_ids"].numel() if "input_ids" in batch else batch["inputs_embeds"][..., 0].numel()
+    positions = positions_of(batch)
+    return 0 if positions is None else positions.numel()
+
+
+def positions_of(batch: Any) -> Tensor | None:
+    """A tensor [B, T] with an element for each token of a batch, padding included; None for a batch without tokens."""
+    if not isinstance(batch, Mapping):
+        return None
+    embeddings = batch.get("inputs_embeds")
+    return batch.get("input_ids") if embeddings is None else embeddings[..., 0]

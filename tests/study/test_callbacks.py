@@ -134,9 +134,8 @@ def test_a_norm_that_is_not_finite_passes_through_and_leaves_zclips_averages_as_
 def test_zclip_scales_the_trainers_gradients_to_exactly_the_target_norm(tmp_path):
     before, after, zclip = Gradients(), Gradients(), ZClipCallback()
     zclip.mean, zclip.variance = 0.01, 1e-6
-    GQETrainer(
-        tiny_model(), arguments(tmp_path), train_dataset=Rows(), callbacks=[before, zclip, after]
-    ).train()  # fmt: skip
+    trainer = GQETrainer(tiny_model(), arguments(tmp_path), train_dataset=Rows(), callbacks=[before, zclip, after])
+    trainer.train()
     norm = norm_of(before.seen[0])
     z = (norm - 0.01) / (1e-3 + 1e-6)
     assert z > 2.5
@@ -145,6 +144,10 @@ def test_zclip_scales_the_trainers_gradients_to_exactly_the_target_norm(tmp_path
     for raw, scaled in zip(before.seen[0], after.seen[0], strict=True):  # all by one factor
         torch.testing.assert_close(scaled, raw * factor, rtol=1e-5, atol=1e-12)
     assert zclip.clipped_steps == 1
+    log = trainer.state.log_history[0]
+    assert log["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert log["grad_norm_clipped"] == pytest.approx(norm_of(after.seen[0]), rel=1e-5)
+    assert log["clipped_steps"] == 1
 
 
 def test_zclip_leaves_gradients_that_are_no_outliers_bit_for_bit_alone(tmp_path):

@@ -125,7 +125,7 @@ def test_a_comparison_holds_settings_data_environment_runs_and_prefill(finished)
 def test_a_run_holds_its_costs_curves_in_tokens_and_for_routed_arms_the_routing(finished):
     dense, gqe = comparison_of(finished)["runs"]
     for run in (dense, gqe):
-        assert set(run) == RUN_KEYS
+        assert set(run) == RUN_KEYS | ({"routing_curve"} if run is gqe else set())
         assert run["train_tokens"] == 6 * 32
         assert [tokens for tokens, _ in run["train_curve"]] == [32, 64, 96, 128, 160, 192]
         assert [tokens for tokens, _ in run["validation_curve"]] == [96, 192]
@@ -138,6 +138,8 @@ def test_a_run_holds_its_costs_curves_in_tokens_and_for_routed_arms_the_routing(
         assert run["tokens_per_s"] > 0
     assert (dense["active_attention_heads"], gqe["active_attention_heads"]) == (4, 3)
     assert dense["routing"] is None
+    assert [point["tokens"] for point in gqe["routing_curve"]] == [32, 64, 96, 128, 160, 192]
+    assert all(0.9 < point["entropy"] <= 1 and point["dead"] == 0 for point in gqe["routing_curve"])
     assert dense["passage"] is None
     load = torch.tensor(gqe["routing"]["load"])
     assert load.shape == (2, 2, 2)  # layers, groups, experts
@@ -426,7 +428,7 @@ def test_a_run_that_diverges_is_kept_as_such_and_ends_in_a_sentence(tmp_path, tr
             train(settings, quiet())
     assert len(trained) == 1
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert set(result) == RUN_KEYS - {"bits_per_byte"} | {"skipped_steps"}
+    assert set(result) == RUN_KEYS - {"bits_per_byte"} | {"skipped_steps", "routing_curve"}
     assert result["validation_loss"] is None
     assert 0 < result["diverged_at_tokens"] < 6 * 32  # not trained to the end
     assert all(math.isfinite(loss) for curve in ("train_curve", "validation_curve") for _, loss in result[curve])

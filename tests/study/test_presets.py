@@ -12,7 +12,8 @@ ANY_SIZE = {
     "dtype": "auto", "compile": False, "stop_after_minutes": None, "active_query_experts": 1, "head_dim": 32,
     "tie_word_embeddings": True, "initializer_range": 0.02, "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.0,
     "min_learning_rate_ratio": 0.02, "warmup_fraction": 0.1, "decay_fraction": 0.2, "weight_decay": 0.1,
-    "seeds": [0, 1, 2], "prefill_repeats": 5,
+    "seeds": [0, 1, 2], "prefill_repeats": 5, "report_to": [], "telemetry": "brief", "log_every": None,
+    "peak_flops": None,
 }  # fmt: skip
 PRESETS = {
     "small": {

@@ -631,6 +631,18 @@ def test_how_much_was_held_out_is_among_the_facts(tmp_path):
     assert "<dt>validation sequences used</dt><dd>128</dd><dt>validation tokens used</dt><dd>32,768</dd>" in page
 
 
+def test_routing_over_training_is_on_the_page_of_runs_that_recorded_it_and_of_no_others(page, tmp_path):
+    recorded = comparison(seeds=(0,))
+    for each in recorded["runs"]:
+        if each["arm"] == "gqe":
+            each["routing_curve"] = [
+                {"tokens": at, "entropy": 0.9, "entropy_lowest": 0.8, "highest_load": 0.6, "dead": at // 5_000}
+                for at in range(500, 10_001, 500)
+            ]
+    assert "Routing over training. Entropy" in on_page(recorded, tmp_path)
+    assert "Routing over training" not in page
+
+
 def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Literal
 
 import torch
@@ -11,6 +12,17 @@ from query_experts.common.errors import SettingError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # torch's names, on x86 and on ARM
+
+# dense bf16 products on tensor cores, FLOP/s, from NVIDIA's data sheets of the H100, H200 and A100 (the half of what
+# they print "with sparsity"); the first name within the device's counts
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 
 
 def resolve_device(device: Device) -> Device:
@@ -64,3 +76,10 @@ def has_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in BFLOAT16_INSTRUCTIONS)
+
+
+def peak_flops(hardware: str, dtype: str = "bfloat16") -> float | None:
+    """FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`; None for one without an entry and for float32."""
+    if dtype != "bfloat16":
+        return None
+    return next((flops for name, flops in PEAKS.items() if re.search(rf"\b{name}\b", hardware)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from query_experts.layers.router import select_top_k
+
+DEAD_BELOW = 0.01  # an expert that a smaller share of tokens selects is dead
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def routing_statistics(
     for logits, k in zip(router_logits, top_ks, strict=True):
         grouped = logits.to(device).unflatten(-1, (num_groups, -1))  # [B*T, G, M]
         probs = grouped.softmax(-1)
-        chosen = F.one_hot(select_top_k(grouped.detach(), k), probs.shape[-1]).sum(-2).to(dtype)  # [B*T, G, M]
+        chosen = selected_experts(grouped.detach(), k).to(dtype)  # [B*T, G, M]
         z = grouped.logsumexp(-1).square().mean(-1)  # [B*T]
         if count is not None:
             chosen, probs, z = chosen * count[:, None, None], probs * count[:, None, None], z * count
@@ -53,6 +56,23 @@ def routing_statistics(
         z_sum.append(z.sum())
     tokens = count.sum() if count is not None else prob_sum[0].new_tensor(router_logits[0].shape[0])
     return RoutingStatistics(torch.stack(selected), torch.stack(prob_sum), torch.stack(z_sum), tokens)
+
+
+def selected_experts(logits: Tensor, top_k: int) -> Tensor:
+    """1 for each expert that a token selects, else 0: logits [..., M] -> int64 [..., M]."""
+    return F.one_hot(select_top_k(logits, top_k), logits.shape[-1]).sum(-2)
+
+
+def relative_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the softmax over its maximum, log M: logits [..., M] -> [...]. 1 is undecided, 0 is certain.
+
+    1 for M = 1.
+    """
+    num_experts = logits.shape[-1]
+    if num_experts == 1:
+        return logits.new_ones(logits.shape[:-1])
+    probs = logits.softmax(-1)
+    return -(probs * probs.clamp_min(1e-12).log()).sum(-1) / math.log(num_experts)
 
 
 def balance_loss(selected_fraction: Tensor, mean_probs: Tensor) -> Tensor:
@@ -76,12 +96,19 @@ class BalanceWindow:
     optimizer that isn't torch's. There the counts tell: all micro-batches of a step carry the same total
     (`num_items_in_batch`), and their items add up to it. A new step begins when the total changes or would be exceeded.
     Nothing is read back to the host, so the window works under `torch.compile` and needs no synchronisation.
+
+    Attributes:
+        so_far: selected [L, G, M] and tokens, items, total (scalars) of the step's micro-batches so far, all ranks
+            together; None before the first, and where no total is known.
+        losses: [2], the last training pass's balance loss and z-loss, weighted by its share of the step; no gradient.
+            None before the first.
     """
 
     live: ClassVar[weakref.WeakSet[BalanceWindow]] = weakref.WeakSet()
 
     def __init__(self) -> None:
-        self.so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # selected, tokens, items, total
+        self.so_far: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.losses: Tensor | None = None
         self.live.add(self)
         _empty_windows_after_optimizer_steps()
 

@@ -67,6 +67,8 @@ class RouterLosses:
         share = items / total.clamp(min=1) if items is not None and total is not None else 1.0
         balance = balance_loss(selected / tokens.clamp(min=1), statistics.prob_sum / here)
         z_loss = statistics.z_sum.sum() / here
+        if self.training:
+            self.balance_window.losses = share * torch.stack([balance, z_loss]).detach()
         return balance, share * (config.router_aux_loss_coef * balance + config.router_z_loss_coef * z_loss)
 
 

@@ -20,9 +20,10 @@ from transformers.trainer_callback import ExportableState
 from query_experts.common.environment import environment, instructions
 from query_experts.distributed.ranks import greatest, require_all_ranks
 from query_experts.model.kernel_choice import kernel_choice
+from query_experts.training import GQETrainer, LoggedCallback
 
 
-class ZClipCallback(TrainerCallback, ExportableState):
+class ZClipCallback(LoggedCallback, ExportableState):
     """ZClip (arXiv 2504.02507): scales gradients down where their norm is an outlier among recent norms.
 
     The first `warmup_steps` norms pass unclipped and give the mean and variance, which then are exponential moving
@@ -32,6 +33,9 @@ class ZClipCallback(TrainerCallback, ExportableState):
 
     Where the norm isn't finite, the step is skipped: the gradients are dropped, on every rank, since all know the same
     norm. Ten such steps in a row, or half of a shorter run's, stop the training.
+
+    `GQETrainer` logs the norm after clipping as `grad_norm_clipped`, beside the Trainer's `grad_norm`, and the steps
+    that were clipped so far as `clipped_steps`.
 
     Args:
         alpha: Decay of the moving averages.
@@ -56,6 +60,7 @@ class ZClipCallback(TrainerCallback, ExportableState):
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         self.gave_up = False
+        self.clipped_norm = math.nan  # of the last step
 
     def state(self) -> dict[str, Any]:
         return {
@@ -108,9 +113,10 @@ class ZClipCallback(TrainerCallback, ExportableState):
             self.skipped_in_a_row += 1
             for p in parameters:
                 p.grad = None
+            self.clipped_norm = norm
             return
         self.skipped_in_a_row = 0
-        target = self.target_norm(norm)
+        target = self.clipped_norm = self.target_norm(norm)
         if target < norm:
             self.clipped_steps += 1
             for p in parameters:
@@ -123,6 +129,13 @@ class ZClipCallback(TrainerCallback, ExportableState):
         if self.gave_up:
             control.should_training_stop = True
         return control
+
+    def add_to_logs(self, trainer: GQETrainer, logs: dict[str, float]) -> None:
+        logs |= {
+            "grad_norm_clipped": self.clipped_norm,
+            "clipped_steps": self.clipped_steps,
+            "skipped_steps": self.skipped_steps,
+        }
 
 
 def total_norm(parameters: list[torch.nn.Parameter]) -> float:

@@ -13,11 +13,20 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from query_experts.data import Corpus, ValidationPart
-from query_experts.layers.router import select_top_k
+from query_experts.layers.balance import DEAD_BELOW, relative_entropy, selected_experts
 from query_experts.model import costs
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.study.callbacks import Pieces, TokenProgress, ZClipCallback, has_diverged
-from query_experts.study.results import Curve, ParameterCounts, PartLoss, Passage, Piece, RoutingLoad, RunResult
+from query_experts.study.results import (
+    Curve,
+    ParameterCounts,
+    PartLoss,
+    Passage,
+    Piece,
+    RoutingLoad,
+    RoutingPoint,
+    RunResult,
+)
 from query_experts.study.settings import RunSettings
 from query_experts.training import GQETrainer
 
@@ -26,7 +35,12 @@ T = TypeVar("T")
 PASSAGE_TOKENS = 192
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has four bytes at most
 ROUTING_SEQUENCES = 16
-DEAD_BELOW = 0.01  # an expert that a smaller share of tokens selects is dead
+LOGGED_ROUTING = {  # field of RoutingPoint -> telemetry's name
+    "entropy": "moe/router_entropy_mean",
+    "entropy_lowest": "moe/router_entropy_min",
+    "highest_load": "moe/load_max",
+    "dead": "moe/dead_experts",
+}
 
 
 def as_it_is(measure: Callable[P, T]) -> Callable[P, T]:
@@ -100,6 +114,7 @@ def describe(settings: RunSettings, arm: str, seed: int, trainer: GQETrainer, co
         if validation_loss is None
         else bits_per_byte(validation_loss, facts.validation_tokens, facts.validation_bytes),
         validation_parts=None if diverged else losses_by_part(model, corpus, settings) or None,
+        routing_curve=routing_curve(trainer, settings.tokens_per_step) or None,
     )
 
 
@@ -122,6 +137,16 @@ def curve_of(trainer: GQETrainer, key: str, tokens_per_step: int) -> Curve:
     """The finite losses that the Trainer logged under a key."""
     logged = [(log["step"] * tokens_per_step, log[key]) for log in trainer.state.log_history if key in log]
     return [(tokens, round(loss, 5)) for tokens, loss in logged if math.isfinite(loss)]
+
+
+def routing_curve(trainer: GQETrainer, tokens_per_step: int) -> list[RoutingPoint]:
+    """The routing that telemetry logged, without what isn't finite."""
+    logged = [log for log in trainer.state.log_history if {*LOGGED_ROUTING.values()} <= log.keys()]
+    finite = [log for log in logged if all(math.isfinite(log[name]) for name in LOGGED_ROUTING.values())]
+    return [
+        RoutingPoint(tokens=log["step"] * tokens_per_step, **{key: log[name] for key, name in LOGGED_ROUTING.items()})
+        for log in finite
+    ]
 
 
 def _final_validation_curve(trainer: GQETrainer, tokens_per_step: int) -> Curve:
@@ -194,14 +219,11 @@ def routing_load(model: PreTrainedModel, validation: Subset) -> RoutingLoad:
     """The load of each expert and the entropy of each router, on held-out sequences."""
     sequences = [validation[i]["input_ids"] for i in range(min(ROUTING_SEQUENCES, len(validation)))]
     logits = router_logits(model, torch.stack(sequences))
-    probs, num_experts = logits.softmax(-1), logits.shape[-1]
-    selected = select_top_k(logits, model.config.active_query_experts)
-    load = torch.nn.functional.one_hot(selected, num_experts).sum(-2).float().mean(1)  # [L, G, M]
-    entropy = -(probs * probs.clamp_min(1e-12).log()).sum(-1).mean(1)  # [L, G]
-    share = entropy / torch.log(torch.tensor(float(num_experts))) if num_experts > 1 else torch.ones_like(entropy)
+    load = selected_experts(logits, model.config.active_query_experts).float().mean(1)  # [L, G, M]
+    entropy = relative_entropy(logits).mean(1)  # [L, G]
     return RoutingLoad(
         load=[[[round(x, 4) for x in group] for group in layer] for layer in load.tolist()],
-        entropy=[[round(x, 4) for x in layer] for layer in share.tolist()],
+        entropy=[[round(x, 4) for x in layer] for layer in entropy.tolist()],
         dead=int((load < DEAD_BELOW).sum()),
         dead_below=DEAD_BELOW,
     )

@@ -75,6 +75,27 @@ class RoutingLoad:
         return max(value for layer in self.load for group in layer for value in group)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoutingPoint:
+    """How the routers distribute tokens at one moment of training.
+
+    Args:
+        tokens: Training tokens so far.
+        entropy: Of the router as a share of its maximum, log M; mean over layers and groups.
+        entropy_lowest: The lowest over layers and groups.
+        highest_load: The largest share of tokens that select one expert.
+        dead: Number of dead experts.
+    """
+
+    __pydantic_config__ = FINITE
+
+    tokens: int
+    entropy: float
+    entropy_lowest: float
+    highest_load: float
+    dead: int
+
+
 @dataclass(frozen=True)
 class Passage:
     """A held-out text token by token, and the most probable expert of each token, [layers][tokens][groups]."""
@@ -147,6 +168,8 @@ class RunResult:
             file, for a run that diverged and in older files.
         validation_parts: The loss on each validation file. None, and absent in the file, without such files, for a
             run that diverged and in older files.
+        routing_curve: Routing during training: loads of the logged steps' batches, entropy on fixed held-out tokens.
+            None, and absent in the file, without a router, without telemetry and in older files.
     """
 
     __pydantic_config__ = FINITE
@@ -174,6 +197,7 @@ class RunResult:
     teacher_loss: float | None = None
     bits_per_byte: float | None = None
     validation_parts: list[PartLoss] | None = None
+    routing_curve: list[RoutingPoint] | None = None
 
     @property
     def diverged(self) -> bool:
@@ -322,7 +346,7 @@ def write_comparison(file: Path, comparison: Comparison) -> None:
 
 def _run_as_json(run: RunResult) -> dict[str, Any]:
     values = dataclasses.asdict(run)
-    for name in ("skipped_steps", "teacher_loss", "bits_per_byte", "validation_parts"):
+    for name in ("skipped_steps", "teacher_loss", "bits_per_byte", "validation_parts", "routing_curve"):
         if values[name] is None:
             del values[name]
     return values

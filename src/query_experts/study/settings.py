@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
@@ -35,6 +37,15 @@ from query_experts.model.kernel_choice import Kernels, check_kernels_setting, ke
 
 INSTEAD = "which there isn't; it must be left out: fsdp_size and tp_size say how processes share a model"
 TEACHER = NotEmpty("be the dense model's checkpoint, or none to train with only the language-model loss")
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises SettingError for a logger whose package isn't installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise SettingError(
+                f"report_to holds {name!r}, which isn't installed: pip install query-experts[watch], or leave it out"
+            )
 
 
 @dataclass
@@ -96,6 +107,22 @@ class RunSettings(Settings):
     )
 
     vocab_size: Count = size_option("vocab_size", 2048)
+    report_to: list[Literal["tensorboard", "wandb"]] = option(
+        [], "loggers that get the curves too; tensorboard: in the run's folder; wandb: by its own variables, such as "
+            "WANDB_PROJECT; default: none", "watching", metavar="NAME",
+    )  # fmt: skip
+    telemetry: Literal["none", "brief", "detailed"] = option(
+        "brief", "what is logged beside the losses: speed, memory and the state of the routers; detailed: that of each "
+                 "layer, group and expert too", "watching",
+    )  # fmt: skip
+    log_every: Count | None = option(
+        None, "steps between two logs, or fewer, so that checkpoints fall on logs; default: 50 logs or more in a run",
+        "watching",
+    )  # fmt: skip
+    peak_flops: Annotated[float, Bounds(above=0)] | None = option(
+        None, "FLOP/s of one device, for the MFU; default: that of a known GPU", "watching"
+    )
+
     seq_len: Count = option(256, "tokens in a training sequence", "training")
     hidden_size: Count = size_option("hidden_size", 192)
     intermediate_size: Count = size_option("intermediate_size", 512)
@@ -186,6 +213,7 @@ class RunSettings(Settings):
         check_compiler(self.compile, self.torch_device)
         check_kernels_setting(self.kernels, self.torch_device)
         check_layout_of_ranks(self.fsdp_size, self.tp_size, self.num_key_value_heads)
+        check_loggers(self.report_to)
         self.check_batch()
 
     def check_batch(self) -> None:

@@ -25,6 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -49,6 +50,7 @@ from query_experts.study.measure import describe, diverged_run, loss_of, validat
 from query_experts.study.results import RunResult, read_result, write_result
 from query_experts.study.settings import RunSettings
 from query_experts.study.sharded import load_sharded
+from query_experts.telemetry import Telemetry
 from query_experts.training import GQETrainer
 
 MOST_COMPILED = 256  # shapes of models in one process
@@ -102,9 +104,11 @@ def train_arm(
     checkpoint = first_rank(lambda: last_checkpoint(folder / "checkpoints"))
     arguments = training_arguments(settings, seed, folder / "checkpoints")
     arguments.eval_on_start = start is not None and checkpoint is None
-    callbacks = run_callbacks(settings, f"{arm} seed {seed}", stop)
+    arguments.run_name = f"{arm} seed {seed}"
+    callbacks = [*run_callbacks(settings, arguments.run_name, stop), *telemetry(settings)]
     trainer = build_trainer(settings, model, arguments, corpus, callbacks, start)
-    with disk_errors_as_os_errors(folder), close_progress_bar(trainer), stop.listening():
+    writing = disk_errors_as_os_errors(folder)
+    with writing, close_progress_bar(trainer), loggers_of(trainer, folder), stop.listening():
         with naming_hung_ranks(settings.rank_timeout):
             train_from(trainer, checkpoint)
         if trainer.state.global_step < settings.steps and not diverged_run(trainer):
@@ -186,6 +190,13 @@ def run_callbacks(settings: RunSettings, name: str, stop: StopRequest) -> list[T
     ]
 
 
+def telemetry(settings: RunSettings) -> list[TrainerCallback]:
+    """The callback that watches a run, unless the settings want none."""
+    if settings.telemetry == "none":
+        return []
+    return [Telemetry(settings.telemetry == "detailed", settings.peak_flops)]
+
+
 def build_trainer(
     settings: RunSettings,
     model: PreTrainedModel,
@@ -220,6 +231,21 @@ def close_progress_bar(trainer: GQETrainer) -> Iterator[None]:
         for callback in trainer.callback_handler.callbacks:  # resuming replaces them
             if isinstance(callback, TokenProgress):
                 callback.close()
+
+
+@contextmanager
+def loggers_of(trainer: GQETrainer, folder: Path) -> Iterator[None]:
+    """Lets loggers write into the run's folder, and ends them with the run: the next of a comparison has its own."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # no TENSORBOARD_LOGGING_DIR
+            callback.logging_dir = str(folder / "tensorboard")
+    try:
+        yield
+    finally:
+        if "wandb" in trainer.args.report_to:
+            import wandb
+
+            wandb.finish()
 
 
 def training_split(settings: RunSettings, corpus: Corpus) -> Subset:
@@ -299,6 +325,7 @@ def train_from(trainer: GQETrainer, checkpoint: Path | None) -> None:
 def training_arguments(settings: RunSettings, seed: int, folder: Path) -> TrainingArguments:
     """Fused AdamW, the WSD schedule and bf16 autocast; betas, eps and weight decay of the paper (section 4)."""
     every = max(1, settings.steps // settings.evaluations)
+    log_every = settings.log_every or max(1, settings.steps // 50)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -325,12 +352,12 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
         save_steps=every,
         save_total_limit=settings.keep,
         # checkpoints fall on logs, so that a resumed run logs the same means
-        logging_steps=max(n for n in range(1, max(1, settings.steps // 50) + 1) if every % n == 0),
+        logging_steps=max(n for n in range(1, log_every + 1) if every % n == 0),
         restore_callback_states_from_checkpoint=True,
         prediction_loss_only=True,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=[*settings.report_to],
         log_level="error",
         # only without the router's losses may a router get no gradient, which DDP must be told
         ddp_find_unused_parameters=not (settings.router_aux_loss_coef or settings.router_z_loss_coef),

@@ -18,10 +18,11 @@ from query_experts.distributed.ranks import is_first
 from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
 LOCK = ".lock"
-# places, what computes, the number of results, and what the hash of the data covers
+# places, what computes, what is watched, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir",
-                  "fsdp_size", "tp_size", "rank_timeout_minutes", "activation_checkpointing", "keep"}  # fmt: skip
+                  "fsdp_size", "tp_size", "rank_timeout_minutes", "activation_checkpointing", "keep",
+                  "report_to", "telemetry", "log_every", "peak_flops"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings) -> dict[str, Any]:

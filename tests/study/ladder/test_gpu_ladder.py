@@ -12,6 +12,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from ladder_helpers import HERE, run
+from query_experts.common.device import peak_flops
 from query_experts.common.errors import SettingError
 from query_experts.data import portion, read_meta
 from query_experts.study.callbacks import StopRequest
@@ -21,7 +22,7 @@ from query_experts.study.ladder.callbacks import EndInTime
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import collect_result, read_files
 from query_experts.study.ladder.settings import Run, read_ladder
-from query_experts.study.ladder.speed import assumed_seconds, flops_per_s, peak, speed_text
+from query_experts.study.ladder.speed import assumed_seconds, flops_per_s, speed_text
 from query_experts.study.ladder.tokens import write_tokens
 from query_experts.study.ladder.worker import processes, run_queue
 from query_experts.study.results import Piece
@@ -63,11 +64,11 @@ def test_mfu_is_the_work_of_a_token_times_tokens_per_second_over_the_peak():
 
 def test_a_device_without_a_known_peak_has_no_share():
     assert speed_text(run(tokens_per_s=1000.0)) == f"{6.5 * 340_000 / 1e6:.1f} GFLOP/s"
-    assert peak(H100) == peak("NVIDIA H200") == 989e12
-    assert peak("NVIDIA H100 PCIe") == 756e12
-    assert peak("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak("NVIDIA GH200 480GB") is None
-    assert peak(H100, "float32") is None
+    assert peak_flops(H100) == peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA GH200 480GB") is None
+    assert peak_flops(H100, "float32") is None
 
 
 # the ladder's file
@@ -76,9 +77,9 @@ def test_a_device_without_a_known_peak_has_no_share():
 def test_gpu_rungs_end_within_nine_minutes_of_an_h100():
     ladder = read_ladder(GPU)
     for name, seconds in {"d256": 7, "d384": 66, "d512": 330}.items():
-        slowest = max(assumed_seconds(ladder, Run(name, arm, 0), peak(H100)) for arm in ladder.arms())
+        slowest = max(assumed_seconds(ladder, Run(name, arm, 0), peak_flops(H100)) for arm in ladder.arms())
         assert slowest < 9 * 60
-        assert assumed_seconds(ladder, Run(name, "dense", 0), peak(H100)) == pytest.approx(seconds, rel=0.1)
+        assert assumed_seconds(ladder, Run(name, "dense", 0), peak_flops(H100)) == pytest.approx(seconds, rel=0.1)
 
 
 # time

@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from query_experts.common.files import write_json
-from query_experts.study.ladder.results import RoutingPoint
 from query_experts.study.measure import is_routed, routing_load
+from query_experts.study.results import RoutingPoint
 
 PROGRESS = "progress.json"
 

@@ -18,31 +18,12 @@ from pydantic import TypeAdapter, ValidationError
 from query_experts.common.errors import SettingError
 from query_experts.common.files import parse_json, write_json
 from query_experts.model.arms import ARMS
-from query_experts.study.results import FINITE, Curve, PartLoss, Piece, RoutingLoad, first_fault
+from query_experts.study.results import FINITE, Curve, PartLoss, Piece, RoutingLoad, RoutingPoint, first_fault
 
 MIXED = "mixed"  # instructions of a run whose pieces differ
 MAX_CURVE_POINTS = 40
 
 Key = tuple[str, str, str, int, float]  # rung, variant, arm, seed, budget
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingPoint:
-    """How the routers distribute tokens at one moment of training.
-
-    Args:
-        tokens: Training tokens so far.
-        entropy: Of the router as a share of its maximum, log M; mean over layers and groups.
-        entropy_lowest: The lowest over layers and groups.
-        highest_load: The largest share of tokens that select one expert.
-        dead: Number of dead experts.
-    """
-
-    tokens: int
-    entropy: float
-    entropy_lowest: float
-    highest_load: float
-    dead: int
 
 
 @dataclass(frozen=True, kw_only=True)

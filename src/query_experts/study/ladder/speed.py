@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
+from query_experts.common.device import peak_flops
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.ladder.settings import Ladder, Run
 
-# dense bf16 products on tensor cores, FLOP/s, from NVIDIA's data sheets of the H100, H200 and A100 (the half of what
-# they print "with sparsity"); the first name within the device's counts
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "A100": 312e12,
-}
 ASSUMED_SHARE = 0.25  # of the peak, until a run is measured
-
-
-def peak(hardware: str, dtype: str = "bfloat16") -> float | None:
-    """FLOP/s of a GPU by its name, such as `NVIDIA H100 80GB HBM3`; None for one without an entry and for float32."""
-    if dtype != "bfloat16":
-        return None
-    return next((flops for name, flops in PEAKS.items() if re.search(rf"\b{name}\b", hardware)), None)
 
 
 def flops_per_s(result: LadderResult) -> float:
@@ -40,7 +22,7 @@ def speed_text(result: LadderResult) -> str:
     own = flops_per_s(result)
     text = f"{_flops(own)}/s"
     last = result.pieces[-1]
-    highest = peak(last.hardware, last.dtype)
+    highest = peak_flops(last.hardware, last.dtype)
     if highest is not None:
         text += f", {own * result.beside / highest:.1%} of the peak of {_flops(highest)}/s"
         text += f" by {result.beside} processes beside one another" if result.beside > 1 else ""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from query_experts.common.device import check_compiler, check_device, resolve_device
+from query_experts.common.device import check_compiler, check_device, peak_flops, resolve_device
 from query_experts.common.environment import commit, instructions
 from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
@@ -32,7 +32,7 @@ from query_experts.study.ladder.callbacks import EndInTime
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import LadderResult
 from query_experts.study.ladder.settings import Run, ScalingSettings, parameters_without_embeddings
-from query_experts.study.ladder.speed import ASSUMED_SHARE, assumed_seconds, peak, speed_text
+from query_experts.study.ladder.speed import ASSUMED_SHARE, assumed_seconds, speed_text
 from query_experts.study.ladder.tokens import open_tokens
 from query_experts.study.measure import validation_split
 from query_experts.study.train import new_model, stop_after
@@ -241,7 +241,7 @@ class Worker:
 
     def say_what_is_assumed(self, run: Run) -> None:
         """Prints how long a run would take of which nothing is measured, on a device whose peak is known."""
-        highest = peak(self.hardware)
+        highest = peak_flops(self.hardware)
         if highest is not None:
             seconds = assumed_seconds(self.queue.ladder, run, highest)
             self.console.print(

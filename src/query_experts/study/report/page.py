@@ -19,6 +19,7 @@ from query_experts.study.report.charts import (
 )
 from query_experts.study.report.findings import limits
 from query_experts.study.report.machines import trained_on
+from query_experts.study.report.routing_chart import routing_figure
 from query_experts.study.report.rows import completed_runs, missing_parts, runs_by_arm, seeds_of, summary_rows
 from query_experts.study.report.svg import colour_variable, inline_svg
 from query_experts.study.report.table import Table
@@ -80,6 +81,7 @@ class Charts:
     loss: str | None
     differences: str | None
     prefill: str | None
+    routing: str | None
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,13 @@ def _charts(comparison: Comparison) -> Charts:
             "prefill",
             "Prefill speed relative to dense, by prompt length",
             "Medians with the range of repeats; dashed lines are limits by active heads. The table has the numbers.",
+        ),
+        routing=_inline(
+            routing_figure(runs_by_arm(comparison)),
+            "routing",
+            "Routing over training, by training tokens",
+            "A line for each arm and seed: mean entropy of the routers, the largest share of tokens that select one "
+            "expert, and the number of dead experts.",
         ),
     )
 
