@@ -1,0 +1,230 @@
+"""The commands on two ranks, as torchrun starts them: equal to one process, killed and resumed, stopped, refused."""
+
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from query_experts import GQEForCausalLM
+from query_experts.cli import main
+from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
+from rank_helpers import outcomes, start_ranks
+from study_helpers import write_text
+
+SIZE = {
+    "device": "cpu", "dtype": "float32", "vocab_size": 300, "seq_len": 16, "hidden_size": 16, "intermediate_size": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "steps": 12,
+    "evaluations": 4, "validation_sequences": 4, "global_batch_size": 4, "router_aux_loss_coef": 0.0,
+}  # fmt: skip
+LAYOUTS = {
+    "ddp": {"batch_size": 2},
+    "fsdp": {"batch_size": 2, "fsdp_size": 2},
+    "tp": {"batch_size": 4, "tp_size": 2},
+    "checkpointed": {"batch_size": 1, "fsdp_size": 2, "activation_checkpointing": True},
+}
+sharded = pytest.mark.skipif(not SHARDS_BY_GROUP, reason="Transformers below 5.20 doesn't share models of this kind")
+PARAMETERS = [pytest.param(name, marks=[sharded] if name != "ddp" else []) for name in LAYOUTS]
+
+
+def words(command: str, folder: Path, out: str, **changes) -> list[str]:
+    settings = SIZE | {"data": folder / "text.txt", "out": folder / out} | changes
+    return [command, *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
+
+
+def start(command: list[str]) -> list[subprocess.Popen]:
+    return start_ranks(["-m", "query_experts.cli", *command], 2)
+
+
+def on_two_ranks(command: list[str]) -> list[tuple[int, str, str]]:
+    return outcomes(start(command))
+
+
+def result(folder: Path, out: str) -> dict:
+    return json.loads((folder / out / "result.json").read_text())
+
+
+def curves(folder: Path, out: str) -> tuple:
+    held = result(folder, out)
+    return held["train_curve"], held["validation_curve"], held["clipped_steps"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a text and the run of one process."""
+    path = tmp_path_factory.mktemp("ranks")
+    write_text(path / "text.txt")
+    assert main(words("train", path, "one", batch_size=4)) == 0
+    return path
+
+
+@pytest.mark.parametrize("layout", PARAMETERS)
+def test_two_ranks_train_as_one_process_and_rank_0_alone_speaks_and_writes(layout, folder):
+    first, second = on_two_ranks(words("train", folder, layout, **LAYOUTS[layout]))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert "Model: " in " ".join(first[1].split())
+    assert second[1] == ""
+    assert "Traceback" not in second[2]
+    assert "100%" not in second[2]
+    for mine, whole in zip(curves(folder, layout)[:2], curves(folder, "one")[:2], strict=True):
+        assert [tokens for tokens, _ in mine] == [tokens for tokens, _ in whole]
+        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=2e-5)
+    assert result(folder, layout)["train_tokens"] == 12 * 4 * 16
+    GQEForCausalLM.from_pretrained(folder / layout / "model")
+    assert sorted(path.name for path in (folder / layout).iterdir() if path.name != ".lock") == [
+        "cache", "model", "result.json", "settings.json",
+    ]  # fmt: skip
+
+
+def wait_for(path: Path, processes: list[subprocess.Popen], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < deadline and all(p.poll() is None for p in processes):
+        time.sleep(0.005)
+
+
+KILLS = [
+    ("ddp", "checkpoint-3", (0, 1)),
+    ("fsdp", "checkpoint-6", (1,)),
+    ("tp", "writing", (0,)),  # between two ranks' files, or before the name
+    pytest.param(("fsdp", "writing", (0, 1)), marks=pytest.mark.full),
+    pytest.param(("fsdp", "writing/checkpoint-6/optimizer", (1,)), marks=pytest.mark.full),
+    pytest.param(("ddp", "writing/checkpoint-9", (1,)), marks=pytest.mark.full),
+    pytest.param(("tp", "checkpoint-9", (0, 1)), marks=pytest.mark.full),
+]
+
+
+@sharded
+@pytest.mark.parametrize("kill", KILLS, ids=str)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(kill, folder):
+    layout, at, ranks = kill
+    out = f"killed_{layout}_{at.replace('/', '_')}_{len(ranks)}"
+    command = words("train", folder, out, **LAYOUTS[layout])
+    processes = start(command)
+    wait_for(folder / out / "checkpoints" / at, processes)
+    for rank in ranks:
+        processes[rank].kill()
+    time.sleep(0.2)
+    for process in processes:  # torchrun ends the others
+        with contextlib.suppress(OSError):
+            process.kill()
+    outcomes(processes)
+    assert not (folder / out / "result.json").exists(), "the run was over before the kill"
+    ended = on_two_ranks(command)
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
+    if not (folder / layout / "result.json").exists():
+        on_two_ranks(words("train", folder, layout, **LAYOUTS[layout]))
+    assert curves(folder, out) == curves(folder, layout)
+
+
+def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(folder):
+    command = words("train", folder, "terminated", **LAYOUTS["ddp"] | {"steps": 400, "evaluations": 4})
+    processes = start(command)
+    wait_for(folder / "terminated" / "checkpoints", processes)
+    time.sleep(0.5)
+    processes[1].send_signal(signal.SIGTERM)
+    ended = outcomes(processes)
+    assert [status for status, _, _ in ended] == [143, 143], ended[0][2] + ended[1][2]
+    assert [*(folder / "terminated" / "checkpoints").glob("checkpoint-*")]
+    assert "the same command goes on" in " ".join(ended[0][1].split())
+    shutil.rmtree(folder / "terminated")
+
+
+def test_a_checkpoint_that_lacks_a_rank_s_file_is_named_and_the_one_before_is_used(folder):
+    command = words("train", folder, "lacking", **LAYOUTS["ddp"], stop_after_minutes=0)
+    checkpoints = folder / "lacking" / "checkpoints"
+    assert [status for status, _, _ in on_two_ranks(command)] == [1, 1]
+    (kept,) = [path for path in checkpoints.iterdir() if path.name.startswith("checkpoint-")]
+    shutil.copytree(kept, checkpoints / "checkpoint-11")
+    (checkpoints / "checkpoint-11" / "rng_state_1.pth").unlink()
+    ended = on_two_ranks(words("train", folder, "lacking", **LAYOUTS["ddp"]))
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
+    said = " ".join(ended[0][2].split())
+    assert "checkpoint-11 is damaged or lacks files (rng_state_1.pth), and is deleted" in said
+    losses, whole = ([loss for _, loss in curves(folder, out)[0]] for out in ("lacking", "one"))
+    assert losses == pytest.approx(whole, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fsdp_size": 3}, "fsdp_size is 3, and there are 2 processes (WORLD_SIZE); it must divide their number"),
+        ({"tp_size": 2, "num_key_value_heads": 1}, "tp_size is 2; it must divide num_key_value_heads, 1"),
+        ({"global_batch_size": 3}, "global_batch_size is 3; it must be a multiple of batch_size times the processes"),
+        ({"data": "nowhere.txt"}, "data holds 'nowhere.txt'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_error_is_said_once_with_its_rank_and_ends_all_ranks(changes, said, folder):
+    ended = on_two_ranks(words("train", folder, "refused", **LAYOUTS["ddp"] | changes))
+    assert all(status for status, _, _ in ended)
+    assert ended[0][0] == 2
+    assert "query-experts: rank 0: " + said in " ".join(ended[0][2].split())
+    assert "query-experts" not in ended[1][2]
+    assert "Traceback" not in ended[0][2] + ended[1][2]
+    assert not (folder / "refused").exists()
+
+
+HANGING = """
+import sys, time
+import query_experts.study.callbacks as callbacks
+from query_experts.distributed.ranks import rank
+from query_experts_command import main
+before = callbacks.TokenProgress.on_step_begin
+def on_step_begin(self, args, state, control, **more):
+    if rank() == 1 and state.global_step == {step}:
+        {what}
+    before(self, args, state, control, **more)
+callbacks.TokenProgress.on_step_begin = on_step_begin
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def with_rank_1(step: int, what: str, command: list[str]) -> list[tuple[int, str, str]]:
+    return outcomes(start_ranks(["-c", HANGING.format(step=step, what=what), *command], 2), timeout=120)
+
+
+def test_a_rank_that_hangs_is_named(folder):
+    command = words("train", folder, "hanging", **LAYOUTS["ddp"], rank_timeout_minutes=0.05)
+    processes = start_ranks(["-c", HANGING.format(step=5, what="time.sleep(600)"), *command], 2)
+    try:
+        _, err = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    outcomes(processes)
+    assert processes[0].returncode
+    assert "rank 1 didn't answer within" in " ".join(err.split())
+
+
+def test_an_unforeseen_error_on_one_rank_is_said_once_by_that_rank(folder):
+    ended = with_rank_1(5, "raise ArithmeticError('seven')", words("train", folder, "broken", **LAYOUTS["ddp"]))
+    assert all(status for status, _, _ in ended)
+    assert "query-experts: rank 1: ArithmeticError: seven" in ended[1][2]
+    assert "query-experts" not in ended[0][2]
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_both(folder):
+    what = (
+        "import torch; hook = more['model'].lm_head.weight.register_hook("
+        "lambda g: (hook.remove(), g * float('nan'))[1])"
+    )
+    ended = with_rank_1(5, what, words("train", folder, "skipping", **LAYOUTS["ddp"]))
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    held = result(folder, "skipping")
+    assert held["skipped_steps"] == 1
+    assert held["validation_loss"] is not None
+
+
+def test_compare_runs_on_two_ranks(folder):
+    command = words("compare", folder, "compared", batch_size=2, steps=2, evaluations=1, prefill_repeats=1)
+    command += ["--arms", "dense", "gqe", "--seeds", "0", "--prefill_lengths", "8"]
+    ended = on_two_ranks(command)
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    comparison = json.loads((folder / "compared" / "comparison.json").read_text())
+    assert [run["arm"] for run in comparison["runs"]] == ["dense", "gqe"]
+    assert (folder / "compared" / "report.html").exists()
+    assert ended[1][1] == ""
