@@ -1,7 +1,7 @@
 """Validation files: text that is held out whole, each file as a part of the validation split."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,7 +63,7 @@ class ValidationReader:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, trained_on: set[bytes], text_field: str, scratch: Path
+        self, tokenizer: PreTrainedTokenizerFast, trained_on: Container[bytes], text_field: str, scratch: Path
     ) -> None:
         self.duplicates = 0
         self._tokenizer, self._trained_on = tokenizer, trained_on
@@ -86,7 +86,7 @@ class ValidationReader:
                 f"validation holds {str(file.path)!r}, in which there is no text, or only text of other validation "
                 "files; each file must hold some"
             )
-        if shared := kept & self._trained_on:
+        if shared := [digest for digest in kept if digest in self._trained_on]:
             raise SettingError(
                 f"validation holds {str(file.path)!r}, which shares {plural(len(shared), 'document')} with data; "
                 "a document must be on one side only"
