@@ -14,6 +14,7 @@ from query_experts.data.shards import ShardWriter, token_dtype
 
 META = "meta.json"
 SOURCE = "source.json"  # what `data prepare` made the tokens of
+UNFINISHED = ".preparing.json"  # how far `data prepare` is
 _READ_BYTES = 1 << 20
 
 

@@ -33,13 +33,14 @@ class ShardWriter:
         self.hash = hashlib.sha256()
         self._hashes: list[Any] = []  # of the shards
         self._unsynced: set[str] = set()
-        self._folder, self._name, self._dtype = folder, name, np.dtype(dtype)
-        self._shard_tokens = shard_bytes // self._dtype.itemsize
+        self.dtype = np.dtype(dtype)
+        self._folder, self._name = folder, name
+        self._shard_tokens = shard_bytes // self.dtype.itemsize
 
     @property
     def written_bytes(self) -> int:
         """Bytes on disk so far."""
-        return self.tokens * self._dtype.itemsize
+        return self.tokens * self.dtype.itemsize
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -48,7 +49,7 @@ class ShardWriter:
 
     def append(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append `ids`; start a new shard whenever one is full."""
-        block = np.asarray(ids, dtype=self._dtype)
+        block = np.asarray(ids, dtype=self.dtype)
         while block.size:
             room = self._room()
             part, block = block[:room], block[room:]
@@ -67,7 +68,7 @@ class ShardWriter:
         Raises ValueError, with the name of a shard, where fewer ids are on disk.
         """
         while self.tokens < tokens:
-            length = min(self._room(), tokens - self.tokens) * self._dtype.itemsize
+            length = min(self._room(), tokens - self.tokens) * self.dtype.itemsize
             path = self._folder / self.shards[-1]
             if not path.is_file() or path.stat().st_size < length:
                 raise ValueError(path.name)
@@ -97,7 +98,7 @@ class ShardWriter:
     def _count(self, encoded: bytes) -> None:
         self.hash.update(encoded)
         self._hashes[-1].update(encoded)
-        self.tokens += len(encoded) // self._dtype.itemsize
+        self.tokens += len(encoded) // self.dtype.itemsize
 
 
 def sync_file(path: Path) -> None:

@@ -53,7 +53,8 @@ def _errors_about_validation() -> Iterator[None]:
 class ValidationReader:
     """Reads and tokenises validation files, one after another.
 
-    Exact duplicates are kept once, over all files. `duplicates` counts those that were dropped.
+    Exact duplicates are kept once, over all files. `duplicates` counts those that were dropped, and `kept` holds the
+    digests of the others, with their files.
 
     Args:
         tokenizer: the tokenizer of the training split.
@@ -68,7 +69,7 @@ class ValidationReader:
         self.duplicates = 0
         self._tokenizer, self._trained_on = tokenizer, trained_on
         self._text_field, self._scratch = text_field, scratch
-        self._kept: set[bytes] = set()
+        self.kept: dict[bytes, Path] = {}
 
     def documents(self, file: SourceFile) -> Iterator[list[Tokens]]:
         """The tokens of each document, up to `FILE_TOKENS` tokens.
@@ -87,11 +88,8 @@ class ValidationReader:
                 "files; each file must hold some"
             )
         if shared := [digest for digest in kept if digest in self._trained_on]:
-            raise SettingError(
-                f"validation holds {str(file.path)!r}, which shares {plural(len(shared), 'document')} with data; "
-                "a document must be on one side only"
-            )
-        self._kept |= kept
+            raise shares_documents(file.path, len(shared))
+        self.kept |= dict.fromkeys(kept, file.path)
 
     def _texts(self, file: SourceFile, digests: list[bytes]) -> Iterator[str]:
         """The texts without blank ones and duplicates, whose digests are appended."""
@@ -101,12 +99,20 @@ class ValidationReader:
                 if not text.strip():
                     continue
                 digest = digest_of(text.encode())
-                if digest in self._kept or digest in own:
+                if digest in self.kept or digest in own:
                     self.duplicates += 1
                     continue
                 own.add(digest)
                 digests.append(digest)
                 yield text
+
+
+def shares_documents(path: Path, count: int) -> SettingError:
+    """The error for a validation file with documents that are trained on."""
+    return SettingError(
+        f"validation holds {str(path)!r}, which shares {plural(count, 'document')} with data; "
+        "a document must be on one side only"
+    )
 
 
 def documents_within(limit: int, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Tokens]]:
