@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import lzma
+import math
 import shutil
 import tempfile
 import tokenize
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from query_experts.common.checkpoints import missing_on_hub
 from query_experts.common.errors import SettingError
@@ -24,7 +25,8 @@ from query_experts.common.errors import SettingError
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 _CHUNK = 1 << 18
-_SMALL_CHUNK = 1 << 13
+_SMALL_CHUNK = 1 << 10
+_DECOMPRESSED_HEAD = 1 << 22
 _PARQUET_ROWS = 1000
 
 
@@ -86,39 +88,52 @@ def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
                 yield _decode(path, stream.read(), 0)
 
 
-def read_head(path: Path, text_field: str, size: int) -> tuple[list[str], float]:
-    """Some texts from the start of a file, of `size` UTF-8 bytes or little more, and the file's bytes that hold them.
+class Head(NamedTuple):
+    """Texts from the start of a file, and how many times as much text, roughly, the whole file holds."""
 
-    A long text is cut. Raises SettingError as `read_file`. A compressed parquet file, whose rows can't be counted
-    without reading all of it, gives nothing.
+    texts: list[str]
+    times: float
+
+
+def read_head(path: Path, text_field: str, size: int) -> Head | None:
+    """Texts from the start of a file, of `size` UTF-8 bytes or little more. A file of one document is cut there.
+
+    Of a compressed file 4 MB of text are read, since it is decompressed in large blocks. None for a compressed parquet
+    file, whose rows can't be counted without reading all of it. Raises SettingError as `read_file`.
     """
-    texts: list[str] = []
     with _errors_as_setting_errors(path), path.open("rb") as file:
-        counted = _CountedFile(file)
         if format_of(path) == ".parquet":
-            return ([], 0.0) if path.suffix.lower() in COMPRESSIONS else _parquet_head(path, file, text_field, size)
+            return None if path.suffix.lower() in COMPRESSIONS else _parquet_head(path, file, text_field, size)
+        counted = _CountedFile(file)
+        read = max(size, 0 if holds_plain_text(path) else _DECOMPRESSED_HEAD)
         with _plain(path, cast(BinaryIO, counted)) as stream:
-            if format_of(path) != ".jsonl":
-                return [stream.read(size).decode(errors="ignore")], counted.read_bytes
-            for text in _jsonl(path, stream, text_field):
-                texts.append(text)
-                size -= len(text.encode())
-                if size <= 0:
-                    break
-        return texts, counted.read_bytes
+            if format_of(path) == ".jsonl":
+                texts, text_bytes = _up_to(read, size, _jsonl(path, stream, text_field))
+            else:
+                content = stream.read(read)
+                texts, text_bytes = [content[:size].decode(errors="ignore")], len(content)
+        parts = text_bytes / max(sum(len(text.encode()) for text in texts), 1)
+        return Head(texts, parts * path.stat().st_size / max(counted.read_bytes, 1))
 
 
-def _parquet_head(path: Path, file: BinaryIO, text_field: str, size: int) -> tuple[list[str], float]:
-    texts: list[str] = []
-    for text in _parquet(path, file, text_field, path.parent):
-        texts.append(text)
-        size -= len(text.encode())
-        if size <= 0:
-            break
+def _parquet_head(path: Path, file: BinaryIO, text_field: str, size: int) -> Head:
+    texts, _ = _up_to(size, size, _parquet(path, file, text_field, path.parent))
     from pyarrow import parquet
 
-    rows = parquet.read_metadata(path).num_rows
-    return texts, path.stat().st_size * len(texts) / max(rows, 1)
+    return Head(texts, parquet.read_metadata(path).num_rows / max(len(texts), 1))
+
+
+def _up_to(read: int, kept: int, texts: Iterator[str]) -> tuple[list[str], int]:
+    """The first texts, until they have `kept` UTF-8 bytes; and the bytes of those up to `read`."""
+    found: list[str] = []
+    size = 0
+    for text in texts:
+        if size < kept:
+            found.append(text)
+        size += len(text.encode())
+        if size >= read:
+            break
+    return found, size
 
 
 class _CountedFile(io.RawIOBase):
@@ -184,12 +199,12 @@ def open_hub(name: str, config: str | None, revision: str | None = None) -> Any:
         return load_dataset(name, config, split="train", streaming=True, **pinned)
 
 
-def hub_rows(name: str, config: str | None, revision: str | None) -> int | None:
-    """How many rows a hub data set's train split has; None where its card doesn't say."""
+def hub_head(name: str, config: str | None, text_field: str, revision: str | None, size: int) -> Head:
+    """The first texts of a hub data set, as `read_head` gives them; NaN times where its card has no number of rows."""
+    texts, _ = _up_to(size, size, read_hub(name, config, text_field, revision))
     with _hub_errors(name, config, lambda: 0):
-        info = open_hub(name, config, revision).info
-    split = (info.splits or {}).get("train")
-    return split.num_examples if split else None
+        split = (open_hub(name, config, revision).info.splits or {}).get("train")
+    return Head(texts, split.num_examples / max(len(texts), 1) if split else math.nan)
 
 
 def hub_revision(name: str) -> str | None:
