@@ -188,6 +188,25 @@ def test_a_process_that_is_killed_between_the_tokens_and_their_state_loses_nothi
     assert_same(tmp_path / "out", corpus)
 
 
+@pytest.mark.parametrize(
+    "left", [[".preparing.json.7.part"], [".preparing.json"], [".preparing.json", "source.json.7.part"]]
+)
+def test_a_process_that_is_killed_before_it_said_what_it_makes_is_no_obstacle(source, finished, tmp_path, left):
+    (tmp_path / "out").mkdir()
+    for name in left:
+        (tmp_path / "out" / name).write_text("{}" if name.endswith("json") else "{")
+    prepared(source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(finished)
+
+
+def test_what_a_kill_left_in_place_of_the_state_is_removed_at_the_end(begun):
+    copy, out = begun
+    for name in ("meta.json.7.part", ".preparing.json.7.part"):
+        (out / name).write_text("{")
+    tokens = prepared(copy, out).tokens
+    assert {name for name in files_of(out)} == {"meta.json", *tokens.sizes}
+
+
 # a data set on the hub
 
 

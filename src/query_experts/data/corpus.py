@@ -169,11 +169,11 @@ def prepare(
 
 def _read_whole(folder: Path) -> TokenFolder | None:
     """The folder's meta.json; None for a folder of text. Raises SettingError for tokens that aren't all there."""
-    if (folder / UNFINISHED).exists():
+    tokens = read_meta(folder)
+    if tokens is None and (folder / UNFINISHED).exists():
         raise SettingError(
             f"data is {str(folder)!r}, which query-experts data prepare hasn't finished; it goes on by the same command"
         )
-    tokens = read_meta(folder)
     if tokens is not None and (missing := missing_files(folder, tokens)):
         raise SettingError(
             f"data is {str(folder)!r}, which lacks {plural(len(missing), 'file')} of tokens or holds a part of it, "

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import no_empty_folders, read_json, save_tokenizer, write_json
+from query_experts.common.files import PART, no_empty_folders, read_json, save_tokenizer, write_json
 from query_experts.common.formatting import short, storage
 from query_experts.data.corpus import Build
 from query_experts.data.digests import DIGEST_BYTES
@@ -111,11 +111,13 @@ def _own(out: Path) -> Iterator[None]:
     with no_empty_folders(out):
         try:
             out.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in out.iterdir()} - {LOCK}
+            names = {path.name for path in out.iterdir() if path.suffix != PART} - {LOCK, UNFINISHED}
             if names and not names & {SOURCE, META}:
                 raise SettingError(f"out is {out}, which holds other files; {_NEW_FOLDER}")
             lock = FileLock(out / LOCK)
             lock.acquire(timeout=0)
+            for left in out.glob(f"*{PART}"):  # of a process that was killed while it wrote one
+                left.unlink()
         except Timeout as error:
             raise SettingError(f"out is {out}, in which another process is at work; wait for it") from error
         except OSError as error:
@@ -147,8 +149,8 @@ def _begin(out: Path, settings: TokenSettings, sources: Sources, held_out: Sourc
         revisions = [hub_revision(name) for name, _ in sources.hub]
         made_of = describe(settings, sources, held_out, revisions)
         try:
-            write_json(out / SOURCE, made_of)
             write_json(out / UNFINISHED, {})
+            write_json(out / SOURCE, made_of)
         except OSError as error:
             raise _cannot_write(out, error) from error
         return revisions
