@@ -204,7 +204,7 @@ def test_what_a_kill_left_in_place_of_the_state_is_removed_at_the_end(begun):
     for name in ("meta.json.7.part", ".preparing.json.7.part"):
         (out / name).write_text("{")
     tokens = prepared(copy, out).tokens
-    assert {name for name in files_of(out)} == {"meta.json", *tokens.sizes}
+    assert set(files_of(out)) == {"meta.json", *tokens.sizes}
 
 
 # a data set on the hub
@@ -338,6 +338,16 @@ def test_a_changed_setting_is_refused_with_what_it_was_and_is(begun):
         prepared(copy, out, max_bytes=9)
     with pytest.raises(SettingError, match="tokenizer was None, now 'gpt2'"):
         prepared(copy, out, tokenizer="gpt2")
+
+
+def test_what_fails_before_the_first_tokens_leaves_nothing_that_binds(source, tmp_path, refused):
+    (tmp_path / "blank.txt").write_text("  \n")
+    (tmp_path / "mine").mkdir()
+    argv = ["data", "prepare", "--out", tmp_path / "out", "--workers", "1", "--vocab_size", "300"]
+    refused([*argv, source, "--text_field", "body"], "has no 'body' among its")
+    refused([*argv, source, "--tokenizer", tmp_path / "mine"], "mine', a folder that holds none")
+    refused([*argv, tmp_path / "blank.txt"], "in which there is no text")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_changed_file_is_refused_with_its_size_and_time(begun):
@@ -500,6 +510,18 @@ def test_what_the_command_cannot_use_is_named(source, finished, tmp_path, refuse
     refused(["data", "check", finished, source], "for data check it must be one folder of tokens")
     refused(["data", "check", finished, "--workers", "2"], "workers is 2, which belongs to data prepare")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["source.json", "a.bin"], ["mine.part"], ["meta.json", "source.json", "a.bin"], ["x"]]
+)
+def test_nothing_is_removed_from_a_folder_of_another_kind(source, tmp_path, names):
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(SettingError, match=r"out (is|holds) .* it must be a new or empty folder"):
+        prepared(source, tmp_path / "out")
+    assert sorted(files_of(tmp_path / "out")) == sorted(names)
 
 
 def test_a_folder_at_which_another_process_works_is_refused(source, tmp_path):

@@ -97,8 +97,12 @@ def prepare_folder(
         if (tokens := _finished(out)) is not None:
             return Prepared(tokens, None)
         build = Preparation(out, settings, sources, held_out, revisions, workers, progress, say)
-        with _disk_errors(out, build):
-            tokens = build.run()
+        try:
+            with _disk_errors(out, build):
+                tokens = build.run()
+        finally:
+            if not _is_begun(out):
+                _clear(out)
         _remove_state(out)
         return Prepared(tokens, time.monotonic() - start)
 
@@ -111,13 +115,14 @@ def _own(out: Path) -> Iterator[None]:
     with no_empty_folders(out):
         try:
             out.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in out.iterdir() if path.suffix != PART} - {LOCK, UNFINISHED}
-            if names and not names & {SOURCE, META}:
+            parts = {part for name in (UNFINISHED, SOURCE, META) for part in out.glob(f"{name}.*{PART}")}
+            names = {path.name for path in {*out.iterdir()} - parts} - {LOCK}
+            if names and not names & {UNFINISHED, META}:
                 raise SettingError(f"out is {out}, which holds other files; {_NEW_FOLDER}")
             lock = FileLock(out / LOCK)
             lock.acquire(timeout=0)
-            for left in out.glob(f"*{PART}"):  # of a process that was killed while it wrote one
-                left.unlink()
+            for part in parts:  # of a process that was killed while it wrote it
+                part.unlink(missing_ok=True)
         except Timeout as error:
             raise SettingError(f"out is {out}, in which another process is at work; wait for it") from error
         except OSError as error:
@@ -126,7 +131,7 @@ def _own(out: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if read_meta(out) is not None or [path.name for path in out.iterdir()] == [LOCK]:
+                if not (out / UNFINISHED).exists():
                     (out / LOCK).unlink()
             lock.release()
 
@@ -143,9 +148,10 @@ def _begin(out: Path, settings: TokenSettings, sources: Sources, held_out: Sourc
 
     Raises SettingError where something has changed since the folder was begun.
     """
-    if not (out / SOURCE).is_file():
-        if (out / META).exists():
-            raise SettingError(f"out is {out}, which holds tokens that data prepare didn't make; {_NEW_FOLDER}")
+    if (out / META).exists() and not (out / SOURCE).is_file():
+        raise SettingError(f"out is {out}, which holds tokens that data prepare didn't make; {_NEW_FOLDER}")
+    if not _is_begun(out):
+        _clear(out)
         revisions = [hub_revision(name) for name, _ in sources.hub]
         made_of = describe(settings, sources, held_out, revisions)
         try:
@@ -167,6 +173,24 @@ def _begin(out: Path, settings: TokenSettings, sources: Sources, held_out: Sourc
             "folder, or with what was"
         )
     return revisions
+
+
+def _is_begun(out: Path) -> bool:
+    """Whether a folder holds tokens that must not be lost, so that nothing they are made of may change."""
+    if (out / META).exists():
+        return True
+    if not (out / UNFINISHED).exists():
+        return False
+    state = read_json(out / UNFINISHED, _REMOVE)
+    return bool(state) and state["mark"]["documents"]["documents"] > 0
+
+
+def _clear(out: Path) -> None:
+    """Removes what was written before the first tokens that count, for another try."""
+    for path in (*out.glob("*.bin"), *(out / name for name in (SOURCE, DIGESTS, UNFINISHED))):
+        path.unlink(missing_ok=True)
+    for name in (TOKENIZER, f".{TOKENIZER}"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _finished(out: Path) -> TokenFolder | None:
