@@ -490,6 +490,13 @@ def test_the_command_prepares_prints_what_it_made_and_checks_it(source, tmp_path
     assert "all as written" in capsys.readouterr().out
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(source, tmp_path, capsys, monkeypatch):
+    stop_after(monkeypatch, 2)
+    assert main(["data", "prepare", str(source), "--out", str(tmp_path / "T"), "--workers", "1"]) == 130
+    assert "stopped; the same command goes on from the last finished piece" in capsys.readouterr().err
+    assert json.loads((tmp_path / "T" / ".preparing.json").read_text())["splits"]["train"]["tokens"] > 0
+
+
 def test_what_the_command_cannot_use_is_named(source, finished, tmp_path, refused):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").mkdir()

@@ -45,7 +45,8 @@ def prepare_tokens(settings: DataSettings, console: Console) -> None:
     if prepared.seconds is None:
         console.print(Text(f"{out} holds these tokens already, finished."))
     _print_summary(prepared, console)
-    console.print(Text(f"Train on them: query-experts train --data {out}"))
+    size = prepared.tokens.info.vocab_size
+    console.print(Text(f"Train on them: query-experts train --data {out} --vocab_size {size}"))
 
 
 def check_tokens(settings: DataSettings, console: Console) -> None:

@@ -51,7 +51,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    for name in before["settings"].keys() | now["settings"].keys():
+    for name in sorted(before["settings"].keys() | now["settings"].keys()):
         was, is_now = before["settings"].get(name), now["settings"].get(name)
         if was != is_now:
             yield f"{name} was {was!r}, now {is_now!r}"
