@@ -267,11 +267,11 @@ def test_a_source_that_does_not_tell_its_size_has_an_estimate_by_the_byte(hub, t
 # the disk
 
 
-@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt.xz", ".parquet"])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl.zst", ".txt.xz", ".parquet"])
 def test_the_estimate_of_the_disk_is_near_what_is_written(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr("query_experts.data.estimate.SAMPLE_BYTES", 60_000)
+    monkeypatch.setattr("query_experts.data.estimate.SAMPLE_BYTES", 30_000)
     random = np.random.default_rng(0)
-    texts = [" ".join(map(str, random.integers(10**9, size=20))) + "\n" for _ in range(600)]
+    texts = [" ".join(map(str, random.integers(10**9, size=20))) + "\n" for _ in range(300)]
     if ending.startswith(".txt"):
         content = "".join(texts).encode()
     elif ending == ".parquet":

@@ -123,9 +123,9 @@ def prepare(
             hidden folders), each file once, whatever names and links lead to it: .txt, .md and .py (a file is one
             document), .jsonl (a line is one) and .parquet (a row is one), each also with .gz, .xz or .zst. Hub
             data sets, as owner/name or owner/name:config, whose train split is streamed. One folder of
-            tokens that an earlier call made in its `cache_dir`: its tokens are used as they are, so a machine without
-            the text can use them too; of the settings only `seq_len` applies then. None reads the source code of this
-            machine's Python standard library.
+            tokens that an earlier call made in its `cache_dir`, or `query-experts data prepare`: its tokens are used as
+            they are, so a machine without the text can use them too; of the settings only `seq_len` applies then. None
+            reads the source code of this machine's Python standard library.
         cache_dir: folder for the tokens.
         seq_len: tokens in a sequence, 2 or more.
         vocab_size: ids of the BPE that is trained, 257 or more; ignored with a given tokenizer.
