@@ -109,6 +109,7 @@ def test_a_file_of_arguments_beside_the_command_is_not_read(tmp_path, monkeypatc
         (["convert", "a", "b"], "pydantic", "train"),
         (["evaluate", "a", "--tasks", "piqa"], "datasets", "evaluate"),
         (["bench"], "rich", "study"),
+        (["data", "prepare", "a"], "filelock", "train"),
         (["report", "a"], "jinja2", "study"),
     ],
 )

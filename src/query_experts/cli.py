@@ -38,6 +38,7 @@ EXAMPLES = {
     "evaluate": "query-experts evaluate runs/mine/runs/gqe-seed0/model --tasks hellaswag,arc_easy,piqa",
     "bench": "query-experts bench --lengths 2048 8192 --arms dense static gqe",
     "report": "query-experts report runs/mine",
+    "data": "query-experts data prepare HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer gpt2 --out tokens/edu",
     "scaling": "query-experts scaling run benchmarks/ladder/cpu.yaml --data my-texts/ --hours 2",
 }
 TRAINING = ("accelerate", "filelock", "pydantic", "rich", "tqdm")
@@ -52,10 +53,11 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "evaluate": ("evaluate", ("accelerate", "datasets", "lm_eval", "pydantic", "rich")),
     "bench": ("study", ("rich",)),
     "report": ("study", REPORTING),
+    "data": ("train", ("filelock", "pydantic", "rich", "tqdm")),
     "scaling": ("study", tuple(sorted({*TRAINING, *REPORTING}))),
 }
 ON_RANKS = ("compare", "train", "distill")  # that a launcher of several processes may start
-GOES_ON = ("compare", "train", "distill", "scaling")  # from their last checkpoint
+GOES_ON = dict.fromkeys(("compare", "train", "distill", "scaling"), "checkpoint") | {"data": "finished piece"}
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch on CUDA, and on a CPU
 
 
@@ -97,7 +99,8 @@ def outcome_of(command: str, argv: list[str], begin: Callable[[], Any]) -> tuple
             return None, ended.code or 0
         return str(ended.code), 1
     except KeyboardInterrupt:
-        kept = "; the same command goes on from the last checkpoint, if there is one" if command in GOES_ON else ""
+        last = GOES_ON.get(command)
+        kept = f"; the same command goes on from the last {last}, if there is one" if last else ""
         return f"stopped{kept}", INTERRUPTED
     except SettingError as error:
         return str(error), 2
@@ -292,6 +295,21 @@ def load_report(command: str, argv: list[str]) -> Work:
     return work
 
 
+def load_data(command: str, argv: list[str]) -> Work:
+    from query_experts.data.settings import DataSettings
+
+    settings = parse(command, DataSettings, argv)
+    from query_experts.data import command as data
+
+    def work() -> int:
+        settings.check()
+        with signals_as_exceptions():
+            (data.prepare_tokens if settings.action == "prepare" else data.check_tokens)(settings, terminal())
+        return 0
+
+    return work
+
+
 def load_scaling(command: str, argv: list[str]) -> Work:
     from query_experts.study.ladder.settings import ScalingSettings
 
@@ -325,6 +343,7 @@ LOADERS: dict[str, Callable[[str, list[str]], Work]] = {
     "evaluate": load_evaluate,
     "bench": load_bench,
     "report": load_report,
+    "data": load_data,
     "scaling": load_scaling,
 }
 

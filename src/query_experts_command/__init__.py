@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "score a checkpoint, GQE or dense, on lm-evaluation-harness's tasks",
     "bench": "time GQE against stock Llama: prefill, decoding, training",
     "report": "make the page and the table again from a compared folder",
+    "data": "tokenise text once into a folder to train on, resumably, and check such a folder",
     "scaling": "train a ladder of sizes, arms and seeds as a queue, and fit its laws",
 }
 INTERRUPTED, CLOSED_PIPE = 130, 141  # exit statuses: 128 + SIGINT, 128 + SIGPIPE

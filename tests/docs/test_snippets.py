@@ -74,6 +74,7 @@ WORK = {  # of commands that would begin at once
     "train": "study.single.train",
     "distill": "study.distill.distill",
     "bench": "bench.run.bench",
+    "data": "data.command.prepare_tokens",
     "scaling": "study.ladder.worker.run_queue",
 }
 ACTIONS = [

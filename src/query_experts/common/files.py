@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from query_experts.common.errors import SettingError
 
+PART = ".part"  # ending of a file that is being written
+
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text next to the target, then rename it into place. Creates the folder.
@@ -23,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
     `?` stands for what isn't UTF-8, as in the name of a file of text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
 

@@ -40,6 +40,14 @@ def short(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def storage(num_bytes: float) -> str:
+    """A size in three digits and a unit: 60.1 GB, 4.24 MB."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if num_bytes >= 0.9995 * scale:
+            return f"{_three_digits(num_bytes / scale)} {unit}"
+    return f"{_three_digits(num_bytes / 1e3)} kB"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in three digits and a unit: 1.24 s, 29.9 ms."""
     if seconds is None or not math.isfinite(seconds):

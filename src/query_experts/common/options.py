@@ -56,7 +56,8 @@ class SettingsParser(HfArgumentParser):
 
     def _add_field(self, field: dataclasses.Field, hint: Any) -> argparse.Action:
         if field.metadata.get("positional"):
-            return self.add_argument(field.name, help=field.metadata["help"])
+            several = {"nargs": "+"} if get_origin(hint) is list else {}
+            return self.add_argument(field.name, help=field.metadata["help"], **several)
         option = copy.copy(field)  # HfArgumentParser writes to it, and pydantic needs the field's own type
         option.metadata = {"help": field.metadata["help"]}  # type: ignore[assignment]
         option.type = without_literals(hint)

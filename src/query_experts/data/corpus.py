@@ -18,14 +18,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from query_experts.common.errors import SettingError
 from query_experts.common.files import no_empty_folders, save_tokenizer
+from query_experts.common.formatting import plural
 from query_experts.data.documents import SPLITS, Split, SplitDocuments
 from query_experts.data.facts import CorpusInfo, TokensInfo, ValidationFile, ValidationPart
-from query_experts.data.folder import TokenFolder, hash_of, read_folder, write_folder
+from query_experts.data.folder import (
+    UNFINISHED,
+    TokenFolder,
+    hash_of,
+    missing_files,
+    read_folder,
+    read_meta,
+    write_folder,
+)
 from query_experts.data.readers import name_without_endings
 from query_experts.data.shards import ShardWriter, TokenSequences, token_dtype
 from query_experts.data.sources import SourceFile, Sources, find_sources
+from query_experts.data.token_settings import TokenSettings, check_value, is_whole
 from query_experts.data.tokenizing import (
-    SMALLEST_VOCABULARY,
     TRAINING_BYTES,
     Tokens,
     load_fast_tokenizer,
@@ -72,50 +81,6 @@ class Corpus:
         ]
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """The settings that the tokens on disk depend on; `seq_len` isn't one of them."""
-
-    vocab_size: int
-    tokenizer: str | None
-    validation_fraction: float
-    max_bytes: int | None
-    shard_bytes: int
-    text_field: str
-
-    def check(self) -> None:
-        """Raises SettingError for a value of the wrong type or out of range."""
-        if self.tokenizer is None:
-            allowed = f"a whole number, at least {SMALLEST_VOCABULARY} (256 bytes and the end-of-text token)"
-            _check("vocab_size", self.vocab_size, _is_whole(self.vocab_size, SMALLEST_VOCABULARY), allowed)
-        fraction = self.validation_fraction
-        valid = isinstance(fraction, int | float) and 0 < fraction < 1
-        _check("validation_fraction", fraction, valid, "a number above 0 and below 1")
-        valid = self.max_bytes is None or _is_whole(self.max_bytes, 1)
-        _check("max_bytes", self.max_bytes, valid, "a whole number, at least 1, or None")
-        _check("shard_bytes", self.shard_bytes, _is_whole(self.shard_bytes, 4), "a whole number, at least 4")
-        valid = isinstance(self.text_field, str) and self.text_field != ""
-        _check("text_field", self.text_field, valid, "the name of a field")
-
-    def fingerprint(self) -> list[object]:
-        """The settings that change the tokens, and the files of a tokenizer that is a folder."""
-        if self.tokenizer is None:
-            return [asdict(self)]
-        folder = Path(self.tokenizer).expanduser()
-        files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-        stats = [(path.name, path.stat()) for path in files]
-        return [asdict(self) | {"vocab_size": 0}, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
-
-
-def _check(name: str, value: object, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise SettingError(f"{name} is {value!r}; it must be {allowed}")
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
 def prepare(
     data: Sequence[str] | None,
     *,
@@ -158,9 +123,9 @@ def prepare(
             hidden folders), each file once, whatever names and links lead to it: .txt, .md and .py (a file is one
             document), .jsonl (a line is one) and .parquet (a row is one), each also with .gz, .xz or .zst. Hub
             data sets, as owner/name or owner/name:config, whose train split is streamed. One folder of
-            tokens that an earlier call made in its `cache_dir`: its tokens are used as they are, so a machine without
-            the text can use them too; of the settings only `seq_len` applies then. None reads the source code of this
-            machine's Python standard library.
+            tokens that an earlier call made in its `cache_dir`, or `query-experts data prepare`: its tokens are used as
+            they are, so a machine without the text can use them too; of the settings only `seq_len` applies then. None
+            reads the source code of this machine's Python standard library.
         cache_dir: folder for the tokens.
         seq_len: tokens in a sequence, 2 or more.
         vocab_size: ids of the BPE that is trained, 257 or more; ignored with a given tokenizer.
@@ -182,12 +147,12 @@ def prepare(
             sequence, for a document of `data` in a validation file, and for a `cache_dir` that can't be written to or
             whose disk is full.
     """
-    settings = _Settings(vocab_size, tokenizer, validation_fraction, max_bytes, shard_bytes, text_field)
-    _check("seq_len", seq_len, _is_whole(seq_len, 2), "a whole number of tokens, at least 2")
+    settings = TokenSettings(vocab_size, tokenizer, validation_fraction, max_bytes, shard_bytes, text_field)
+    check_value("seq_len", seq_len, is_whole(seq_len, 2), "a whole number of tokens, at least 2")
     settings.check()
     if data and len(data) == 1:
         folder = Path(data[0]).expanduser()
-        if (tokens := read_folder(folder)) is not None:
+        if (tokens := _read_whole(folder)) is not None:
             if validation:
                 raise SettingError(
                     f"validation holds {validation!r}, but data is a folder of tokens, which has its own validation "
@@ -202,7 +167,22 @@ def prepare(
     return _open(folder, tokens, seq_len, dict(skipped.most_common()))
 
 
-def _fingerprint(settings: _Settings, sources: Sources, held_out: Sources | None) -> str:
+def _read_whole(folder: Path) -> TokenFolder | None:
+    """The folder's meta.json; None for a folder of text. Raises SettingError for tokens that aren't all there."""
+    tokens = read_meta(folder)
+    if tokens is None and (folder / UNFINISHED).exists():
+        raise SettingError(
+            f"data is {str(folder)!r}, which query-experts data prepare hasn't finished; it goes on by the same command"
+        )
+    if tokens is not None and (missing := missing_files(folder, tokens)):
+        raise SettingError(
+            f"data is {str(folder)!r}, which lacks {plural(len(missing), 'file')} of tokens or holds a part of it, "
+            f"such as {missing[0]}; all must be there"
+        )
+    return tokens
+
+
+def _fingerprint(settings: TokenSettings, sources: Sources, held_out: Sources | None) -> str:
     described: list[object] = [_LAYOUT, settings.fingerprint(), sources.fingerprint()]
     if held_out:
         described += validation_fingerprint(held_out)
@@ -235,12 +215,12 @@ def _check_length(name: str, tokens: int, documents: int, seq_len: int) -> None:
 
 
 def _build_into(
-    folder: Path, settings: _Settings, sources: Sources, held_out: Sources | None, progress: bool
+    folder: Path, settings: TokenSettings, sources: Sources, held_out: Sources | None, progress: bool
 ) -> TokenFolder:
     """Build next to `folder` and rename at the end; of two builds at once the first to finish is kept."""
     cache_dir = folder.parent
     building = cache_dir / f"{_BUILDING}{folder.name}-{uuid.uuid4().hex[:8]}"
-    build = _Build(building, settings, sources, held_out, progress)
+    build = Build(building, settings, sources, held_out, progress)
     with no_empty_folders(cache_dir):
         try:
             building.mkdir(parents=True)
@@ -284,11 +264,11 @@ def _remove_abandoned(cache_dir: Path) -> None:
             shutil.rmtree(abandoned, ignore_errors=True)
 
 
-class _Build:
+class Build:
     """Writes one folder of tokens: tokenizer/, the shards of both splits, then meta.json."""
 
     def __init__(
-        self, folder: Path, settings: _Settings, sources: Sources, held_out: Sources | None, progress: bool
+        self, folder: Path, settings: TokenSettings, sources: Sources, held_out: Sources | None, progress: bool
     ) -> None:
         self.folder, self.settings, self.sources, self.held_out = folder, settings, sources, held_out
         self.progress = progress
@@ -313,7 +293,11 @@ class _Build:
         self._write(tokenizer, _chain(sample, stream))
         if not documents.documents:
             raise SettingError(f"data holds {self.sources.names!r}, in which there is no text; it must hold some")
-        files = [] if self.held_out is None else self._write_files(self.held_out, tokenizer, documents)
+        files: list[ValidationFile] = []
+        if self.held_out is not None:
+            reader = ValidationReader(tokenizer, documents.digests, settings.text_field, self.folder)
+            files = self._write_files(self.held_out, reader)
+            documents.duplicates += reader.duplicates
         return write_folder(self.folder, self._info(documents, files, vocabulary_size(tokenizer)), self.writers)
 
     def _fraction(self) -> float | None:
@@ -364,15 +348,10 @@ class _Build:
         self.documents[tokens.split] += tokens.ends_document
         self.text_bytes[tokens.split] += tokens.text_bytes
 
-    def _write_files(
-        self, held_out: Sources, tokenizer: PreTrainedTokenizerFast, trained_on: SplitDocuments
-    ) -> list[ValidationFile]:
+    def _write_files(self, held_out: Sources, reader: ValidationReader) -> list[ValidationFile]:
         """Append the validation files to the validation split, one after another."""
-        reader = ValidationReader(tokenizer, trained_on.digests, self.settings.text_field, self.folder)
         with tqdm(held_out.files, desc="tokenising validation files", disable=not self.progress) as bar:
-            files = [self._write_file(file, reader) for file in bar]
-        trained_on.duplicates += reader.duplicates
-        return files
+            return [self._write_file(file, reader) for file in bar]
 
     def _write_file(self, file: SourceFile, reader: ValidationReader) -> ValidationFile:
         documents = tokens = text_bytes = 0

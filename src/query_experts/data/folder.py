@@ -2,29 +2,35 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from query_experts.common.files import parse_json
+from query_experts.common.files import parse_json, write_text
 from query_experts.data.documents import SPLITS, Split
 from query_experts.data.facts import TokensInfo, ValidationFile
 from query_experts.data.shards import ShardWriter, token_dtype
 
 META = "meta.json"
+SOURCE = "source.json"  # what `data prepare` made the tokens of
+UNFINISHED = ".preparing.json"  # how far `data prepare` is
+_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class TokenFolder:
     """The content of `meta.json`.
 
-    shards: split -> its files in order. sizes: path of each file in the folder -> its bytes.
+    shards: split -> its files in order. sizes: path of each file in the folder -> its bytes. sha256: path -> the file's
+    SHA-256 in hex; empty in a folder of an earlier version.
     """
 
     info: TokensInfo
     dtype: str
     shards: dict[Split, list[str]]
     sizes: dict[str, int]
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def read_folder(folder: Path) -> TokenFolder | None:
@@ -39,7 +45,8 @@ def read_meta(folder: Path) -> TokenFolder | None:
         meta = parse_json((folder / META).read_text(encoding="utf-8"))
         files = [ValidationFile(**file) for file in meta["info"].get("validation_files", [])]
         info = TokensInfo(**meta["info"] | {"validation_files": files})
-        return TokenFolder(info, meta["dtype"], meta["shards"], dict(meta["sizes"].items()))
+        checksums = dict(meta.get("sha256", {}).items())
+        return TokenFolder(info, meta["dtype"], meta["shards"], dict(meta["sizes"].items()), checksums)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -57,23 +64,42 @@ def missing_files(folder: Path, tokens: TokenFolder) -> list[str]:
 
 
 def write_folder(folder: Path, info: TokensInfo, writers: Mapping[Split, ShardWriter]) -> TokenFolder:
-    """Writes meta.json, when all other files of the folder are written."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Writes meta.json, when all other files of the folder are written. Hidden files are no part of it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    known = {name: checksum for split in SPLITS for name, checksum in writers[split].checksums.items()}
     tokens = TokenFolder(
         info=info,
         dtype=token_dtype(info.vocab_size),
         shards={split: writers[split].shards for split in SPLITS},
-        sizes={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+        sizes={name: path.stat().st_size for name, path in files.items()},
+        sha256={name: known.get(name) or checksum_of([path]) for name, path in files.items()},
     )
     meta = asdict(tokens)
     if not info.validation_files:  # so that earlier versions read it
         del meta["info"]["validation_files"]
-    (folder / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / META, json.dumps(meta, indent=1) + "\n")
     return tokens
+
+
+def checksum_of(paths: Iterable[Path], seen: Callable[[int], Any] = lambda size: None) -> str:
+    """The SHA-256 of the content of files, one after another, in hex. seen: called with the bytes of each part."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+                seen(len(block))
+    return digest.hexdigest()
 
 
 def hash_of(writers: Mapping[Split, ShardWriter], vocab_size: int, files: Sequence[ValidationFile]) -> str:
     """The `data_hash` of what was written."""
-    hashes = "".join([token_dtype(vocab_size), *(writers[split].hash.hexdigest() for split in SPLITS)])
+    return data_hash(token_dtype(vocab_size), [writers[split].hash.hexdigest() for split in SPLITS], files)
+
+
+def data_hash(dtype: str, splits: Sequence[str], files: Sequence[ValidationFile]) -> str:
+    """The `data_hash` of tokens. splits: the SHA-256 of each split's tokens, in hex."""
+    hashes = "".join([dtype, *splits])
     hashes += json.dumps([[file.name, file.tokens] for file in files]) if files else ""
     return hashlib.sha256(hashes.encode()).hexdigest()

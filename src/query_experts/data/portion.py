@@ -15,7 +15,7 @@ import numpy as np
 from query_experts.common.errors import SettingError
 from query_experts.data.documents import SPLITS
 from query_experts.data.facts import TokensInfo
-from query_experts.data.folder import META, TokenFolder, hash_of, read_folder, write_folder
+from query_experts.data.folder import META, SOURCE, TokenFolder, hash_of, read_folder, write_folder
 from query_experts.data.shards import ShardWriter, TokenSequences
 
 BLOCK = 4096  # tokens that stay together; training sequences whose length divides it are sequences of the whole, too
@@ -59,7 +59,7 @@ def write_portion(source: Path, target: Path, train_tokens: int | None, shard_by
 
 def _write(source: Path, folder: Path, tokens: TokenFolder, blocks: int | None, shard_bytes: int) -> TokensInfo:
     shards = {name for split in SPLITS for name in tokens.shards[split]}
-    for name in tokens.sizes.keys() - shards - {META}:
+    for name in tokens.sizes.keys() - shards - {META, SOURCE}:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
     writers = {split: ShardWriter(folder, split, tokens.dtype, shard_bytes) for split in SPLITS}

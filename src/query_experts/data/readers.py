@@ -6,15 +6,18 @@ import io
 import json
 import logging
 import lzma
+import math
 import shutil
 import tempfile
 import tokenize
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from query_experts.common.checkpoints import missing_on_hub
 from query_experts.common.errors import SettingError
@@ -22,6 +25,8 @@ from query_experts.common.errors import SettingError
 FORMATS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 _CHUNK = 1 << 18
+_SMALL_CHUNK = 1 << 10
+_DECOMPRESSED_HEAD = 1 << 22
 _PARQUET_ROWS = 1000
 
 
@@ -73,7 +78,7 @@ def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
     that is not UTF-8, a line that is not a JSON object with the field once, a table without the column, and a file that
     is cut short or damaged.
     """
-    with _errors_as_setting_errors(path), _open(path) as stream:
+    with _errors_as_setting_errors(path), path.open("rb") as file, _plain(path, file) as stream:
         match format_of(path):
             case ".jsonl":
                 yield from _jsonl(path, stream, text_field)
@@ -81,6 +86,71 @@ def read_file(path: Path, text_field: str, scratch: Path) -> Iterator[str]:
                 yield from _parquet(path, stream, text_field, scratch)
             case _:
                 yield _decode(path, stream.read(), 0)
+
+
+class Head(NamedTuple):
+    """Texts from the start of a file, and how many times as much text, roughly, the whole file holds."""
+
+    texts: list[str]
+    times: float
+
+
+def read_head(path: Path, text_field: str, size: int) -> Head | None:
+    """Texts from the start of a file, of `size` UTF-8 bytes or little more. A file of one document is cut there.
+
+    Of a compressed file 4 MB of text are read, since it is decompressed in large blocks. None for a compressed parquet
+    file, whose rows can't be counted without reading all of it. Raises SettingError as `read_file`.
+    """
+    with _errors_as_setting_errors(path), path.open("rb") as file:
+        if format_of(path) == ".parquet":
+            return None if path.suffix.lower() in COMPRESSIONS else _parquet_head(path, file, text_field, size)
+        counted = _CountedFile(file)
+        read = max(size, 0 if holds_plain_text(path) else _DECOMPRESSED_HEAD)
+        with _plain(path, cast(BinaryIO, counted)) as stream:
+            if format_of(path) == ".jsonl":
+                texts, text_bytes = _up_to(read, size, _jsonl(path, stream, text_field))
+            else:
+                content = stream.read(read)
+                texts, text_bytes = [content[:size].decode(errors="ignore")], len(content)
+        parts = text_bytes / max(sum(len(text.encode()) for text in texts), 1)
+        return Head(texts, parts * path.stat().st_size / max(counted.read_bytes, 1))
+
+
+def _parquet_head(path: Path, file: BinaryIO, text_field: str, size: int) -> Head:
+    texts, _ = _up_to(size, size, _parquet(path, file, text_field, path.parent))
+    from pyarrow import parquet
+
+    return Head(texts, parquet.read_metadata(path).num_rows / max(len(texts), 1))
+
+
+def _up_to(read: int, kept: int, texts: Iterator[str]) -> tuple[list[str], int]:
+    """The first texts, until they have `kept` UTF-8 bytes; and the bytes of those up to `read`."""
+    found: list[str] = []
+    size = 0
+    for text in texts:
+        if size < kept:
+            found.append(text)
+        size += len(text.encode())
+        if size >= read:
+            break
+    return found, size
+
+
+class _CountedFile(io.RawIOBase):
+    """A file that is read in small steps, so that what was read is little more than what was used."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read_bytes = 0
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(min(len(buffer), _SMALL_CHUNK))
+        self.read_bytes += len(data)
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def python_source(path: Path) -> Iterator[str]:
@@ -93,32 +163,97 @@ def python_source(path: Path) -> Iterator[str]:
         return
 
 
-def read_hub(name: str, config: str | None, text_field: str) -> Iterator[str]:
-    """Streams the rows of a hub data set's train split. Raises SettingError if it can't be loaded, or reading fails."""
+@dataclass
+class HubPlace:
+    """A place in a data set on the hub: the number of a shard, one of its files, and of rows read of it."""
+
+    shard: int = 0
+    row: int = 0
+
+
+def read_hub(
+    name: str, config: str | None, text_field: str, revision: str | None = None, place: HubPlace | None = None
+) -> Iterator[str]:
+    """Streams the rows of a hub data set's train split. Raises SettingError if it can't be loaded, or reading fails.
+
+    Args:
+        revision: a commit of the data set; None for its newest.
+        place: where to begin, which goes along with what is read; None reads from the start. Of the shard in which it
+            is, the rows before it are read again.
+    """
+    full_name = name if config is None else f"{name}:{config}"
+    number = 0
+    with _hub_errors(name, config, lambda: number):
+        rows = open_hub(name, config, revision)
+        for row in rows if place is None else _rows_from(rows, place):
+            number += 1
+            yield _text_of(row, text_field, f"{full_name!r}, where row {number}", "columns")
+
+
+def open_hub(name: str, config: str | None, revision: str | None = None) -> Any:
+    """The train split of a hub data set, as a stream of rows."""
+    from datasets import load_dataset
+
+    pinned = {} if revision is None else {"revision": revision}
+    with _quiet("datasets", "huggingface_hub"):
+        return load_dataset(name, config, split="train", streaming=True, **pinned)
+
+
+def hub_head(name: str, config: str | None, text_field: str, revision: str | None, size: int) -> Head:
+    """The first texts of a hub data set, as `read_head` gives them; NaN times where its card has no number of rows."""
+    texts, _ = _up_to(size, size, read_hub(name, config, text_field, revision))
+    with _hub_errors(name, config, lambda: 0):
+        split = (open_hub(name, config, revision).info.splits or {}).get("train")
+    return Head(texts, split.num_examples / max(len(texts), 1) if split else math.nan)
+
+
+def hub_revision(name: str) -> str | None:
+    """The commit that a hub data set has now; None where the hub isn't asked, as in offline mode."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(name).sha
+    except OfflineModeIsEnabled:
+        return None
+    except Exception as error:  # the HTTP client's; which client it is depends on the hub package's version
+        raise SettingError(
+            f"data holds {name!r}, which is no file or folder here, and whose revision the hub doesn't tell "
+            f"({_one_line(error)})"
+        ) from error
+
+
+def _rows_from(rows: Any, place: HubPlace) -> Iterator[Any]:
+    """The rows from a place on, shard by shard: their order is that of the whole stream."""
+    for shard in range(place.shard, rows.num_shards):
+        begin = place.row if shard == place.shard else 0
+        place.shard, place.row = shard, begin
+        for row in islice(rows.shard(rows.num_shards, shard), begin, None):
+            place.row += 1
+            yield row
+
+
+@contextmanager
+def _hub_errors(name: str, config: str | None, rows_read: Callable[[], int]) -> Iterator[None]:
+    """Raises SettingError for what goes wrong with a hub data set. rows_read: tells how many rows were read before."""
     full_name = name if config is None else f"{name}:{config}"
     try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
+        import datasets.exceptions
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise SettingError(
             _needs_package(f"{full_name!r}, no file or folder but the name of a data set", "datasets")
         ) from error
     # the hub's error derives from the error of the HTTP client that its version uses: any error of that client counts
-    failures = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, DatasetsError)
+    failures = (*HfHubHTTPError.__bases__, OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError)
     if (why := missing_on_hub(name, "dataset")) is not None:
         raise SettingError(f"data holds {full_name!r}, which is no file or folder here, and {why}")
-    number = 0
     try:
-        with _quiet("datasets", "huggingface_hub"):
-            rows = load_dataset(name, config, split="train", streaming=True)
-        for row in rows:
-            number += 1
-            yield _text_of(row, text_field, f"{full_name!r}, where row {number}", "columns")
+        yield
     except SettingError:
         raise
     except failures as error:
-        if number:
+        if number := rows_read():
             raise SettingError(
                 f"data holds {full_name!r}, which can't be read past row {number} ({_one_line(error)}); "
                 "try again, or lower max_bytes"
@@ -170,22 +305,23 @@ def _errors_as_setting_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path) -> BinaryIO:
+def _plain(path: Path, file: BinaryIO) -> BinaryIO:
+    """The content of a file, by the ending of its name."""
     match path.suffix.lower():
         case ".gz":
-            return cast(BinaryIO, gzip.open(path, "rb"))
+            return cast(BinaryIO, gzip.GzipFile(fileobj=file, mode="rb"))
         case ".xz":
-            return cast(BinaryIO, lzma.open(path, "rb"))
+            return cast(BinaryIO, lzma.LZMAFile(file))
         case ".zst":
-            return cast(BinaryIO, io.BufferedReader(_ZstdReader(path), _CHUNK))
+            return cast(BinaryIO, io.BufferedReader(_ZstdReader(path, file), _CHUNK))
         case _:
-            return path.open("rb")
+            return io.BufferedReader(file, _SMALL_CHUNK) if isinstance(file, _CountedFile) else file
 
 
 class _ZstdReader(io.RawIOBase):
     """Decompresses the frames of a .zst file. Unlike zstandard's reader it raises EOFError for a frame cut short."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         try:
             import zstandard
         except ImportError as error:
@@ -194,7 +330,7 @@ class _ZstdReader(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
         self._text = memoryview(b"")
-        self._file = path.open("rb")
+        self._file = file
 
     def readable(self) -> bool:
         return True

@@ -1,8 +1,9 @@
 """Token shards: writes token ids to files of bounded size and reads them back as sequences of one length."""
 
 import hashlib
+import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+_READ_BYTES = 1 << 20
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -28,26 +31,80 @@ class ShardWriter:
         self.shards: list[str] = []
         self.tokens = 0
         self.hash = hashlib.sha256()
-        self._folder, self._name, self._dtype = folder, name, np.dtype(dtype)
-        self._shard_tokens = shard_bytes // self._dtype.itemsize
+        self._hashes: list[Any] = []  # of the shards
+        self._unsynced: set[str] = set()
+        self.dtype = np.dtype(dtype)
+        self._folder, self._name = folder, name
+        self._shard_tokens = shard_bytes // self.dtype.itemsize
 
     @property
     def written_bytes(self) -> int:
         """Bytes on disk so far."""
-        return self.tokens * self._dtype.itemsize
+        return self.tokens * self.dtype.itemsize
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The SHA-256 of each shard so far, in hex."""
+        return {name: shard.hexdigest() for name, shard in zip(self.shards, self._hashes, strict=True)}
 
     def append(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append `ids`; start a new shard whenever one is full."""
-        block = np.asarray(ids, dtype=self._dtype)
-        self.hash.update(block.tobytes())
+        block = np.asarray(ids, dtype=self.dtype)
         while block.size:
-            used = self.tokens % self._shard_tokens
-            if used == 0:
-                self.shards.append(f"{self._name}-{len(self.shards):05d}.bin")
-            part, block = np.split(block, [min(block.size, self._shard_tokens - used)])
+            room = self._room()
+            part, block = block[:room], block[room:]
             with (self._folder / self.shards[-1]).open("ab") as shard:
                 shard.write(part.tobytes())
-            self.tokens += part.size
+            self._unsynced.add(self.shards[-1])
+            self._count(part.tobytes())
+
+    def go_on(self, tokens: int, seen: Callable[[int], Any] = lambda size: None) -> None:
+        """Reads what an earlier writer has written, up to `tokens` ids, and removes the rest.
+
+        Args:
+            tokens: number of ids that are known to be on disk.
+            seen: called with the number of bytes that were read.
+
+        Raises ValueError, with the name of a shard, where fewer ids are on disk.
+        """
+        while self.tokens < tokens:
+            length = min(self._room(), tokens - self.tokens) * self.dtype.itemsize
+            path = self._folder / self.shards[-1]
+            if not path.is_file() or path.stat().st_size < length:
+                raise ValueError(path.name)
+            os.truncate(path, length)
+            with path.open("rb") as shard:
+                while block := shard.read(_READ_BYTES):
+                    self._count(block)
+                    seen(len(block))
+        for path in self._folder.glob(f"{self._name}-*.bin"):
+            if path.name not in self.shards:
+                path.unlink()
+
+    def sync(self) -> None:
+        """Returns when all that was appended is on the disk."""
+        for name in self._unsynced:
+            sync_file(self._folder / name)
+        self._unsynced.clear()
+
+    def _room(self) -> int:
+        """How many more ids the last shard takes; names a new one where that is full."""
+        used = self.tokens % self._shard_tokens
+        if used == 0 and self.tokens == len(self.shards) * self._shard_tokens:
+            self.shards.append(f"{self._name}-{len(self.shards):05d}.bin")
+            self._hashes.append(hashlib.sha256())
+        return self._shard_tokens - used
+
+    def _count(self, encoded: bytes) -> None:
+        self.hash.update(encoded)
+        self._hashes[-1].update(encoded)
+        self.tokens += len(encoded) // self.dtype.itemsize
+
+
+def sync_file(path: Path) -> None:
+    """Returns when the file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class TokenSequences(Dataset[dict[str, torch.Tensor]]):

@@ -93,35 +93,50 @@ class Tokens(NamedTuple):
 def tokenize_documents(
     documents: Iterable[tuple[Split, str, int]], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Tokens]:
-    """The documents' tokens, in order; each document ends with the eos token.
+    """The documents' tokens, in order, as `DocumentTokenizer` gives them."""
+    return DocumentTokenizer(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id).tokens(documents)
+
+
+class DocumentTokenizer:
+    """Tokenises documents; each ends with the eos token.
 
     Text that spells a special token is tokenised as text. A document of more than a million characters comes in pieces,
     which bounds memory. Their tokens are those of the whole document, but at a cut in four million characters without
     words.
+
+    Args:
+        serialized: a tokenizer of the tokenizers package, as JSON.
+        end: id of the eos token.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    end = tokenizer.eos_token_id
-    joined = JoinedWindows(backend)
-    with _parallel_tokenizers():
-        for batch in _batches(documents):
-            whole, parts = (
-                iter(encode([window.text for _, window in batch if window.is_whole == of], add_special_tokens=False))
-                for encode, of in ((backend.encode_batch_fast, True), (backend.encode_batch, False))
-            )  # only parts need offsets, which the fast one doesn't give
-            for split, window in batch:
-                encoding = next(whole if window.is_whole else parts)
-                if window.is_whole:
-                    yield Tokens(split, [*encoding.ids, end], len(window.text.encode()), True)
-                    continue
-                pieces = [*joined.add(window, encoding)]
-                for number, (ids, text) in enumerate(pieces, 1):
-                    ends = window.last and number == len(pieces)
-                    yield Tokens(split, [*ids, end] if ends else ids, len(text.encode()), ends)
-                if window.last:
-                    joined = JoinedWindows(backend)
+
+    def __init__(self, serialized: str, end: int) -> None:
+        self._backend = Tokenizer.from_str(serialized)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        self._end = end
+
+    def tokens(self, documents: Iterable[tuple[Split, str, int]]) -> Iterator[Tokens]:
+        """The documents' tokens, in order."""
+        backend, end = self._backend, self._end
+        joined = JoinedWindows(backend)
+        with _parallel_tokenizers():
+            for batch in _batches(documents):
+                whole, parts = (
+                    iter(encode([w.text for _, w in batch if w.is_whole == of], add_special_tokens=False))
+                    for encode, of in ((backend.encode_batch_fast, True), (backend.encode_batch, False))
+                )  # only parts need offsets, which the fast one doesn't give
+                for split, window in batch:
+                    encoding = next(whole if window.is_whole else parts)
+                    if window.is_whole:
+                        yield Tokens(split, [*encoding.ids, end], len(window.text.encode()), True)
+                        continue
+                    pieces = [*joined.add(window, encoding)]
+                    for number, (ids, text) in enumerate(pieces, 1):
+                        ends = window.last and number == len(pieces)
+                        yield Tokens(split, [*ids, end] if ends else ids, len(text.encode()), ends)
+                    if window.last:
+                        joined = JoinedWindows(backend)
 
 
 def _batches(documents: Iterable[tuple[Split, str, int]]) -> Iterator[list[tuple[Split, Window]]]:

@@ -1,7 +1,7 @@
 """Validation files: text that is held out whole, each file as a part of the validation split."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +53,8 @@ def _errors_about_validation() -> Iterator[None]:
 class ValidationReader:
     """Reads and tokenises validation files, one after another.
 
-    Exact duplicates are kept once, over all files. `duplicates` counts those that were dropped.
+    Exact duplicates are kept once, over all files. `duplicates` counts those that were dropped, and `kept` holds the
+    digests of the others, with their files.
 
     Args:
         tokenizer: the tokenizer of the training split.
@@ -63,12 +64,12 @@ class ValidationReader:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, trained_on: set[bytes], text_field: str, scratch: Path
+        self, tokenizer: PreTrainedTokenizerFast, trained_on: Container[bytes], text_field: str, scratch: Path
     ) -> None:
         self.duplicates = 0
         self._tokenizer, self._trained_on = tokenizer, trained_on
         self._text_field, self._scratch = text_field, scratch
-        self._kept: set[bytes] = set()
+        self.kept: dict[bytes, Path] = {}
 
     def documents(self, file: SourceFile) -> Iterator[list[Tokens]]:
         """The tokens of each document, up to `FILE_TOKENS` tokens.
@@ -86,12 +87,9 @@ class ValidationReader:
                 f"validation holds {str(file.path)!r}, in which there is no text, or only text of other validation "
                 "files; each file must hold some"
             )
-        if shared := kept & self._trained_on:
-            raise SettingError(
-                f"validation holds {str(file.path)!r}, which shares {plural(len(shared), 'document')} with data; "
-                "a document must be on one side only"
-            )
-        self._kept |= kept
+        if shared := [digest for digest in kept if digest in self._trained_on]:
+            raise shares_documents(file.path, len(shared))
+        self.kept |= dict.fromkeys(kept, file.path)
 
     def _texts(self, file: SourceFile, digests: list[bytes]) -> Iterator[str]:
         """The texts without blank ones and duplicates, whose digests are appended."""
@@ -101,12 +99,20 @@ class ValidationReader:
                 if not text.strip():
                     continue
                 digest = digest_of(text.encode())
-                if digest in self._kept or digest in own:
+                if digest in self.kept or digest in own:
                     self.duplicates += 1
                     continue
                 own.add(digest)
                 digests.append(digest)
                 yield text
+
+
+def shares_documents(path: Path, count: int) -> SettingError:
+    """The error for a validation file with documents that are trained on."""
+    return SettingError(
+        f"validation holds {str(path)!r}, which shares {plural(count, 'document')} with data; "
+        "a document must be on one side only"
+    )
 
 
 def documents_within(limit: int, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Tokens]]:

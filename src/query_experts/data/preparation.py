@@ -1,0 +1,450 @@
+"""`data prepare`: tokenises text once into a folder, in pieces of which no finished one is lost.
+
+The folder is what `prepare` makes of the same source and settings, token for token. While it is unfinished it holds two
+more files: `.preparing.json`, the state after the last piece that is known to be on the disk, and `.digests`, those of
+the texts up to there. To go on, the shards are cut to that state, and reading begins at its place.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from query_experts.common.errors import SettingError
+from query_experts.common.files import PART, no_empty_folders, read_json, save_tokenizer, write_json
+from query_experts.common.formatting import short, storage
+from query_experts.data.corpus import Build
+from query_experts.data.digests import DIGEST_BYTES
+from query_experts.data.documents import SPLITS, Split, SplitDocuments
+from query_experts.data.estimate import estimate
+from query_experts.data.facts import ValidationFile
+from query_experts.data.folder import META, SOURCE, UNFINISHED, TokenFolder, missing_files, read_meta, write_folder
+from query_experts.data.made_of import changes, describe
+from query_experts.data.readers import hub_revision
+from query_experts.data.reading import Reading
+from query_experts.data.shards import ShardWriter, sync_file, token_dtype
+from query_experts.data.sources import Sources, find_sources
+from query_experts.data.token_settings import TokenSettings
+from query_experts.data.tokenizing import load_fast_tokenizer, vocabulary_size
+from query_experts.data.validation_files import ValidationReader, find_validation_files, shares_documents
+from query_experts.data.workers import Encoded, Encoding, Piece, encode_pieces
+
+PIECE_CHARACTERS = 1 << 21
+PIECE_DOCUMENTS = 2048
+COMMIT_BYTES = 1 << 25  # of text; at most so much is tokenised again after a kill
+DIGESTS, LOCK, TOKENIZER = ".digests", ".lock", "tokenizer"
+_REMOVE = "remove the folder to begin again"
+_NEW_FOLDER = "it must be a new or empty folder, or one that data prepare began"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A finished folder. seconds: how long this call took; None where the folder was finished before."""
+
+    tokens: TokenFolder
+    seconds: float | None
+
+
+def prepare_folder(
+    data: Sequence[str],
+    out: Path,
+    settings: TokenSettings,
+    *,
+    validation: Sequence[str] = (),
+    workers: int = 1,
+    progress: bool = True,
+    say: Callable[[str], Any] = lambda sentence: None,
+) -> Prepared:
+    """Tokenise text into the folder `out`, or go on with it.
+
+    Memory: a few pieces of two million characters for each worker, or one whole text file; and 24 to 48 bytes for each
+    document, by which exact duplicates are found: 1.1 GB for 40 million documents, and 1.6 GB for moments.
+
+    Args:
+        data: files, folders and hub data sets, as `prepare` takes them. A hub data set is read at the commit that it
+            has at the first call.
+        out: the folder of tokens, which `prepare` opens.
+        settings: what the tokens depend on.
+        validation: files, and folders of files, that are held out whole, as `prepare` takes them.
+        workers: processes that tokenise; 1 for this process.
+        progress: whether to show progress bars on stderr.
+        say: called with the disk that the tokens will take, before they are written.
+
+    Raises:
+        SettingError: for a setting or source that can't be used, for an `out` that holds other files or tokens that
+            were begun with another source or other settings, for a disk without room, and for a worker that died.
+    """
+    settings.check()
+    for entry in data:
+        if read_meta(Path(entry).expanduser()) is not None:
+            raise SettingError(f"data holds {entry!r}, which is a folder of tokens already; it must be text")
+    sources = find_sources(data)
+    held_out = find_validation_files(validation) if validation else None
+    start = time.monotonic()
+    with _own(out):
+        revisions = _begin(out, settings, sources, held_out)
+        if (tokens := _finished(out)) is not None:
+            return Prepared(tokens, None)
+        build = Preparation(out, settings, sources, held_out, revisions, workers, progress, say)
+        try:
+            with _disk_errors(out, build):
+                tokens = build.run()
+        finally:
+            if not _is_begun(out):
+                _clear(out)
+        _remove_state(out)
+        return Prepared(tokens, time.monotonic() - start)
+
+
+@contextmanager
+def _own(out: Path) -> Iterator[None]:
+    """Reserves a folder for this process; one that stays empty is removed. Raises SettingError for other folders."""
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"out is {out}, which is a file; it must be a folder")
+    with no_empty_folders(out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            parts = {part for name in (UNFINISHED, SOURCE, META) for part in out.glob(f"{name}.*{PART}")}
+            names = {path.name for path in {*out.iterdir()} - parts} - {LOCK}
+            if names and not names & {UNFINISHED, META}:
+                raise SettingError(f"out is {out}, which holds other files; {_NEW_FOLDER}")
+            lock = FileLock(out / LOCK)
+            lock.acquire(timeout=0)
+            for part in parts:  # of a process that was killed while it wrote it
+                part.unlink(missing_ok=True)
+        except Timeout as error:
+            raise SettingError(f"out is {out}, in which another process is at work; wait for it") from error
+        except OSError as error:
+            raise _cannot_write(out, error) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if not (out / UNFINISHED).exists():
+                    (out / LOCK).unlink()
+            lock.release()
+
+
+def _cannot_write(out: Path, error: OSError) -> SettingError:
+    return SettingError(
+        f"out is {out}, where the tokens can't be written ({error.strerror or error}); it must be a folder that can be "
+        "made or written to"
+    )
+
+
+def _begin(out: Path, settings: TokenSettings, sources: Sources, held_out: Sources | None) -> list[str | None]:
+    """Writes what the tokens are made of, or compares it. Returns the commit of each hub data set.
+
+    Raises SettingError where something has changed since the folder was begun.
+    """
+    if (out / META).exists() and not (out / SOURCE).is_file():
+        raise SettingError(f"out is {out}, which holds tokens that data prepare didn't make; {_NEW_FOLDER}")
+    if not _is_begun(out):
+        _clear(out)
+        revisions = [hub_revision(name) for name, _ in sources.hub]
+        made_of = describe(settings, sources, held_out, revisions)
+        try:
+            write_json(out / UNFINISHED, {})
+            write_json(out / SOURCE, made_of)
+        except OSError as error:
+            raise _cannot_write(out, error) from error
+        return revisions
+    before = read_json(out / SOURCE, "prepare into another folder")
+    try:
+        pinned = {(name, config): revision for name, config, revision in before["hub"]}
+        revisions = [pinned.get(name) for name in sources.hub]
+        changed = changes(before, describe(settings, sources, held_out, revisions))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SettingError(f"out holds {out / SOURCE}, which data prepare didn't write; {_NEW_FOLDER}") from error
+    if changed:
+        raise SettingError(
+            f"out is {out}, which was begun with another source or other settings ({changed}); prepare into another "
+            "folder, or with what was"
+        )
+    return revisions
+
+
+def _is_begun(out: Path) -> bool:
+    """Whether a folder holds tokens that must not be lost, so that nothing they are made of may change."""
+    if (out / META).exists():
+        return True
+    if not (out / UNFINISHED).exists():
+        return False
+    state = read_json(out / UNFINISHED, _REMOVE)
+    return bool(state) and state["mark"]["documents"]["documents"] > 0
+
+
+def _clear(out: Path) -> None:
+    """Removes what was written before the first tokens that count, for another try."""
+    for path in (*out.glob("*.bin"), *(out / name for name in (SOURCE, DIGESTS, UNFINISHED))):
+        path.unlink(missing_ok=True)
+    for name in (TOKENIZER, f".{TOKENIZER}"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _finished(out: Path) -> TokenFolder | None:
+    """The folder's meta.json, if it is finished. Raises SettingError where a file is missing since."""
+    tokens = read_meta(out)
+    if tokens is None:
+        return None
+    if missing := missing_files(out, tokens):
+        raise SettingError(
+            f"out is {out}, which was finished and now lacks {missing[0]} or a part of it; remove the folder to make "
+            "it again"
+        )
+    _remove_state(out)
+    return tokens
+
+
+def _remove_state(out: Path) -> None:
+    for name in (DIGESTS, UNFINISHED):
+        (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(out: Path, build: "Preparation") -> Iterator[None]:
+    """Raises SettingError for a disk error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise _cannot_write(out, error) from error
+        raise SettingError(
+            f"out is {out}, whose disk is full: {build.space_needed()}; free that much, and the same command goes on"
+        ) from error
+
+
+class Preparation(Build):
+    """Writes a folder of tokens piece by piece, or goes on with it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TokenSettings,
+        sources: Sources,
+        held_out: Sources | None,
+        revisions: list[str | None],
+        workers: int,
+        progress: bool,
+        say: Callable[[str], Any],
+    ) -> None:
+        super().__init__(folder, settings, sources, held_out, progress)
+        self.revisions, self.workers, self.say = revisions, workers, say
+        self.state: dict[str, Any] = {}  # after the last whole piece
+        self.digests = bytearray()  # of the texts up to there, without those on the disk
+        self.digests_on_disk = 0
+        self.committed_bytes = 0  # of text
+
+    def run(self) -> TokenFolder:
+        """Write everything that isn't there yet. Returns what meta.json holds. Raises SettingError and OSError."""
+        tokenizer = self._tokenizer()
+        self.state = read_json(self.folder / UNFINISHED, "remove the folder to begin again")
+        self._require_space(tokenizer)
+        mark = self.state.get("mark")
+        reading = self._reading(mark["place"] if mark else None)
+        documents = self._documents(reading)
+        self._go_on(documents, token_dtype(vocabulary_size(tokenizer)))
+        files: list[ValidationFile] = []
+        kept: dict[bytes, Path] = {}
+        duplicates = 0
+        if self.held_out is not None:
+            reader = ValidationReader(tokenizer, (), self.settings.text_field, self.folder)
+            files, kept, duplicates = self._write_files(self.held_out, reader), reader.kept, reader.duplicates
+        if not (mark and mark["finished"]):
+            self._stream(tokenizer, documents, reading, kept)
+        if not documents.documents:
+            raise SettingError(f"data holds {self.sources.names!r}, in which there is no text; it must hold some")
+        documents.duplicates += duplicates
+        return write_folder(self.folder, self._info(documents, files, vocabulary_size(tokenizer)), self.writers)
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        """The folder's own tokenizer: the one that was given, or one trained on the start of the text."""
+        saved, unfinished = self.folder / TOKENIZER, self.folder / f".{TOKENIZER}"
+        name = self.settings.tokenizer
+        if not saved.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            sample = [] if name else self._sample(iter(self._documents(self._reading(None))))
+            save_tokenizer(load_fast_tokenizer(name) if name else self._train(sample), unfinished)
+            unfinished.rename(saved)
+        loaded = load_fast_tokenizer(str(saved)) if name else PreTrainedTokenizerFast.from_pretrained(saved)
+        backend = Tokenizer.from_file(str(saved / "tokenizer.json"))  # as it was, whatever the loaded class makes of it
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=loaded.eos_token)
+
+    def _documents(self, reading: Reading) -> SplitDocuments:
+        tails = self.held_out is None and self.sources.few_documents(self.settings.max_bytes)
+        return SplitDocuments(reading, self._fraction(), self.settings.max_bytes, tails)
+
+    def _reading(self, place: dict[str, Any] | None) -> Reading:
+        return Reading(self.sources, self.revisions, self.settings.text_field, self.folder, place)
+
+    def _require_space(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Says how much disk the tokens take and how much is free. Raises SettingError where that isn't enough."""
+        settings = self.settings
+        expected = estimate(self.sources, self.revisions, settings.text_field, settings.max_bytes, tokenizer)
+        width = np.dtype(token_dtype(vocabulary_size(tokenizer))).itemsize
+        free = shutil.disk_usage(self.folder).free
+        if expected.text_bytes is None:
+            rate = storage(1e9 * width * expected.tokens)
+            self.say(
+                "The disk that the tokens will take isn't known, as the source doesn't tell its size: about "
+                f"{rate} for each GB of text, by an estimate; {storage(free)} are free"
+            )
+            return
+        self.expected_bytes = round(expected.text_bytes)
+        size, working = width * expected.tokens, DIGEST_BYTES * expected.documents
+        written = sum(width * split["tokens"] for split in self.state.get("splits", {}).values())
+        needed = max(size + working - written, 0)
+        self.say(
+            f"The tokens will take about {storage(size)} of disk (an estimate: {short(expected.tokens)} tokens, by "
+            f"{storage(expected.sampled_bytes)} of the text), and {storage(working)} more until they are finished; "
+            + f"{storage(written)} are written, " * bool(written)
+            + f"{storage(free)} are free"
+        )
+        if needed > free:
+            raise SettingError(
+                f"out is {self.folder}, whose disk has {storage(free)} free; it needs about {storage(needed)}, by an "
+                "estimate: free that much, lower max_bytes or name a folder on another disk"
+            )
+
+    def _go_on(self, documents: SplitDocuments, dtype: str) -> None:
+        """Brings the writers and the documents to the state on the disk."""
+        splits = self.state.get("splits", {})
+        if self.held_out is not None:  # it is short, and written anew
+            splits = {split: held for split, held in splits.items() if split == "train"}
+        self.writers = {split: ShardWriter(self.folder, split, dtype, self.settings.shard_bytes) for split in SPLITS}
+        written = sum(np.dtype(dtype).itemsize * held["tokens"] for held in splits.values())
+        hidden = not (self.progress and written)
+        with tqdm(desc="checking what is written", total=written, unit="B", unit_scale=True, disable=hidden) as bar:
+            for split, writer in self.writers.items():
+                held = splits.get(split, {"tokens": 0, "documents": 0, "text_bytes": 0})
+                self.documents[split], self.text_bytes[split] = held["documents"], held["text_bytes"]
+                self._go_on_with(writer, held["tokens"], held.get("sha256", writer.hash.hexdigest()), bar.update)
+        self.committed_bytes = sum(self.text_bytes.values())
+        mark = self.state.get("mark")
+        self._read_digests(documents, mark["documents"]["digests"] if mark else 0)
+        if mark:
+            documents.restore(mark["documents"])
+
+    def _go_on_with(self, writer: ShardWriter, tokens: int, checksum: str, seen: Callable[[int], Any]) -> None:
+        try:
+            writer.go_on(tokens, seen)
+        except ValueError as error:
+            raise SettingError(f"out is {self.folder}, whose {error} is missing or was cut; {_REMOVE}") from error
+        if writer.hash.hexdigest() != checksum:
+            names = f"{writer.shards[0]} to {writer.shards[-1]}"
+            raise SettingError(f"out is {self.folder}, where one of {names} holds other tokens than written; {_REMOVE}")
+
+    def _read_digests(self, documents: SplitDocuments, count: int) -> None:
+        path = self.folder / DIGESTS
+        path.touch()
+        os.truncate(path, min(DIGEST_BYTES * count, path.stat().st_size))
+        with path.open("rb") as file:
+            while digest := file.read(DIGEST_BYTES):
+                documents.digests.add(digest)
+        if len(documents.digests) != count:
+            raise SettingError(f"out is {self.folder}, whose {DIGESTS} was cut or changed; {_REMOVE}")
+        self.digests_on_disk = count
+
+    def _stream(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        documents: SplitDocuments,
+        reading: Reading,
+        held_out: dict[bytes, Path],
+    ) -> None:
+        """Tokenise the text from the place of the reading on."""
+        dtype = token_dtype(vocabulary_size(tokenizer))
+        encoding = Encoding(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, dtype)
+        pieces = _pieces(documents, reading, held_out)
+        start, before = time.monotonic(), self._tokens()
+        with (
+            self._bar("tokenising text", self.expected_bytes) as bar,
+            closing(encode_pieces(pieces, encoding, self.workers)) as encoded,
+        ):
+            bar.update(self.committed_bytes)
+            bar.initial = self.committed_bytes
+            try:
+                for piece, tokens in encoded:
+                    self._add(piece, tokens)
+                    speed = (self._tokens() - before) / (time.monotonic() - start)
+                    bar.set_postfix_str(f"{short(speed)} tokens/s", refresh=False)
+                    bar.update(sum(split.text_bytes for split in tokens.values()))
+                    if sum(self.text_bytes.values()) - self.committed_bytes >= COMMIT_BYTES:
+                        self._commit()
+            except BaseException:
+                with suppress(OSError):
+                    self._commit()
+                raise
+            self._commit()
+
+    def _tokens(self) -> int:
+        return sum(writer.tokens for writer in self.writers.values())
+
+    def _add(self, piece: Piece, tokens: dict[Split, Encoded]) -> None:
+        """Append a piece. The state is the one before until all of it is there."""
+        for split, encoded in tokens.items():
+            writer = self.writers[split]
+            writer.append(np.frombuffer(encoded.ids, dtype=writer.dtype))
+            self.documents[split] += encoded.documents
+            self.text_bytes[split] += encoded.text_bytes
+        self.digests += piece.digests
+        splits = {
+            split: {
+                "tokens": writer.tokens, "documents": self.documents[split], "text_bytes": self.text_bytes[split],
+                "sha256": writer.hash.hexdigest(),
+            }
+            for split, writer in self.writers.items()
+        }  # fmt: skip
+        self.state = {"mark": piece.mark, "splits": splits}
+
+    def _commit(self) -> None:
+        """Brings the state to the disk, after all that it counts."""
+        for writer in self.writers.values():
+            writer.sync()
+        with (self.folder / DIGESTS).open("r+b") as file:
+            file.truncate(DIGEST_BYTES * self.digests_on_disk)  # a full disk may have taken a part of them
+            file.seek(0, os.SEEK_END)
+            file.write(self.digests)
+        sync_file(self.folder / DIGESTS)
+        self.digests_on_disk += len(self.digests) // DIGEST_BYTES
+        self.digests.clear()
+        write_json(self.folder / UNFINISHED, self.state)
+        self.committed_bytes = sum(self.text_bytes.values())
+
+
+def _pieces(documents: SplitDocuments, reading: Reading, held_out: dict[bytes, Path]) -> Iterator[Piece]:
+    """The documents in pieces, each with the state after it.
+
+    Raises SettingError for a document that is in a validation file too.
+    """
+    documents.log = bytearray()
+    batch: list[tuple[Split, str, int]] = []
+    characters = 0
+
+    def piece(finished: bool) -> Piece:
+        digests = bytes(documents.log or b"")
+        for start in range(0, len(digests), DIGEST_BYTES) if held_out else ():
+            if (path := held_out.get(digests[start : start + DIGEST_BYTES])) is not None:
+                raise shares_documents(path, 1)
+        documents.log = bytearray()
+        return Piece(batch, {"place": reading.place(), "documents": documents.state(), "finished": finished}, digests)
+
+    for group in documents.by_text():
+        batch += group
+        characters += sum(len(text) for _, text, _ in group)
+        if characters >= PIECE_CHARACTERS or len(batch) >= PIECE_DOCUMENTS:
+            yield piece(finished=False)
+            batch, characters = [], 0
+    yield piece(finished=True)
