@@ -65,7 +65,7 @@ class RunSettings(Settings):
 
     out: OutFolder = option("runs/demo", "folder for checkpoints, results and the report", "output", metavar="FOLDER")
     data: list[str] = option(
-        [], "text files or folders, a hub dataset, or a folder of tokens from cache_dir; default: the source code of "
+        [], "text files or folders, a hub dataset, or a folder of tokens (cache_dir, data prepare); default: the source code of "
             "Python's standard library", "data", metavar="PATH",
     )  # fmt: skip
     validation: list[str] = option(
