@@ -27,7 +27,8 @@ PUBLIC = [
     "from query_experts.cli import main",
 ]
 ROOMS = [
-    "common", "ops", "layers", "model", "distributed", "data", "convert", "study", "plan", "bench", "evaluate", "serving",
+    "common", "ops", "layers", "model", "distributed", "data", "convert", "study", "plan", "bench", "evaluate",
+    "serving",
 ]  # fmt: skip
 # a room imports only rooms before it in this order, but study, bench and evaluate don't import one another
 BELOW = {
