@@ -14,7 +14,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from query_experts.common.errors import SettingError
-from query_experts.model.arms import arm_config
+from query_experts.model.arms import arm_config, build
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 from query_experts.plan.memory import Memory, fake_processes, track, track_shallow
 from query_experts.plan.settings import PlanSettings
@@ -22,7 +22,7 @@ from rank_helpers import run_ranks
 
 BATCH = 8
 SIZE = {
-    "vocab_size": 512, "seq_len": 64, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4,
+    "vocab_size": 512, "seq_len": 64, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "batch_size": BATCH, "dtype": "bfloat16",
 }  # fmt: skip
 SHARDED = {"fsdp_size": 2, "gradient_accumulation_steps": 2}
@@ -123,11 +123,12 @@ def test_the_memory_of_a_run_on_two_ranks_is_within_a_tenth_of_what_torch_record
 # from shallow models and two batches to others
 
 
-def test_two_shallow_models_and_two_batches_tell_the_memory_of_a_deeper_one_with_a_larger_batch(sharded):
-    config, step, _ = tracked("sharded")
+def test_two_shallow_models_and_two_batches_tell_the_memory_of_a_deeper_one_with_a_larger_batch():
+    plan = PlanSettings(**SIZE | {"num_hidden_layers": 5}, gpus=2)
+    config, step = arm_config("dense", plan.model_size()), plan.step()
     with fake_processes(step) as mesh:
-        whole = track_shallow(config, config.num_hidden_layers, step, (4 * BATCH,), mesh)
-    for checkpointing, memory in sharded.items():
+        whole = track_shallow(config, 5, step, (4 * BATCH,), mesh)
+    for checkpointing, memory in track(config, step, BATCH).items():
         for phase, parts in whole[checkpointing, 4 * BATCH].items():
             told = sum(memory.base[phase].values()) + 4 * BATCH * sum(memory.each[phase].values())
             assert told == pytest.approx(sum(parts.values()), rel=0.005), phase
@@ -136,14 +137,12 @@ def test_two_shallow_models_and_two_batches_tell_the_memory_of_a_deeper_one_with
 def test_shards_moments_and_unsharded_gradients_are_those_that_fsdp_keeps(sharded):
     config, _, _ = tracked("sharded")
     with torch.device("meta"):
-        from query_experts.model.arms import build
-
         parameters = sum(p.numel() for p in build(config).parameters())
     parts = sharded[False].parts(BATCH)
     assert parts["weights"] == pytest.approx(4 * parameters / 2, rel=0.001)
     assert parts["optimizer"] == pytest.approx(2 * 4 * parameters / 2, rel=0.001)
     assert parts["gradients"] == 0  # whole ones stay between micro-batches
-    assert 4 * parameters < parts["unsharded"] < 6 * parameters
+    assert parts["unsharded"] > 4 * parameters
 
 
 def test_the_largest_batch_is_the_last_that_fits_in_every_phase():
@@ -164,7 +163,9 @@ def test_the_largest_batch_is_the_last_that_fits_in_every_phase():
 def test_tracking_leaves_no_process_group_and_refuses_to_replace_one(sharded):
     assert not dist.is_initialized()
     config, step, batch = tracked("copies")
+    hook = sys.excepthook
     with fake_processes(step):
+        assert sys.excepthook is hook  # torch would put [rank0] before every line of a traceback
         with pytest.raises(SettingError, match="belongs to a process group"):
             track(config, step, batch)
         assert dist.is_initialized()

@@ -8,6 +8,7 @@ sequence of the micro-batch, so two shallow models and two batch sizes tell that
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,7 +142,9 @@ def fake_processes(step: Step) -> Iterator[DeviceMesh]:
     """
     if dist.is_initialized():
         raise SettingError("this process belongs to a process group; plan must run in a process without one")
+    hook = sys.excepthook
     dist.init_process_group("fake", rank=0, world_size=step.gpus, store=FakeStore())
+    sys.excepthook = hook  # torch's own puts the rank before every line
     try:
         copies = step.gpus // step.fsdp_size
         shape, names = ((copies, step.fsdp_size), ("copies", "shards")) if copies > 1 else ((step.fsdp_size,), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 GIB = 2**30
+Setting = int | float | bool | str | list[str] | list[float] | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Plan:
         speeds: Predicted, over dense.
     """
 
-    settings: dict[str, Any]
+    settings: dict[str, Setting]
     sequences_per_step: int
     tokens: int
     room: float

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from query_experts.common.errors import SettingError
 from query_experts.common.fields import Bounds, Count, Distinct, Elsewhere, NonNegative, OutFolder, option
+from query_experts.common.formatting import plural
 from query_experts.common.settings import validate
 from query_experts.distributed.layout import require_one_process
 from query_experts.model.arms import ARMS, check_arms
@@ -97,6 +98,6 @@ class PlanSettings(RunSettings):
         self.check_batch()
         if self.tokens_per_s and len(self.tokens_per_s) != len(self.arms):
             raise SettingError(
-                f"tokens_per_s holds {len(self.tokens_per_s)} numbers; it must hold one for each arm: "
+                f"tokens_per_s holds {plural(len(self.tokens_per_s), 'number')}; it must hold one for each arm: "
                 f"{', '.join(self.arms)}"
             )
