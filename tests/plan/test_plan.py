@@ -1,10 +1,12 @@
 """`query-experts plan`: its numbers, its tables, and what it refuses."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
+import plan_tables
 from query_experts.cli import main
 from query_experts.model.arms import arm_config
 from query_experts.plan import run
@@ -182,3 +184,25 @@ def test_a_launch_on_several_processes_is_refused(refused, monkeypatch):
 def test_a_plan_doesn_t_need_what_the_run_needs(known_memory, tmp_path):
     argv = ["plan", "demo", "--device", "cuda", "--kernels", "triton", "--compile", "true", "--out", str(tmp_path)]
     assert torch.cuda.is_available() or main(argv) == 0
+
+
+# the page's plan
+
+
+def as_committed(plan):
+    return json.loads(json.dumps(dataclasses.asdict(plan)))
+
+
+def test_the_committed_plan_is_what_this_code_computes_but_for_the_memory(known_memory):
+    committed, now = (as_committed(plan) for plan in (plan_tables.read_plan(), make_plan(plan_tables.settings())))
+    of_memory = {"memory", "memory_checkpointed", "largest_batch", "largest_batch_checkpointed"}
+    for plan in (committed, now):
+        for arm in plan["arms"]:
+            for name in of_memory:
+                del arm[name]
+    assert now == committed
+
+
+@pytest.mark.full
+def test_the_memory_of_the_committed_plan_is_what_this_code_tracks():
+    assert as_committed(make_plan(plan_tables.settings())) == as_committed(plan_tables.read_plan())
