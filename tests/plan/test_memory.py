@@ -145,6 +145,16 @@ def test_shards_moments_and_unsharded_gradients_are_those_that_fsdp_keeps(sharde
     assert parts["unsharded"] > 4 * parameters
 
 
+def test_several_copies_of_a_model_hold_their_own_shards_and_reduce_every_micro_batch():
+    plan = PlanSettings(**SIZE | {"num_hidden_layers": 1}, gpus=4, fsdp_size=2, gradient_accumulation_steps=2)
+    config = arm_config("dense", plan.model_size())
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build(config).parameters())
+    parts = track(config, plan.step(), BATCH)[False].parts(BATCH)
+    assert parts["weights"] == pytest.approx(4 * parameters / 2, rel=0.001)
+    assert parts["gradients"] == pytest.approx(parts["weights"], rel=0.001)  # of the micro-batch before
+
+
 def test_the_largest_batch_is_the_last_that_fits_in_every_phase():
     memory = Memory(
         base={"forward": {"weights": 10.0, "activations": 0.0}, "optimizer": {"weights": 50.0, "activations": 0.0}},

@@ -46,28 +46,25 @@ def arm_rows(settings: PlanSettings, plan: Plan) -> list[list[str]]:
     """Rows of text, a column for each arm; the first is the heading."""
     arms = plan.arms
     basis = "measured" if plan.measured else "assumed"
-
-    def row(name: str, cells: list[str]) -> list[str]:
-        return [name, *cells]
-
-    return [
-        row("", [arm.arm for arm in arms]),
-        row("parameters", [text.short(arm.parameters) for arm in arms]),
-        row("active parameters", [text.short(arm.active_parameters) for arm in arms]),
-        row("FLOPs a token, forward and backward", [text.short(arm.flops_per_token) for arm in arms]),
-        row("FLOPs of the run", [f"{arm.run_flops:.3g}" for arm in arms]),
-        row(f"GiB of one GPU, micro-batch of {settings.batch_size}", [""] * len(arms)),
-        *(row(f"  {part}", [gib(arm.memory[part]) for arm in arms]) for part in PARTS),
-        row("  total", [gib(arm.total) for arm in arms]),
-        row("  total with checkpointing", [gib(arm.memory_checkpointed) for arm in arms]),
-        row(f"fits into {plan.room / GIB:.1f} GiB", [fits(arm, plan.room) for arm in arms]),
-        row("largest micro-batch that fits", [largest(arm.largest_batch) for arm in arms]),
-        row("  with checkpointing", [largest(arm.largest_batch_checkpointed) for arm in arms]),
-        row(f"tokens/s of one GPU, {basis}", [text.whole(arm.tokens_per_s) for arm in arms]),
-        row(f"  MFU{'' if plan.measured else ', assumed'}", [share(arm.mfu) for arm in arms]),
-        row(f"hours on {text.plural(settings.gpus, 'GPU')}", [three_digits(arm.hours) for arm in arms]),
-        row("dollars", [three_digits(arm.cost) for arm in arms]),
-    ]
+    cells = {
+        "": [arm.arm for arm in arms],
+        "parameters": [text.short(arm.parameters) for arm in arms],
+        "active parameters": [text.short(arm.active_parameters) for arm in arms],
+        "FLOPs a token, forward and backward": [text.short(arm.flops_per_token) for arm in arms],
+        "FLOPs of the run": [f"{arm.run_flops:.3g}" for arm in arms],
+        f"GiB of one GPU, micro-batch of {settings.batch_size}": [""] * len(arms),
+        **{f"  {part}": [gib(arm.memory[part]) for arm in arms] for part in PARTS},
+        "  total": [gib(arm.total) for arm in arms],
+        "  total with checkpointing": [gib(arm.memory_checkpointed) for arm in arms],
+        f"fits into {plan.room / GIB:.1f} GiB": [fits(arm, plan.room) for arm in arms],
+        "largest micro-batch that fits": [largest(arm.largest_batch) for arm in arms],
+        "  with checkpointing": [largest(arm.largest_batch_checkpointed) for arm in arms],
+        f"tokens/s of one GPU, {basis}": [text.whole(arm.tokens_per_s) for arm in arms],
+        f"  MFU{'' if plan.measured else ', assumed'}": [share(arm.mfu) for arm in arms],
+        f"hours on {text.plural(settings.gpus, 'GPU')}": [three_digits(arm.hours) for arm in arms],
+        "dollars": [three_digits(arm.cost) for arm in arms],
+    }
+    return [[name, *row] for name, row in cells.items()]
 
 
 def gib(value: float) -> str:
