@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from query_experts.common.device import PEAKS
+
 
 class Gpu(NamedTuple):
     """One GPU.
 
     Args:
         memory: GiB that CUDA offers, as torch's out-of-memory errors name it ("GPU 0 has a total capacity of").
-        tflops: Peak of dense matrix products in bf16, 10^12 FLOP/s. NVIDIA's pages give twice as much, for sparse ones.
+        tflops: Peak of dense matrix products in bf16, 10^12 FLOP/s.
     """
 
     memory: float
@@ -18,11 +20,11 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "a100-40gb": Gpu(39.4, 312),  # https://www.nvidia.com/en-us/data-center/a100/
-    "a100": Gpu(79.1, 312),  # of 80 GB
-    "h100": Gpu(79.1, 989),  # SXM: https://www.nvidia.com/en-us/data-center/h100/
-    "h100-pcie": Gpu(79.1, 756),
-    "h200": Gpu(139.8, 989),  # https://www.nvidia.com/en-us/data-center/h200/
-    "b200": Gpu(178.3, 2250),  # https://www.nvidia.com/en-us/data-center/hgx/
+    "a100-40gb": Gpu(39.4, PEAKS["A100"] / 1e12),
+    "a100": Gpu(79.1, PEAKS["A100"] / 1e12),  # of 80 GB
+    "h100": Gpu(79.1, PEAKS["H100"] / 1e12),  # SXM
+    "h100-pcie": Gpu(79.1, PEAKS["H100 PCIe"] / 1e12),
+    "h200": Gpu(139.8, PEAKS["H200"] / 1e12),
+    "b200": Gpu(178.3, PEAKS["B200"] / 1e12),
 }
 USABLE = 0.9  # of the memory, assumed: the CUDA context, NCCL's buffers and gaps between blocks take the rest

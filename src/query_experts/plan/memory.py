@@ -183,17 +183,13 @@ def track_shallow(
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shards a model by FSDP2 as Transformers does: its `base_model_fsdp_plan`, and the head kept whole."""
+    """Shards a model by FSDP2 as it is loaded: by Transformers' plan, tied embeddings with the root (model.tied)."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = model.config.tie_word_embeddings
-    if tied:  # Transformers ties after it has sharded, so that the root gathers the table once more, for the head
-        head.weight = nn.Parameter(torch.empty_like(table.weight))
     for module in [*([] if tied else [table]), *model.model.layers]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
-    fully_shard([model.model.norm, table if tied else head], mesh=mesh, reshard_after_forward=False)
+    fully_shard([model.model.norm, *([] if tied else [head])], mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
-    if tied:
-        head.weight = table.weight
 
 
 def fill_optimizer(optimizer: torch.optim.Optimizer) -> None:

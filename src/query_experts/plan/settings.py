@@ -30,7 +30,9 @@ class PlanSettings(RunSettings):
     elsewhere = Elsewhere(
         TrainSettings.elsewhere.defaults, "which plan doesn't take: it plans a run of train or compare"
     )
-    unlisted = frozenset(f.name for f in fields(RunSettings) if f.metadata["group"] == "data") | WITHOUT_EFFECT
+    unlisted = (
+        frozenset(f.name for f in fields(RunSettings) if f.metadata["group"] in ("data", "watching")) | WITHOUT_EFFECT
+    )
     not_of_recipes = frozenset({"arms"})
 
     out: OutFolder = option("runs/plan", "folder for the numbers and the plot", "output", metavar="FOLDER")
