@@ -26,7 +26,10 @@ PUBLIC = [
     "from query_experts.replay import replayed_routing",
     "from query_experts.cli import main",
 ]
-ROOMS = ["common", "ops", "layers", "model", "distributed", "data", "convert", "study", "bench", "evaluate", "serving"]
+ROOMS = [
+    "common", "ops", "layers", "model", "distributed", "data", "convert", "study", "plan", "bench", "evaluate",
+    "serving",
+]  # fmt: skip
 # a room imports only rooms before it in this order, but study, bench and evaluate don't import one another
 BELOW = {
     "common": set(),
@@ -37,6 +40,7 @@ BELOW = {
     "data": {"common"},
     "convert": {"common", "ops", "layers", "model", "data"},
     "study": {"common", "ops", "layers", "model", "distributed", "data"},
+    "plan": {"common", "model", "distributed", "study"},
     "bench": {"common", "ops", "layers", "model"},
     "evaluate": {"common", "model"},
     "serving": {"common", "ops", "layers", "model"},

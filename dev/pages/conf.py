@@ -29,6 +29,7 @@ docs/quickstart
 docs/layer
 docs/model
 docs/training
+docs/planning
 docs/comparing
 docs/converting
 docs/evaluating

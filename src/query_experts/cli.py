@@ -39,6 +39,7 @@ EXAMPLES = {
     "bench": "query-experts bench --lengths 2048 8192 --arms dense static gqe",
     "report": "query-experts report runs/mine",
     "data": "query-experts data prepare HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer gpt2 --out tokens/edu",
+    "plan": "query-experts plan gpu --gpus 8 --gpu h100 --price 2.5",
     "scaling": "query-experts scaling run benchmarks/ladder/cpu.yaml --data my-texts/ --hours 2",
 }
 TRAINING = ("accelerate", "filelock", "pydantic", "rich", "tqdm")
@@ -54,6 +55,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bench": ("study", ("rich",)),
     "report": ("study", REPORTING),
     "data": ("train", ("filelock", "pydantic", "rich", "tqdm")),
+    "plan": ("study", ("accelerate", "matplotlib", "pydantic", "rich")),
     "scaling": ("study", tuple(sorted({*TRAINING, *REPORTING}))),
 }
 ON_RANKS = ("compare", "train", "distill")  # that a launcher of several processes may start
@@ -157,14 +159,18 @@ def parse(command: str, kind: type[Kind], argv: list[str], **more: Any) -> Kind:
 
 def parse_run(command: str, kind: type[Run], argv: list[str], preset: str = "demo", **more: Any) -> Run:
     """The settings of a command that trains, whose recipes may be those of others."""
-    from query_experts.study.settings import CompareSettings, DistillSettings, TrainSettings
-
-    known = {f.name for settings in (CompareSettings, TrainSettings, DistillSettings) for f in fields(settings)}
-    settings = parse(command, kind, argv, folder="recipes", preset=preset, also_known=known, **more)
+    settings = parse(command, kind, argv, folder="recipes", preset=preset, also_known=known_to_recipes(), **more)
     from query_experts.study.workspace import go_on_with_first_demo
 
     go_on_with_first_demo(settings)
     return settings
+
+
+def known_to_recipes() -> set[str]:
+    """The settings of all commands that train."""
+    from query_experts.study.settings import CompareSettings, DistillSettings, TrainSettings
+
+    return {f.name for settings in (CompareSettings, TrainSettings, DistillSettings) for f in fields(settings)}
 
 
 def load_compare(command: str, argv: list[str]) -> Work:
@@ -310,6 +316,29 @@ def load_data(command: str, argv: list[str]) -> Work:
     return work
 
 
+def load_plan(command: str, argv: list[str]) -> Work:
+    from query_experts.plan.settings import PlanSettings
+
+    settings = parse(
+        command, PlanSettings, with_preset(argv), folder="recipes", preset="demo", also_known=known_to_recipes(),
+        out_follows_preset=False,
+    )  # fmt: skip
+    from query_experts.plan import run
+
+    def work() -> int:
+        run.plan(settings, terminal())
+        return 0
+
+    return work
+
+
+def with_preset(argv: list[str]) -> list[str]:
+    """The words with the option that the first one stands for: a preset, or a recipe's file."""
+    if not argv or argv[0].startswith("-"):
+        return argv
+    return ["--recipe" if Path(argv[0]).suffix in (".yaml", ".yml") else "--preset", *argv]
+
+
 def load_scaling(command: str, argv: list[str]) -> Work:
     from query_experts.study.ladder.settings import ScalingSettings
 
@@ -344,6 +373,7 @@ LOADERS: dict[str, Callable[[str, list[str]], Work]] = {
     "bench": load_bench,
     "report": load_report,
     "data": load_data,
+    "plan": load_plan,
     "scaling": load_scaling,
 }
 

@@ -23,6 +23,7 @@ TABLE_SCRIPTS = {  # and their number of tables, at least
     "benchmarks/conversion_tables.py": 5,
     "benchmarks/demo_spread.py": 1,
     "benchmarks/performance_tables.py": 5,
+    "benchmarks/plan_tables.py": 2,
     "benchmarks/predict_kernels.py": 2,
     "benchmarks/serve_tables.py": 5,
 }

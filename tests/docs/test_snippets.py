@@ -75,6 +75,7 @@ WORK = {  # of commands that would begin at once
     "distill": "study.distill.distill",
     "bench": "bench.run.bench",
     "data": "data.command.prepare_tokens",
+    "plan": "plan.run.plan",
     "scaling": "study.ladder.worker.run_queue",
 }
 ACTIONS = [

@@ -127,3 +127,10 @@ def test_kv_bytes_are_those_of_the_dynamic_cache_and_the_same_for_dense_and_gqe(
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert held == 7 * costs.kv_bytes_per_token(config, bytes_per_value=4)
     assert costs.kv_bytes_per_token(config) == costs.kv_bytes_per_token(arm_config("dense", SIZE)) == 2 * L * G * d * 2
+
+
+def test_a_decoding_step_reads_every_weight_and_the_cache_once():
+    config = arm_config("dense", SIZE)
+    weights = parameters_by_hand(4, 4, 0, F) - L * 2 * D - D  # but for the norms
+    step = costs.model_work(config, 1, 1, 100)
+    assert step.bytes == 2 * weights + 101 * costs.kv_bytes_per_token(config) + L * 2 * 2 * D

@@ -13,8 +13,8 @@ from query_experts.common.errors import SettingError
 Device = Literal["auto", "cpu", "cuda", "mps"]
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # torch's names, on x86 and on ARM
 
-# dense bf16 products on tensor cores, FLOP/s, from NVIDIA's data sheets of the H100, H200 and A100 (the half of what
-# they print "with sparsity"); the first name within the device's counts
+# dense bf16 products on tensor cores, FLOP/s, from NVIDIA's data sheets of the H100, H200, A100 and HGX B200 (the half
+# of what they print "with sparsity"); the first name within the device's counts
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -22,6 +22,7 @@ PEAKS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
     "A100": 312e12,
+    "B200": 2250e12,
 }
 
 

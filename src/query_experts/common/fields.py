@@ -139,6 +139,7 @@ class Settings:
     elsewhere: ClassVar[Elsewhere] = Elsewhere({}, "")
     refused: ClassVar[dict[str, str]] = {}  # options that people may look for -> why there are none
     unlisted: ClassVar[frozenset[str]] = frozenset()  # settings that the help page leaves out
+    not_of_recipes: ClassVar[frozenset[str]] = frozenset()  # settings that only the command line sets
 
 
 def help_entry(text: str, group: str, **more: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from query_experts.common.fields import Settings
 
 # the page's headings in their order
 GROUPS = ("arguments", "presets", "arms", "what to run", "distillation", "conversion", "data", "text", "tasks", "model",
-          "training", "what to time", "prefill", "kernels", "machine", "processes", "watching",
+          "training", "what to time", "prefill", "kernels", "machine", "processes", "watching", "time and cost",
           "output")  # fmt: skip
 WIDTH, HELP_COLUMN = 100, 38
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}

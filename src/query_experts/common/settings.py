@@ -114,6 +114,7 @@ def use_recipe(parser: SettingsParser, path: Any, recipe: dict[str, Any], also_k
     """
     hints = get_type_hints(parser.kind)
     names = {f.name for f in fields(parser.kind)} | parser.kind.elsewhere.defaults.keys()  # type: ignore[arg-type]
+    names -= parser.kind.not_of_recipes
     for name, value in recipe.items():
         if name not in names | also_known:
             offered = (names | also_known) - parser.kind.elsewhere.defaults.keys()

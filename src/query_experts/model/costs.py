@@ -149,12 +149,14 @@ def layer_work(
     return Work(projection, attention, moved * bytes_per_value)
 
 
-def model_work(config: LlamaConfig, batch: int, new: int, *, backward: bool = False, bytes_per_value: int = 2) -> Work:
-    """The work of a model for a prompt of `new` tokens: logits of the last token, in training of all tokens.
+def model_work(
+    config: LlamaConfig, batch: int, new: int, cached: int = 0, *, backward: bool = False, bytes_per_value: int = 2
+) -> Work:
+    """The work of a model for `new` tokens after `cached` ones: logits of the last token, in training of all tokens.
 
     It adds to the attention layers three MLP matrices, D x F, per layer, and the output embedding, D x V.
     """
-    layer = layer_work(config, batch, new, backward=backward, bytes_per_value=bytes_per_value)
+    layer = layer_work(config, batch, new, cached, backward=backward, bytes_per_value=bytes_per_value)
     L, D = config.num_hidden_layers, config.hidden_size
     mlp, table = 3 * D * config.intermediate_size, D * config.vocab_size
     times = 3 if backward else 1
