@@ -27,7 +27,7 @@ SIZE = {
     "intermediate_size": 32, "vocab_size": 31, "router_z_loss_coef": 0.1, "router_aux_loss_coef": 0.0, "qk_norm": True,
     "tie_word_embeddings": True,
 }  # fmt: skip
-LAYOUTS = ["one", "ddp", *(["fsdp", "tp"] if SHARDS_BY_GROUP else [])]
+LAYOUTS = ["one", "ddp", "fsdp", "tp"]
 STEPS, SAVED = 6, 3
 ROWS = 4  # of a step
 
@@ -82,6 +82,8 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    if not SHARDS_BY_GROUP:
+        pytest.skip("Transformers below 5.20 can't load an optimizer in several processes on a CPU")
     path = tmp_path_factory.mktemp("checkpoints")
     tiny_model(seed=3, **SIZE).save_pretrained(path / "initial")
     torch.save(run("one", path), path / "one.pt")
