@@ -114,12 +114,23 @@ def tiny_llama(seed: int) -> LlamaForCausalLM:
 
 
 LOSSES = ("lm_loss", "aux_loss", "z_loss", "kd_loss")
+
+
+def tiny_lora(seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    adapted = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj", "q_shared"], init_lora_weights=False)
+    return get_peft_model(tiny_model(seed=seed), adapted).double()
+
+
 TRAINED = {
     "gqe_trainer_on_gqe": tiny_model,
     "gqe_trainer_on_static": tiny_static,
     "gqe_trainer_on_dense": tiny_llama,
     "gqe_trainer_on_gqe_rank_by_rank": tiny_model,  # each rank counts its own tokens; the counts are equal
     "gqe_trainer_on_dense_rank_by_rank": tiny_llama,
+    "gqe_trainer_on_lora": tiny_lora,
     "distilled_gqe": tiny_model,
     "distilled_dense": tiny_llama,
     "distilled_dense_rank_by_rank": tiny_llama,
@@ -209,7 +220,7 @@ def main(rank: int, folder: Path) -> None:
     )
     for case in CASES if find_spec("triton") else [name for name in CASES if not name.endswith("triton")]:
         torch.save(train_as_rank(case, rank), folder / f"{case}.{rank}.pt")
-    for case in TRAINED:
+    for case in TRAINED if find_spec("peft") else [name for name in TRAINED if not name.endswith("lora")]:
         torch.save(train_by_trainer(case, 4, folder), folder / f"{case}.{rank}.pt")
     facts = {"stopped": steps_until_stopped(rank, folder), "entropies": entropies(shard=True)}
     facts |= {name: tokens_in_window(rank, name == "own") for name in ("own", "all")}
@@ -254,13 +265,15 @@ def test_two_processes_get_the_gradients_of_one(case, rank, folder):
 @pytest.mark.parametrize("rank", range(WORLD))
 @pytest.mark.parametrize("case", TRAINED)
 def test_gqe_trainer_on_two_processes_trains_and_evaluates_as_on_one(case, rank, folder, tmp_path):
+    if case.endswith("lora"):
+        pytest.importorskip("peft")
     expected = train_by_trainer(case, 8, tmp_path)
     actual = torch.load(folder / f"{case}.{rank}.pt")
     logged = [{name: run.pop(name) for name in [*run] if name.startswith("logged")} for run in (actual, expected)]
     assert_same_tensors(actual, expected, **EXACT)
     assert_same_tensors(*logged, rtol=0, atol=2e-6)  # float32 means
     assert ("logged moe/layer_0/group_0/load_expert_0" in logged[0]) == ("logged aux_loss" in logged[0])
-    assert ("logged moe/routing_churn_max" in logged[0]) == case.endswith(("gqe", "gqe_rank_by_rank"))
+    assert ("logged moe/routing_churn_max" in logged[0]) == case.endswith(("gqe", "gqe_rank_by_rank", "lora"))
 
 
 @pytest.mark.parametrize("rank", range(WORLD))

@@ -58,6 +58,8 @@ def run(layout: str, folder: Path, resumed: Path | None = None) -> dict[str, Ten
         callbacks=[zclip],
     )
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if more:  # gathers the ranks' parts
+        model.save_pretrained(folder / f"{layout}_saved")
     found = {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
     logged = [log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log]
     return found | {"losses": torch.tensor(logged), "clipped": torch.tensor(clipped(trainer))}
@@ -122,6 +124,15 @@ def test_one_process_goes_on_from_the_checkpoint_of_any_layout(before, folder):
 def test_a_checkpoint_of_any_layout_is_loaded_by_from_pretrained_alone(layout, folder):
     ended = torch.load(folder / "one.pt")
     model = AutoModelForCausalLM.from_pretrained(folder / layout / f"checkpoint-{STEPS}", dtype=torch.float64)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), ended[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_save_pretrained_of_a_sharded_model_writes_an_ordinary_checkpoint(layout, folder):
+    ended = torch.load(folder / "one.pt")
+    assert (folder / f"{layout}_saved" / "model.safetensors").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder / f"{layout}_saved", dtype=torch.float64)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), ended[name], rtol=0, atol=1e-9)
 
