@@ -3,6 +3,7 @@
 import copy
 import itertools
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,3 +303,14 @@ def test_tokens_of_a_batch_are_those_that_a_two_dimensional_mask_keeps_or_all():
     assert count_tokens({"input_ids": ids, "attention_mask": mask}) == 8
     assert count_tokens({"input_ids": ids, "attention_mask": mask[:, None, None].expand(2, 1, 5, 5)}) == 10
     assert count_tokens({"labels": torch.zeros(2), "inputs_embeds": torch.zeros(2, 5, 3)}) == 10
+
+
+@pytest.mark.parametrize(("name", "kind"), [("pp_size", "pipeline"), ("cp_size", "context"), ("sp_size", "context")])
+def test_gqe_trainer_refuses_pipeline_and_context_parallelism_by_name(tmp_path, monkeypatch, name, kind):
+    model = model_of("gqe")
+    if name == "pp_size":
+        model.config.distributed_config = SimpleNamespace(pp_size=2)
+    else:
+        monkeypatch.setattr(GQETrainer, f"get_{name}", lambda _: 2)
+    with pytest.raises(ValueError, match=f"{name} is 2; GQETrainer doesn't support {kind} parallelism.* must be 1"):
+        GQETrainer(model, arguments(tmp_path), train_dataset=Rows())

@@ -46,7 +46,7 @@ class GQETrainer(WholeCheckpoints):
     Raises:
         ImportError: for `use_liger_kernel` without liger-kernel.
         ValueError: for label smoothing and `compute_loss_func`, which replace the model's loss, and for several GPUs
-            in one process (nn.DataParallel).
+            in one process (nn.DataParallel), and for pipeline and context parallelism.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -61,6 +61,7 @@ class GQETrainer(WholeCheckpoints):
                 f"{self.args.n_gpu} GPUs are visible to one process; nn.DataParallel is not supported: launch one "
                 "process a GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
+        refuse_parallelism(self)
         if self.args.use_liger_kernel:
             liger.register()
             if is_gqe(self.model):
@@ -156,6 +157,19 @@ class GQETrainer(WholeCheckpoints):
         if not self.args.average_tokens_across_devices:  # then each rank's losses add up to its own mean
             ranks *= self.accelerator.num_processes // self.get_tp_size()
         return {name: total / ranks / steps for name, total in zip(names, totals.tolist(), strict=True)}
+
+
+def refuse_parallelism(trainer: GQETrainer) -> None:
+    """Raises ValueError for pipeline and context parallelism, which would train another model or other losses."""
+    config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    sizes = {
+        "pp_size": (getattr(config, "pp_size", 1), "pipeline parallelism"),
+        "cp_size": (trainer.get_cp_size(), "context parallelism"),
+        "sp_size": (trainer.get_sp_size(), "context parallelism (Ulysses)"),
+    }
+    for name, (size, kind) in sizes.items():
+        if size != 1:
+            raise ValueError(f"{name} is {size}; GQETrainer doesn't support {kind}, so it must be 1")
 
 
 def is_gqe(model: nn.Module) -> bool:

@@ -65,8 +65,8 @@ class RunSettings(Settings):
 
     out: OutFolder = option("runs/demo", "folder for checkpoints, results and the report", "output", metavar="FOLDER")
     data: list[str] = option(
-        [], "text files or folders, a hub dataset, or a folder of tokens (cache_dir, data prepare); default: the source code of "
-            "Python's standard library", "data", metavar="PATH",
+        [], "text files or folders, a hub dataset, or a folder of tokens from cache_dir or data prepare; default: the "
+            "source code of Python's standard library", "data", metavar="PATH",
     )  # fmt: skip
     validation: list[str] = option(
         [], "text files or folders that are held out whole, up to 400,000 tokens of each file; data is then trained on "
