@@ -3,6 +3,7 @@
 Run as a script, this file is one of the ranks.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from model_helpers import cross_entropy, random_tokens, tiny_model
 from query_experts import GQEForCausalLM
+from query_experts.distributed.layout import copies_of_shards
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 from rank_helpers import run_ranks
 
@@ -36,8 +38,15 @@ CASES: dict[str, dict[str, Any]] = {
     "qk_norm_weighted": {"qk_norm": True, "variant": "weighted_concat"},
     "tied": {"tie_word_embeddings": True},
 }
-# ranks that share a layer, and ranks that share a copy of the model
-LAYOUTS = {"tp2": (2, 1), "fsdp2": (1, 2), "fsdp2_tp2": (2, 2)}
+# ranks that share a layer, ranks that share a copy of the model, and copies
+LAYOUTS = {
+    "tp2": (2, 1, 1),
+    "fsdp2": (1, 2, 1),
+    "fsdp2_tp2": (2, 2, 1),
+    "two_of_fsdp2": (1, 2, 2),
+    "two_of_tp2": (2, 1, 2),
+}
+LAYOUTS = {name: sizes for name, sizes in LAYOUTS.items() if sizes[2] == 1 or (SHARDS_BY_GROUP and copies_of_shards())}
 IN_FOUR = ("paper", "qk_norm", "expert", "tied")  # four processes share two cores
 MICRO_BATCHES = (1, 2)
 
@@ -78,8 +87,7 @@ def everything(model: Any) -> dict[str, Tensor]:
 
 
 def cases_of(layout: str) -> list[str]:
-    tp, fsdp = LAYOUTS[layout]
-    return [*CASES] if tp * fsdp == 2 else list(IN_FOUR)
+    return [*CASES] if math.prod(LAYOUTS[layout]) == 2 else list(IN_FOUR)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +98,8 @@ def folder(tmp_path_factory) -> Path:
         model = tiny_model(seed=3, **PAPER | more)
         model.save_pretrained(path / case)
         torch.save(everything(model), path / f"{case}.one.pt")
-    for layout, (tp, fsdp) in LAYOUTS.items():
-        run_ranks(__file__, tp * fsdp, path, layout)
+    for layout, sizes in LAYOUTS.items():
+        run_ranks(__file__, math.prod(sizes), path, layout)
     return path
 
 
@@ -99,9 +107,10 @@ def main(folder: Path, layout: str) -> None:
     from transformers.distributed import DistributedConfig
 
     torch.set_num_threads(1)
-    tp, fsdp = LAYOUTS[layout]
+    tp, fsdp, copies = LAYOUTS[layout]
+    more = {"dp_replicate_size": copies} if copies > 1 else {}
     for case in cases_of(layout):
-        sharding = DistributedConfig(tp_size=tp, fsdp_size=fsdp)
+        sharding = DistributedConfig(tp_size=tp, fsdp_size=fsdp, **more)
         model = GQEForCausalLM.from_pretrained(folder / case, distributed_config=sharding, dtype=torch.float64)
         model.loss_function = cross_entropy
         torch.save(everything(model), folder / f"{case}.{layout}.{dist.get_rank()}.pt")
@@ -111,9 +120,8 @@ def main(folder: Path, layout: str) -> None:
 @needs_sharding
 @pytest.mark.parametrize(("layout", "case"), [(layout, case) for layout in LAYOUTS for case in cases_of(layout)])
 def test_ranks_get_the_gradients_and_tokens_of_one_process(layout, case, folder):
-    tp, fsdp = LAYOUTS[layout]
     expected = torch.load(folder / f"{case}.one.pt")
-    for rank in range(tp * fsdp):
+    for rank in range(math.prod(LAYOUTS[layout])):
         found = torch.load(folder / f"{case}.{layout}.{rank}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():

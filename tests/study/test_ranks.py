@@ -83,6 +83,27 @@ def test_two_ranks_train_as_one_process_and_rank_0_alone_speaks_and_writes(layou
     ]  # fmt: skip
 
 
+@sharded
+def test_two_ranks_share_student_and_teacher_and_distill_as_one_process(folder):
+    fixtures = Path(__file__).resolve().parents[1] / "fixtures"
+    changes = {
+        "init": fixtures / "converted", "teacher": fixtures / "dense", "data": fixtures / "text.txt", "seq_len": 16,
+        "device": "cpu", "dtype": "float32", "steps": 4, "evaluations": 2, "validation_sequences": 4,
+        "global_batch_size": 4, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+
+    def command(out: str, **more) -> list[str]:
+        given = changes | {"out": folder / out} | more
+        return ["distill", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
+
+    assert main(command("distilled_one", batch_size=4)) == 0
+    ended = on_two_ranks(command("distilled", batch_size=2, fsdp_size=2))
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
+    assert result(folder, "distilled")["teacher_loss"] == pytest.approx(result(folder, "distilled_one")["teacher_loss"])
+    for mine, whole in zip(curves(folder, "distilled")[:2], curves(folder, "distilled_one")[:2], strict=True):
+        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=2e-5)
+
+
 def wait_for(path: Path, processes: list[subprocess.Popen], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < deadline and all(p.poll() is None for p in processes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 
 import transformers
 
@@ -54,6 +55,18 @@ def check_layout_of_ranks(fsdp_size: int | None, tp_size: int, num_kv_heads: int
             f"transformers is {transformers.__version__}, which can't share a model of this kind between processes; "
             f"fsdp_size and tp_size need {OLDEST_SHARDING} or newer"
         )
+    if together > 1 and processes > together and not copies_of_shards():
+        raise SettingError(
+            f"transformers is {transformers.__version__}, which can't train several copies of a model that processes "
+            f"share; fsdp_size x tp_size must be the number of processes, {processes} (5.23 lifts that)"
+        )
+
+
+def copies_of_shards() -> bool:
+    """Whether Transformers takes `dp_replicate_size`: copies of a model, each shared by some processes."""
+    from transformers.distributed import DistributedConfig
+
+    return any(field.name == "dp_replicate_size" for field in fields(DistributedConfig))
 
 
 def require_one_process(command: str) -> None:
