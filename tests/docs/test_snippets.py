@@ -66,7 +66,15 @@ CHECKS = {  # page -> what must hold of its names afterwards
 }
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9_-]*)")
 OF_OTHERS = {  # options of vLLM, of launchers, and of scripts in benchmarks/
-    "distributed.md": {"nnodes", "nproc_per_node", "num_processes", "rdzv_backend", "rdzv_endpoint", "rdzv_id"},
+    "distributed.md": {
+        "multi_gpu",
+        "nnodes",
+        "nproc_per_node",
+        "num_processes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "rdzv_id",
+    },
     "serving.md": {"model", "max_model_len", "enable_return_routed_experts", "hf_overrides"},
     "benchmarks.md": {"cases", "result", "teacher"},
 }

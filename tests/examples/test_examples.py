@@ -167,7 +167,7 @@ def test_jupyter_runs_the_notebook(tmp_path):
 
 
 STAND_INS = {  # of Slurm's commands; srun waits for its status or for SIGTERM
-    "srun": 'echo "$*" > srun; trap "exit 143" TERM; echo $$ > pid; until [ -e end ]; do sleep 0.05; done; exit $(<end)',
+    "srun": 'echo "$*" > srun; trap "exit 7" TERM; echo $$ > pid; until [ -e end ]; do sleep 0.05; done; exit $(<end)',
     "scancel": 'echo "$*" >> asked; kill -TERM $(cat pid)',
     "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$*" >> asked; fi',
     "query-experts": "",
@@ -206,5 +206,5 @@ def test_the_slurm_job_stops_the_run_before_its_end_and_is_requeued(slurm_job, t
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=20) == 143
+    assert job.wait(timeout=20) == 7
     assert (tmp_path / "asked").read_text().splitlines() == ["--signal=TERM 70001", "requeue 70001"]
