@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains on several nodes with Slurm, and goes on after preemption and after the time limit:
 #
-#     sbatch examples/slurm.sh --preset 7b --data TOKENS --out runs/7b --fsdp_size 64
+#     sbatch examples/slurm.sh --preset 7b --data TOKENS --out runs/7b --fsdp_size 8
 #
 # All words go to `query-experts train`. Every node must see the tokens and the folder of --out. Set the numbers below to
 # your cluster's, and activate the environment that holds query-experts before sbatch.
