@@ -29,6 +29,7 @@ docs/quickstart
 docs/layer
 docs/model
 docs/training
+docs/distributed
 docs/planning
 docs/comparing
 docs/converting

@@ -65,7 +65,16 @@ CHECKS = {  # page -> what must hold of its names afterwards
     "serving.md": lambda names: names["logits"].shape == (1, 9, 300),
 }
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9_-]*)")
-OF_OTHERS = {  # options of vLLM, and of scripts in benchmarks/
+OF_OTHERS = {  # options of vLLM, of launchers, and of scripts in benchmarks/
+    "distributed.md": {
+        "multi_gpu",
+        "nnodes",
+        "nproc_per_node",
+        "num_processes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "rdzv_id",
+    },
     "serving.md": {"model", "max_model_len", "enable_return_routed_experts", "hf_overrides"},
     "benchmarks.md": {"cases", "result", "teacher"},
 }

@@ -5,15 +5,21 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from query_experts import GQEForCausalLM
+from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
+from recipe_helpers import check_launch
 from study_helpers import write_text
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -158,3 +164,47 @@ def test_jupyter_runs_the_notebook(tmp_path):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     kinds = {kind for cell in notebook.cells for out in cell.get("outputs", []) for kind in out.get("data", {})}
     assert {"text/html", "image/png"} <= kinds
+
+
+STAND_INS = {  # of Slurm's commands; srun waits for its status or for SIGTERM
+    "srun": 'echo "$*" > srun; trap "exit 7" TERM; echo $$ > pid; until [ -e end ]; do sleep 0.05; done; exit $(<end)',
+    "scancel": 'echo "$*" >> asked; kill -TERM $(cat pid)',
+    "scontrol": 'if [ "$1" = show ]; then echo node1; echo node2; else echo "$*" >> asked; fi',
+    "query-experts": "",
+}
+
+
+@pytest.fixture
+def slurm_job(tmp_path):
+    """Starts the job in a folder where stand-ins for Slurm's commands write what they are asked."""
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "70001", "SLURM_NNODES": "8", "SLURM_JOB_NODELIST": "node[1-8]", "SLURM_GPUS_ON_NODE": "8"}
+    environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def start(*words):
+        return subprocess.Popen(["bash", str(EXAMPLES / "slurm.sh"), *words], cwd=tmp_path, env=environment)
+
+    return start
+
+
+@pytest.mark.skipif(not SHARDS_BY_GROUP, reason="Transformers below 5.20 doesn't share models of this kind")
+def test_the_slurm_job_starts_torchrun_on_its_nodes_and_ends_as_the_run_does(slurm_job, tmp_path, monkeypatch):
+    (tmp_path / "end").write_text("2")
+    assert slurm_job("--preset", "7b", "--data", "TOKENS", "--fsdp_size", "8").wait(timeout=20) == 2
+    assert not (tmp_path / "asked").exists()
+    started = (tmp_path / "srun").read_text().replace(f"{tmp_path}/", "")
+    assert "--rdzv_endpoint node1:20001 " in started
+    settings = check_launch(started, monkeypatch)
+    assert (settings.hidden_size, settings.fsdp_size, settings.data) == (4096, 8, ["TOKENS"])
+
+
+def test_the_slurm_job_stops_the_run_before_its_end_and_is_requeued(slurm_job, tmp_path):
+    job = slurm_job("--preset", "7b")
+    deadline = time.monotonic() + 20
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=20) == 7
+    assert (tmp_path / "asked").read_text().splitlines() == ["--signal=TERM 70001", "requeue 70001"]

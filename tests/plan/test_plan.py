@@ -153,7 +153,7 @@ def test_arms_of_a_preset_are_passed_over(known_memory, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["huge"], "preset is 'huge'; it must be one of demo, gpu, small"),
+        (["huge"], "preset is 'huge'; it must be one of 1b, 7b, demo"),
         (["missing.yaml"], "recipe is missing.yaml, which doesn't exist"),
         (["distill"], "preset is 'distill', which plan doesn't take"),
         (["demo", "--gpus", "0"], "gpus is 0; it must be 1 or more"),

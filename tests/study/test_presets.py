@@ -13,7 +13,8 @@ ANY_SIZE = {
     "tie_word_embeddings": True, "initializer_range": 0.02, "router_aux_loss_coef": 0.01, "router_z_loss_coef": 0.0,
     "min_learning_rate_ratio": 0.02, "warmup_fraction": 0.1, "decay_fraction": 0.2, "weight_decay": 0.1,
     "seeds": [0, 1, 2], "prefill_repeats": 5, "report_to": [], "telemetry": "brief", "log_every": None,
-    "peak_flops": None,
+    "peak_flops": None, "fsdp_size": None, "tp_size": 1, "activation_checkpointing": False, "global_batch_size": None,
+    "rank_timeout_minutes": 30.0, "keep": 2,
 }  # fmt: skip
 PRESETS = {
     "small": {
@@ -28,6 +29,14 @@ PRESETS = {
         "num_key_value_heads": 8, "steps": 2400, "batch_size": 32, "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3, "evaluations": 24, "prefill_lengths": [4096, 16384, 65536],
         "arms": ["dense", "static", "half", "frozen", "gqe", "gqe-m4", "gqe-expert"],
+    },
+    "paper-250m": {
+        "max_bytes": None, "validation_sequences": 512, "vocab_size": 32000, "seq_len": 2048, "hidden_size": 1024,
+        "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 64, "tie_word_embeddings": False, "steps": 28600, "batch_size": 8, "global_batch_size": 512,
+        "gradient_accumulation_steps": 1, "learning_rate": 5e-4, "evaluations": 110, "log_every": 10,
+        "prefill_lengths": [4096, 16384, 65536],
+        "arms": ["dense", "static", "half", "gqe", "hard", "weighted", "gqe-m4"],
     },
 }  # fmt: skip
 
