@@ -9,19 +9,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from page_tables import markdown, with_tables
 from query_experts.bench.json_reader import read_result
 from query_experts.common.files import write_json
+from query_experts.common.settings import presets, read_recipe
 from query_experts.plan.report import arm_rows, speed_rows, write_plot
 from query_experts.plan.run import Plan, make_plan
 from query_experts.plan.settings import PlanSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "benchmarks" / "plan-paper.yaml"
+PRESET = "paper-250m"
 RESULT = ROOT / "benchmarks" / "results" / "plan-paper.json"
 PAGE = ROOT / "docs" / "planning.md"
 SCRIPT = "benchmarks/plan_tables.py"  # in the markers of its tables
@@ -30,8 +28,9 @@ PRICE = 2.5  # in the page's command
 
 def settings() -> PlanSettings:
     """Those of the page's command."""
-    recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
-    return PlanSettings(**recipe, price=PRICE)
+    known = {f.name for f in dataclasses.fields(PlanSettings)} - PlanSettings.not_of_recipes
+    recipe = read_recipe(presets("recipes")[PRESET])
+    return PlanSettings(**{name: value for name, value in recipe.items() if name in known}, price=PRICE)
 
 
 def read_plan() -> Plan:
