@@ -15,7 +15,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@900
 
-# SIGTERM saves a checkpoint at the next log (--log_every), and then ends the run. torchrun would wait for that for 30 s.
+# SIGTERM saves a checkpoint after the step that follows, and ends the run. torchrun would wait for that for 30 s only.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=840
 export OMP_NUM_THREADS=8
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 from query_experts import liger
 from query_experts.distributed.checkpoints import WholeCheckpoints
@@ -62,6 +65,7 @@ class GQETrainer(WholeCheckpoints):
                 "process a GPU (torchrun, accelerate launch) or set CUDA_VISIBLE_DEVICES"
             )
         refuse_parallelism(self)
+        self._evaluation: EvaluatedRows | None = None
         if self.args.use_liger_kernel:
             liger.register()
             if is_gqe(self.model):
@@ -106,6 +110,24 @@ class GQETrainer(WholeCheckpoints):
         else:
             loss = lm_loss * self.num_averaging_ranks(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; on several ranks the loss counts each row once, though the last batch repeats some."""
+        self._evaluation = EvaluatedRows.of(self, dataloader)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._evaluation is not None and f"{prefix}_loss" in output.metrics:
+            output.metrics[f"{prefix}_loss"] = self._evaluation.mean()
+        self._evaluation = None
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self._evaluation is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        rows = self._evaluation.next_rows()
+        predicted = super().prediction_step(model, without_repeats(inputs, rows.here), *args, **kwargs)
+        self._evaluation.add(self.accelerator.reduce(predicted[0].detach(), "mean"), rows.together)
+        return predicted
 
     def add_up(self, names: tuple[str, ...], losses: Tensor, num_items_in_batch: Any) -> None:
         """Adds a micro-batch's losses, in the scale of `lm_loss`, to the means that are logged under their names."""
@@ -159,6 +181,70 @@ class GQETrainer(WholeCheckpoints):
         return {name: total / ranks / steps for name, total in zip(names, totals.tolist(), strict=True)}
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch of all ranks that aren't repeats of others: on this rank, and together."""
+
+    here: int
+    together: int
+
+
+@dataclass
+class EvaluatedRows:
+    """The losses of an evaluation on several ranks, whose loader fills the last batches with rows of the first ones.
+
+    Args:
+        rows: All that there are.
+        batch_size: Rows of one rank's batch.
+        ranks: Those with rows of their own.
+        rank: The number of this one among them.
+    """
+
+    rows: int
+    batch_size: int
+    ranks: int
+    rank: int
+    seen: int = 0
+    losses: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, trainer: GQETrainer, dataloader: Any) -> EvaluatedRows | None:
+        """For an evaluation of tokens in rows of a known number; None for any other, and in one process."""
+        data, tp_size = getattr(dataloader, "dataset", None), trainer.get_tp_size()
+        processes = trainer.accelerator.num_processes
+        if processes == 1 or not has_length(data) or isinstance(data, IterableDataset):
+            return None
+        assert data is not None
+        if not trainer.model_accepts_loss_kwargs or trainer._logged_as != "lm_loss":
+            return None
+        rank = trainer.accelerator.process_index // tp_size
+        return cls(len(data), trainer.args.eval_batch_size, processes // tp_size, rank)
+
+    def next_rows(self) -> Rows:
+        """Those of the next batch."""
+        left = self.rows - self.seen
+        self.seen += self.batch_size * self.ranks
+        here = left - self.rank * self.batch_size
+        return Rows(max(0, min(here, self.batch_size)), min(left, self.batch_size * self.ranks))
+
+    def add(self, loss: Tensor, rows: int) -> None:
+        """loss: the mean over a batch of all ranks, and the number of its rows."""
+        self.losses.append((loss, rows))
+
+    def mean(self) -> float:
+        return sum(float(loss) * rows for loss, rows in self.losses) / self.rows
+
+
+def without_repeats(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Inputs of which only the first `rows` rows have labels."""
+    labels = inputs.get("labels")
+    if labels is None or rows >= labels.shape[0]:
+        return inputs
+    labels = labels.clone()
+    labels[rows:] = -100
+    return {**inputs, "labels": labels}
+
+
 def refuse_parallelism(trainer: GQETrainer) -> None:
     """Raises ValueError for pipeline and context parallelism, which would train another model or other losses."""
     config = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
@@ -170,6 +256,11 @@ def refuse_parallelism(trainer: GQETrainer) -> None:
     for name, (size, kind) in sizes.items():
         if size != 1:
             raise ValueError(f"{name} is {size}; GQETrainer doesn't support {kind}, so it must be 1")
+    if trainer.get_tp_size() > 1 and not trainer.args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices is False, by which ranks count what they share twice; with "
+            "tensor parallelism it must be True"
+        )
 
 
 def is_gqe(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from study_helpers import write_text
 SIZE = {
     "device": "cpu", "dtype": "float32", "vocab_size": 300, "seq_len": 16, "hidden_size": 16, "intermediate_size": 24,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "steps": 12,
-    "evaluations": 4, "validation_sequences": 4, "global_batch_size": 4, "router_aux_loss_coef": 0.0,
+    "evaluations": 4, "validation_sequences": 5, "global_batch_size": 4, "router_aux_loss_coef": 0.0,
 }  # fmt: skip
 LAYOUTS = {
     "ddp": {"batch_size": 2},
@@ -142,14 +142,19 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(kill, folder):
     if not (folder / layout / "result.json").exists():
         on_two_ranks(words("train", folder, layout, **LAYOUTS[layout]))
     assert curves(folder, out) == curves(folder, layout)
+    weights = [(folder / name / "model" / "model.safetensors").read_bytes() for name in (out, layout)]
+    assert weights[0] == weights[1]
 
 
 def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(folder):
-    command = words("train", folder, "terminated", **LAYOUTS["ddp"] | {"steps": 400, "evaluations": 4})
+    long = {"steps": 100_000, "evaluations": 1, "log_every": 100_000}  # its first log would come after minutes
+    command = words("train", folder, "terminated", **LAYOUTS["ddp"] | long)
     processes = start(command)
     wait_for(folder / "terminated" / "checkpoints", processes)
     time.sleep(0.5)
-    processes[1].send_signal(signal.SIGTERM)
+    for _ in range(2):  # a launcher passes on what the rank got already
+        processes[1].send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     ended = outcomes(processes)
     assert [status for status, _, _ in ended] == [143, 143], ended[0][2] + ended[1][2]
     assert [*(folder / "terminated" / "checkpoints").glob("checkpoint-*")]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class WholeCheckpoints(Trainer):
     """The part of a Trainer that writes and reads checkpoints."""
 
     _is_writing = False
+    _to_push: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any):
         arguments: Any = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -74,18 +76,37 @@ class WholeCheckpoints(Trainer):
         finally:
             self._is_writing = False
         barrier()  # every rank's files are there
+        self._name_best(run / WRITING / name, run / name)
         if self.args.should_save:
-            self._name_best(run / WRITING / name, run / name)
             put_in_place(run / WRITING / name, run / name, self.args.world_size)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(run), self.args.save_total_limit, best)
         barrier()
+        if self._to_push is not None:
+            self._push_from_checkpoint(self._to_push)
+            self._to_push = None
 
     def _name_best(self, written: Path, final: Path) -> None:
         """Has the Trainer's state name the best checkpoint by its final place, if it is the one just written."""
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+
+    def _load_best_model(self) -> None:
+        if not is_sharded(self.model):
+            return super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            self._load_from_checkpoint(best)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._is_writing:  # it is pushed from its place, as the push may outlast the writing
+            self._to_push = os.path.join(
+                os.path.dirname(os.path.dirname(checkpoint_folder)), os.path.basename(checkpoint_folder)
+            )
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._is_writing and is_sharded(self.model):
@@ -120,8 +141,8 @@ class WholeCheckpoints(Trainer):
 
             load_optimizer_distributed(self.model, self._plain_optimizer(), os.path.join(checkpoint, SHARDED_OPTIMIZER))
         else:
-            self._shard_optimizer(torch.load(Path(checkpoint, OPTIMIZER_NAME), weights_only=True, mmap=True))
-        self._set_schedule(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+            self._shard_optimizer(torch.load(Path(checkpoint, OPTIMIZER_NAME), "cpu", weights_only=True, mmap=True))
+        self._set_schedule(torch.load(Path(checkpoint, SCHEDULER_NAME), "cpu", weights_only=True))
 
     def _shard_optimizer(self, whole: dict[str, Any]) -> None:
         """Takes the state of an optimizer in one process, which numbers parameters in the order of its groups."""
@@ -176,7 +197,8 @@ def put_in_place(written: Path, final: Path, processes: int) -> None:
     (written / FILES).write_text(json.dumps({"processes": processes, "sizes": sizes(written)}), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     written.replace(final)
-    written.parent.rmdir()
+    with suppress(OSError):  # another file system's own files in it
+        written.parent.rmdir()
 
 
 def sizes(checkpoint: Path) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import fields
 
+import torch
 import transformers
 
 from query_experts.common.errors import SettingError
@@ -59,6 +60,17 @@ def check_layout_of_ranks(fsdp_size: int | None, tp_size: int, num_kv_heads: int
         raise SettingError(
             f"transformers is {transformers.__version__}, which can't train several copies of a model that processes "
             f"share; fsdp_size x tp_size must be the number of processes, {processes} (5.23 lifts that)"
+        )
+
+
+def check_device_of_shards(device: str) -> None:
+    """Raises SettingError for a device on which Transformers doesn't place the shards of a model."""
+    accelerator = torch.accelerator.current_accelerator()
+    placed = accelerator.type if accelerator is not None and accelerator.type != "mps" else "cpu"
+    if device != placed:
+        raise SettingError(
+            f"device is {device!r}, and processes share a model on {placed!r} here; it must be {placed} or auto (for "
+            "cpu, set CUDA_VISIBLE_DEVICES to nothing)"
         )
 
 

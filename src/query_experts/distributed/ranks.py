@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 HEARD_AFTER = 3.0  # seconds in which rank 0 may say an error that several ranks have
 ASKED_AGAIN = 5.0  # seconds that a rank has to answer once it has been waited for
-ERROR, DONE = "query-experts/error", "query-experts/done"  # keys of the ranks' store
+ERROR, DONE, STOP = "query-experts/error", "query-experts/done", "query-experts/stop"  # keys of the ranks' store
 
 
 def num_processes() -> int:
@@ -35,6 +35,21 @@ def num_processes() -> int:
 
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def no_launch() -> str | None:
+    """What this process lacks of what a launcher sets; None where nothing is missing."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if not missing:
+        return None
+    return (
+        f"WORLD_SIZE is {num_processes()}, and {', '.join(missing)} isn't set; a launcher must set them all (torchrun, "
+        "accelerate launch), or none"
+    )
 
 
 def is_first() -> bool:
@@ -48,17 +63,22 @@ def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, 
         work: gives a sentence about what went wrong, or None, and the exit status.
         say: prints a sentence and returns the status. An error is said by one rank, which names itself.
     """
-    join_ranks()
     heard = sys.stderr
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    trace, sentence, status = "", None, 0
     try:
-        sentence, status = work()
-        trace = ""
+        if (problem := no_launch()) is not None:
+            sentence, status = problem, 2
+        else:
+            join_ranks()
+            sentence, status = work()
+            if not status:
+                dist.barrier()  # rank 0 has the store, which others may still read
     except Exception as error:  # of any kind: a rank that stays silent leaves the others waiting
         sentence, status, trace = f"{type(error).__name__}: {error}", 1, traceback.format_exc()
     sys.stderr = heard
-    if sentence is not None and says_it():
+    if sentence is not None and (not dist.is_initialized() or says_it()):
         sys.stderr.write(trace)
         say(f"rank {rank()}: {sentence}", status)
     sys.stderr.flush()
@@ -70,8 +90,8 @@ def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, 
 
 def join_ranks() -> None:
     """Joins this launch's process group: gloo on a CPU, and NCCL too where there are GPUs."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():  # else on CPUs
+        torch.cuda.set_device(local_rank())
     dist.init_process_group()
     _watch.append(dist.new_group(backend="gloo"))
 
@@ -138,6 +158,21 @@ def greatest(value: float, device: torch.device) -> float:
     return found.item()
 
 
+def stops_after(step: int, asked: bool) -> bool:
+    """Whether all ranks stop after this step, since one of them was asked to. Every rank calls it after every step.
+
+    The rank that is asked names the next step in the ranks' store. A step's collectives keep ranks within one step, so
+    every rank has read it by the end of that step.
+
+    Args:
+        step: The number of the step that has ended.
+        asked: Whether this rank is asked to stop.
+    """
+    if asked:
+        store().compare_set(STOP, "", str(step + 1))
+    return store().check([STOP]) and step >= int(store().get(STOP))
+
+
 def require_all_ranks(seconds: float) -> None:
     """Waits until every rank is here.
 
@@ -157,9 +192,13 @@ def require_all_ranks(seconds: float) -> None:
 
 @contextmanager
 def naming_hung_ranks(seconds: float) -> Iterator[None]:
-    """Gives collectives within it so many seconds. Where one runs out of time, the ranks that are missing are named."""
+    """Gives collectives within it so many seconds. Where one runs out of time, the ranks that are missing are named.
+
+    NCCL ends a process whose collective runs out of time by itself; there only `require_all_ranks` names ranks.
+    """
     if num_processes() > 1 and dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+        for group in dist.distributed_c10d._world.pg_map:  # those of meshes too
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
     try:
         yield
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from query_experts.common.environment import environment, instructions
-from query_experts.distributed.ranks import greatest, require_all_ranks
+from query_experts.distributed.ranks import greatest, num_processes, require_all_ranks, stops_after
 from query_experts.model.kernel_choice import kernel_choice
 from query_experts.training import GQETrainer, LoggedCallback
 
@@ -269,6 +269,10 @@ class StopRequest:
     def made(self) -> bool:
         return self.signal is not None or time.monotonic() >= self.deadline
 
+    def share(self) -> None:
+        """Has every rank know of a signal that one has got. Every rank must call this."""
+        self.signal = int(greatest(self.signal or 0, torch.device("cpu"))) or None
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """The first Ctrl-C or SIGTERM makes the request, the second ends the process. Ignored signals stay ignored."""
@@ -283,12 +287,15 @@ class StopRequest:
 
         def ask(number: int, frame: Any) -> None:
             if self.signal is not None:
+                if number == signal.SIGTERM and num_processes() > 1:
+                    return  # a launcher passes it on, so it may come to a rank twice
                 restore()
                 signal.raise_signal(number)
                 return
             self.signal = number
             with suppress(OSError):  # Ctrl-C also ends the program that reads the pipe
-                print("\nSaving within 1/40 of the run, then stopping; once more stops at once.", file=sys.stderr)
+                when = "within 1/40 of the run" if num_processes() == 1 else "after this step or the next"
+                print(f"\nSaving {when}, then stopping; once more stops at once.", file=sys.stderr)
 
         for number, handler in before.items():
             if handler != signal.SIG_IGN:
@@ -302,7 +309,8 @@ class StopRequest:
 class StopWhenAsked(TrainerCallback):
     """Saves a checkpoint and stops at the first log after the request, on all ranks once it is made on one.
 
-    A signal that one rank got is then in every rank's request.
+    On several ranks a signal stops all after the step that follows, with a log of its own, since launchers kill a rank
+    that doesn't end soon. A signal that one rank got is then in every rank's request.
 
     Args:
         request: Of this rank.
@@ -317,11 +325,16 @@ class StopWhenAsked(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         # a stop between two logs would lose a part of the mean that lm_loss is
-        if state.global_step % state.logging_steps or state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:
+            return control
+        if state.global_step % state.logging_steps:
+            if num_processes() > 1 and stops_after(state.global_step, self.request.signal is not None):
+                self.request.share()
+                control.should_log = control.should_save = control.should_training_stop = True
             return control
         require_all_ranks(self.rank_timeout)
         if greatest(self.request.made, args.device):
-            self.request.signal = int(greatest(self.request.signal or 0, args.device)) or None
+            self.request.share()
             control.should_save = True
             control.should_training_stop = True
         return control

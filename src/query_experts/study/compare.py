@@ -57,6 +57,7 @@ def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
         if new := agreed(not (folder / "result.json").exists()):
             console.print(f"Run {number} of {len(asked)}: {arm}, seed {seed}")
         run = train_arm(settings, arm, seed, corpus, folder, stop)
+        stop.share()
         if run is not None and run.diverged:
             console.print(Text(divergence(settings, run), style="yellow"))
         if new or number == len(asked):
@@ -65,6 +66,7 @@ def compare_in(out: Path, settings: CompareSettings, console: Console) -> bool:
             return report_stop(settings, stop, console)
     timed = first_rank(lambda: measure_prefill(settings, model_folders(out), out / "prefill.json", stop))
     comparison = first_rank(lambda: write_reports(settings, corpus, out))
+    stop.share()
     if not timed:
         return report_stop(settings, stop, console)
     print_summary(comparison, console)

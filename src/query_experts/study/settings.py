@@ -31,7 +31,7 @@ from query_experts.common.fields import (
     option,
 )
 from query_experts.common.settings import default_of, validate
-from query_experts.distributed.layout import check_layout_of_ranks, data_parallel_ranks
+from query_experts.distributed.layout import check_device_of_shards, check_layout_of_ranks, data_parallel_ranks
 from query_experts.model.arms import ARMS, ModelSize, arm_config, check_arms, model_size, size_option
 from query_experts.model.kernel_choice import Kernels, check_kernels_setting, kernels_option
 
@@ -213,6 +213,8 @@ class RunSettings(Settings):
         check_compiler(self.compile, self.torch_device)
         check_kernels_setting(self.kernels, self.torch_device)
         check_layout_of_ranks(self.fsdp_size, self.tp_size, self.num_key_value_heads)
+        if self.is_sharded:
+            check_device_of_shards(self.torch_device)
         check_loggers(self.report_to)
         self.check_batch()
 
@@ -220,7 +222,7 @@ class RunSettings(Settings):
         """Raises SettingError for a global batch that the processes' micro-batches don't fill."""
         if self.global_batch_size is None:
             return
-        if self.gradient_accumulation_steps != 1:
+        if self.gradient_accumulation_steps != 1 and {"global_batch_size", "gradient_accumulation_steps"} <= self.given:
             raise SettingError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and global_batch_size sets it; "
                 "one of them must be left out"
