@@ -32,8 +32,8 @@ STEPS, SAVED = 6, 3
 ROWS = 4  # of a step
 
 
-def run(layout: str, folder: Path, resumed: Path | None = None) -> dict[str, Tensor]:
-    """Trains from the initial checkpoint, or on from another one. Returns all parameters at the end, and the losses."""
+def prepare(layout: str, folder: Path, out: str) -> tuple[Any, TrainingArguments, list[dict[str, Tensor]]]:
+    """The model with its initial weights, as the ranks share it, the arguments of a run, and its rows."""
     more: dict[str, Any] = {}
     if layout in ("fsdp", "tp"):
         from transformers.distributed import DistributedConfig
@@ -43,24 +43,35 @@ def run(layout: str, folder: Path, resumed: Path | None = None) -> dict[str, Ten
     model.loss_function = cross_entropy
     rows = ROWS // 2 if layout in ("ddp", "fsdp") else ROWS
     arguments = TrainingArguments(
-        output_dir=str(folder / f"{layout}{'' if resumed is None else '_on'}"), max_steps=STEPS, save_steps=SAVED,
+        output_dir=str(folder / out), max_steps=STEPS, save_steps=SAVED,
         per_device_train_batch_size=rows // 2, gradient_accumulation_steps=2, optim="adamw_torch", learning_rate=1e-2,
         weight_decay=0.1, lr_scheduler_type="linear", warmup_steps=2, max_grad_norm=0.0, use_cpu=True, logging_steps=1,
         report_to=[], disable_tqdm=True, dataloader_pin_memory=False, seed=7, save_total_limit=2,
         restore_callback_states_from_checkpoint=True, logging_nan_inf_filter=False,
     )  # fmt: skip
     ids = random_tokens(40, 12, seed=5)
+    arguments.per_device_eval_batch_size = rows // 2
+    return model, arguments, [{"input_ids": row, "labels": row} for row in ids]
+
+
+def parameters_of(model: Any) -> dict[str, Tensor]:
+    return {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+
+
+def run(layout: str, folder: Path, resumed: Path | None = None) -> dict[str, Tensor]:
+    """Trains from the initial checkpoint, or on from another one. Returns all parameters at the end, and the losses."""
+    model, arguments, data = prepare(layout, folder, layout if resumed is None else f"{layout}_on")
     zclip = ZClipCallback(warmup_steps=2, z_threshold=0.5)
     trainer = GQETrainer(
         model=model,
         args=arguments,
-        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+        train_dataset=data,
         callbacks=[zclip],
     )
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
-    if more:  # gathers the ranks' parts
+    if layout in ("fsdp", "tp"):  # gathers the ranks' parts
         model.save_pretrained(folder / f"{layout}_saved")
-    found = {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
+    found = parameters_of(model)
     logged = [log["lm_loss"] for log in trainer.state.log_history if "lm_loss" in log]
     return found | {"losses": torch.tensor(logged), "clipped": torch.tensor(clipped(trainer))}
 
@@ -69,10 +80,24 @@ def clipped(trainer: GQETrainer) -> int:
     return next(c.clipped_steps for c in trainer.callback_handler.callbacks if isinstance(c, ZClipCallback))
 
 
+def best(layout: str, folder: Path) -> dict[str, Tensor]:
+    """The parameters after a run that ends with its best model, the one with the greatest loss here."""
+    model, arguments, data = prepare(layout, folder, f"{layout}_best")
+    arguments.eval_strategy, arguments.eval_steps = "steps", SAVED
+    arguments.load_best_model_at_end, arguments.metric_for_best_model = True, "eval_loss"
+    arguments.greater_is_better = True
+    trainer = GQETrainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:5])
+    trainer.train()
+    assert Path(trainer.state.best_model_checkpoint) == folder / f"{layout}_best" / f"checkpoint-{SAVED}"
+    return parameters_of(model) | {"best": torch.tensor(trainer.state.best_metric)}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     join_ranks()
     layouts = [layout for layout in LAYOUTS if layout != "one"]
+    for layout in layouts:
+        torch.save(best(layout, folder), folder / f"{layout}_best.{dist.get_rank()}.pt")
     for layout in layouts:
         torch.save(run(layout, folder), folder / f"{layout}.{dist.get_rank()}.pt")
     for layout in layouts:
@@ -126,6 +151,17 @@ def test_a_checkpoint_of_any_layout_is_loaded_by_from_pretrained_alone(layout, f
     model = AutoModelForCausalLM.from_pretrained(folder / layout / f"checkpoint-{STEPS}", dtype=torch.float64)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), ended[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "tp"])
+def test_the_best_model_is_loaded_on_every_rank(layout, folder, tmp_path):
+    """Found among five rows, of which the last batch of two ranks has one."""
+    (tmp_path / "initial").symlink_to(folder / "initial")
+    expected = best("one", tmp_path)
+    for rank in range(2):
+        found = torch.load(folder / f"{layout}_best.{rank}.pt")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6 if name == "best" else 1e-9, msg=name)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "tp"])
