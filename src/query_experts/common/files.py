@@ -20,13 +20,16 @@ PART = ".part"  # ending of a file that is being written
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text next to the target, then rename it into place. Creates the folder.
+    """Write UTF-8 text next to the target, to the disk, then rename it into place. Creates the folder.
 
     `?` stands for what isn't UTF-8, as in the name of a file of text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
+    with temporary.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
