@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import PART, no_empty_folders, read_json, save_tokenizer, write_json
+from query_experts.common.files import PART, no_empty_folders, read_json, save_tokenizer, sync_file, write_json
 from query_experts.common.formatting import short, storage
 from query_experts.data.corpus import Build
 from query_experts.data.digests import DIGEST_BYTES
@@ -33,7 +33,7 @@ from query_experts.data.folder import META, SOURCE, UNFINISHED, TokenFolder, mis
 from query_experts.data.made_of import changes, describe
 from query_experts.data.readers import hub_revision
 from query_experts.data.reading import Reading
-from query_experts.data.shards import ShardWriter, sync_file, token_dtype
+from query_experts.data.shards import ShardWriter, token_dtype
 from query_experts.data.sources import Sources, find_sources
 from query_experts.data.token_settings import TokenSettings
 from query_experts.data.tokenizing import load_fast_tokenizer, vocabulary_size
