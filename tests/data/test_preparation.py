@@ -343,7 +343,7 @@ def test_a_disk_that_may_suffice_as_the_estimate_counts_duplicates_is_warned_of(
     prepare_folder([path], tmp_path / "out", settings(), progress=False, say=said.append)
     assert "Warning: 13.0 kB are needed by that estimate, and 7.00 kB are free. Duplicates" in said[1]
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda folder: real(folder)._replace(free=6_400))
-    with pytest.raises(SettingError, match="has 6.40 kB free; it needs about 13.0 kB"):
+    with pytest.raises(SettingError, match=r"has 6.40 kB free; it needs about 13.0 kB"):
         prepare_folder([path], tmp_path / "other", settings(), progress=False)
 
 
@@ -572,10 +572,8 @@ def test_what_the_command_cannot_use_is_named(source, finished, tmp_path, refuse
 
 def test_a_launch_of_several_processes_is_refused(source, finished, tmp_path, refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(
-        ["data", "prepare", source, "--out", tmp_path / "out"], "WORLD_SIZE is 2; data prepare works in one process"
-    )
-    refused(["data", "check", finished], "WORLD_SIZE is 2; data check works in one process")
+    for argv in (["data", "prepare", source, "--out", tmp_path / "out"], ["data", "check", finished]):
+        refused(argv, f"WORLD_SIZE is 2; {' '.join(argv[:2])} works in one process")
     assert not (tmp_path / "out").exists()
 
 
