@@ -2,9 +2,11 @@
 
 import json
 import math
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,9 +17,11 @@ from query_experts.distillation import DistillationTrainer
 from query_experts.layers.balance import relative_entropy
 from query_experts.layers.router import select_top_k
 from query_experts.model import costs
-from query_experts.model.routing_metrics import churn, load_values
+from query_experts.model.heads import GQEForSequenceClassification
+from query_experts.model.initialization import initialise_by_name
+from query_experts.model.routing_metrics import churn, load_values, probe, routed_layers
 from query_experts.study.callbacks import TokenProgress, ZClipCallback
-from query_experts.telemetry import PATIENCE, Onsets, Telemetry
+from query_experts.telemetry import PATIENCE, Onsets, Telemetry, first_rows
 from query_experts.training import GQETrainer
 from study_helpers import LENGTHS, Rows, arguments, logged, model_of
 
@@ -154,6 +158,51 @@ def test_entropy_and_top_probability_are_the_routers_own_on_the_fixed_tokens(tmp
     assert log["moe/router_entropy_min"] == pytest.approx(torch.stack(entropies).min().item(), abs=1e-5)
     top = torch.stack([p.amax(-1).mean(0) for p in probs])
     assert log["moe/top_prob_max"] == pytest.approx(top.max().item(), abs=1e-5)
+
+
+class Labelled(Rows):
+    """Rows of two classes."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"labels": torch.tensor(index % 2)}
+
+
+def test_a_classifier_that_takes_one_row_at_a_time_is_probed_row_by_row(tmp_path):
+    found = []
+    for pad in (None, 0):
+        config = one_layer(pad_token_id=pad).config
+        model = GQEForSequenceClassification(config)
+        initialise_by_name(model, 0, 1.0)
+        data = Labelled(4, lengths=LENGTHS[:4])
+        trainer = trained(
+            model, tmp_path, Telemetry(detailed=True), data=data, per_device_train_batch_size=1, max_steps=2,
+            learning_rate=0.1,
+        )  # fmt: skip
+        names = [name for name in logs_of(trainer)[-1] if re.search("entropy|top_prob|churn", name)]
+        found.append({name: logs_of(trainer)[-1][name] for name in names})
+    assert len(found[0]) == 3 * 3 + 3 * 2  # of a layer, with two groups
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_probe_that_fails_leaves_the_model_in_its_mode():
+    model = one_layer().train()
+    with pytest.raises(IndexError):
+        probe(model, routed_layers(model), {"input_ids": torch.full((1, 4), 300)})
+    assert all(module.training for module in model.modules())
+
+
+def test_reading_the_fixed_tokens_shifts_no_generator_of_a_data_set_that_draws():
+    class Drawn(Rows):
+        def __getitem__(self, index):
+            torch.rand(1), random.random(), np.random.rand()
+            return super().__getitem__(index)
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1:3]
+
+    before = repr(states())
+    assert len(first_rows(Drawn(3))) == 3
+    assert repr(states()) == before
 
 
 def test_churn_is_the_share_of_tokens_whose_selected_set_changed(tmp_path):

@@ -306,9 +306,11 @@ def load_data(command: str, argv: list[str]) -> Work:
 
     settings = parse(command, DataSettings, argv)
     from query_experts.data import command as data
+    from query_experts.distributed.layout import require_one_process
 
     def work() -> int:
         settings.check()
+        require_one_process(f"data {settings.action}")
         with signals_as_exceptions():
             (data.prepare_tokens if settings.action == "prepare" else data.check_tokens)(settings, terminal())
         return 0

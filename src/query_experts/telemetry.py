@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -245,7 +246,7 @@ def first_rows(data: Any) -> list[Tensor]:
         return []
     rows: list[Tensor] = []
     left = PROBED_TOKENS
-    with torch.random.fork_rng(devices=[]):  # a data set may draw
+    with generators_as_before():  # a data set may draw
         while left > 0 and len(rows) < len(data):
             row = data[len(rows)]
             if not isinstance(row, Mapping) or "input_ids" not in row:
@@ -256,6 +257,18 @@ def first_rows(data: Any) -> list[Tensor]:
             rows.append(ids[:left])
             left -= max(1, len(rows[-1]))
     return [row for row in rows if len(row)]
+
+
+@contextmanager
+def generators_as_before() -> Iterator[None]:
+    """On exit, the global generators of torch (that of the CPU), numpy and Python are in the state of before."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
 
 
 def places(where: Tensor) -> str:

@@ -35,6 +35,15 @@ def test_a_name_that_is_not_utf8_is_no_reason_to_write_nothing(tmp_path):
     assert json.loads((tmp_path / "x.json").read_bytes()) == "caf\udce9.txt"
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    real, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append(os.fstat(number).st_size) or real(number))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace") or replace(*paths))
+    write_text(tmp_path / "state", "12345")
+    assert calls == [5, "replace"]
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     write_json(path, [1])

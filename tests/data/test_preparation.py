@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 from data_helpers import COMPRESS, build, table_bytes, texts_of, write_jsonl
 from query_experts.cli import main
 from query_experts.common.errors import SettingError
-from query_experts.data import preparation, prepare, readers, write_portion
+from query_experts.data import preparation, prepare, readers, workers, write_portion
 from query_experts.data.checking import check_folder
 from query_experts.data.digests import Digests
+from query_experts.data.estimate import Estimate
 from query_experts.data.folder import read_meta
 from query_experts.data.preparation import prepare_folder
 from query_experts.data.shards import ShardWriter
+from query_experts.data.sources import find_sources
 from query_experts.data.token_settings import TokenSettings
 
 
@@ -94,6 +96,21 @@ def stop_after(monkeypatch, pieces, error=KeyboardInterrupt):
     monkeypatch.setattr(preparation.Preparation, "_add", add)
 
 
+def kill_after_commit(monkeypatch, commits):
+    """What is on the disk after so many states stays there, as after a kill."""
+    real, count = preparation.Preparation._commit, []
+
+    def commit(self):
+        if len(count) >= commits:
+            raise KeyboardInterrupt
+        real(self)
+        count.append(1)
+        if len(count) == commits:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparation.Preparation, "_commit", commit)
+
+
 # the tokens of `prepare`
 
 
@@ -120,6 +137,26 @@ def test_the_tokens_are_those_of_prepare_also_after_a_stop_at_any_piece(source, 
     assert stops > 1
     assert found.tokens == whole.tokens
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("blank", [False, True], ids=["", "a blank file last"])
+def test_a_document_that_is_held_back_to_the_end_is_written_once_wherever_a_kill_comes(tmp_path, monkeypatch, blank):
+    """Each text is a piece of its own, and the one that is held back comes after the last."""
+    texts = tmp_path / "texts"
+    write_jsonl(texts / "a.jsonl", texts_of(3))
+    if blank:
+        (texts / "1.jsonl").write_text("\n\n")
+        assert find_sources([str(texts)]).files[-1].path.name == "1.jsonl"  # it is read last
+    changes = {"validation_fraction": 1e-9, "vocab_size": 257}
+    monkeypatch.setattr(preparation, "PIECE_DOCUMENTS", 1)
+    prepared(texts, tmp_path / "whole", **changes)
+    for commits in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            kill_after_commit(patch, commits)
+            with pytest.raises(KeyboardInterrupt):
+                prepared(texts, tmp_path / str(commits), **changes)
+        prepared(texts, tmp_path / str(commits), **changes)
+        assert files_of(tmp_path / str(commits)) == files_of(tmp_path / "whole")
 
 
 def test_the_tails_of_a_few_files_are_held_out_as_prepare_does(tmp_path, monkeypatch):
@@ -288,12 +325,26 @@ def test_the_estimate_of_the_disk_is_near_what_is_written(tmp_path, monkeypatch,
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_tokenised(source, tmp_path, monkeypatch, refused):
-    usage = type("Usage", (), {"free": 20_000})
+    usage = type("Usage", (), {"free": 10_000})
     monkeypatch.setattr(preparation.shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(preparation, "save_tokenizer", lambda tokenizer, folder: tokenizer.save_pretrained(folder))
     argv = ["data", "prepare", source, "--out", tmp_path / "out", "--vocab_size", "300", "--workers", "1"]
-    refused(argv, "out is", "whose disk has 20.0 kB free; it needs about", "by an estimate: free that much")
+    refused(argv, "out is", "whose disk has 10.0 kB free; it needs about", "by an estimate: free that much")
     assert not [*(tmp_path / "out").glob("*.bin")]
+
+
+def test_a_disk_that_may_suffice_as_the_estimate_counts_duplicates_is_warned_of(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "x.jsonl", texts_of(5) * 12)
+    said = []
+    real = shutil.disk_usage
+    monkeypatch.setattr(preparation, "save_tokenizer", lambda tokenizer, folder: tokenizer.save_pretrained(folder))
+    monkeypatch.setattr(preparation, "estimate", lambda *_: Estimate(9_000, 6_000, 60, 9_000))
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda folder: real(folder)._replace(free=7_000))
+    prepare_folder([path], tmp_path / "out", settings(), progress=False, say=said.append)
+    assert "Warning: 13.0 kB are needed by that estimate, and 7.00 kB are free. Duplicates" in said[1]
+    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda folder: real(folder)._replace(free=6_400))
+    with pytest.raises(SettingError, match=r"has 6.40 kB free; it needs about 13.0 kB"):
+        prepare_folder([path], tmp_path / "other", settings(), progress=False)
 
 
 def test_a_disk_that_fills_up_keeps_what_is_finished(source, tmp_path, monkeypatch):
@@ -519,6 +570,13 @@ def test_what_the_command_cannot_use_is_named(source, finished, tmp_path, refuse
     assert not out.exists()
 
 
+def test_a_launch_of_several_processes_is_refused(source, finished, tmp_path, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for argv in (["data", "prepare", source, "--out", tmp_path / "out"], ["data", "check", finished]):
+        refused(argv, f"WORLD_SIZE is 2; {' '.join(argv[:2])} works in one process")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "names", [["source.json", "a.bin"], ["mine.part"], ["meta.json", "source.json", "a.bin"], ["x"]]
 )
@@ -555,6 +613,31 @@ def test_a_worker_that_dies_ends_the_command_and_nothing_is_lost(source, tmp_pat
     assert not multiprocessing.active_children()
     prepared(source, tmp_path / "out", workers=2)
     assert_same(tmp_path / "out", corpus)
+
+
+@pytest.mark.parametrize(("sizes", "most"), [([4] * 12, 13), ([3, 100, 100, 2, 2], 103)])
+def test_the_pieces_that_are_read_ahead_have_so_many_characters_and_one_piece_beyond(sizes, most, monkeypatch):
+    monkeypatch.setattr(workers, "_AHEAD_CHARACTERS", 5)
+    running = workers._Workers(workers.Encoding("", 0, "<u2"), 2)
+    others = dict(multiprocessing.Pipe() for _ in range(2))  # each answers at once
+    running._processes = dict.fromkeys(others)
+    monkeypatch.setattr(running, "_send", lambda connection, documents: others[connection].send({}))
+    held, highest = 0, []
+
+    def pieces():
+        nonlocal held
+        for size in sizes:
+            held += size
+            highest.append(held)
+            yield workers.Piece([("train", "x" * size, size)], {}, b"")
+
+    found = []
+    for piece, _ in running.encode(pieces()):
+        found.append(piece.characters)
+        held -= piece.characters
+    assert found == sizes
+    assert max(highest) <= most
+    assert held == 0
 
 
 def test_digests_are_a_set_of_any_size():

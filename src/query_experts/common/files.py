@@ -20,14 +20,21 @@ PART = ".part"  # ending of a file that is being written
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text next to the target, then rename it into place. Creates the folder.
+    """Write UTF-8 text next to the target, to the disk, then rename it into place. Creates the folder.
 
     `?` stands for what isn't UTF-8, as in the name of a file of text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{PART}")
     temporary.write_text(text, encoding="utf-8", errors="replace")
+    sync_file(temporary)
     os.replace(temporary, path)
+
+
+def sync_file(path: Path) -> None:
+    """Returns when the file's content is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

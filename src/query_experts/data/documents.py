@@ -34,6 +34,8 @@ class SplitDocuments:
       the document whose hash is nearest to that threshold. If there is only one document, its tail is held out, and
       `tails` is true from then on.
     - With a `validation_fraction` of None every document is for training.
+
+    `finished` is true once all texts are read: no document comes after those of the last group.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class SplitDocuments:
         self.digests = Digests()
         self.tails = tails
         self.log: bytearray | None = None
+        self.finished = False
         self._texts = texts
         self._fraction = validation_fraction
         self._room = sys.maxsize if max_bytes is None else max_bytes
@@ -63,7 +66,9 @@ class SplitDocuments:
             yield self._sized(self._sides(text))
             if self._room <= 0:
                 break
-        yield self._sized(self._rest())
+        rest = self._sized(self._rest())
+        self.finished = True
+        yield rest
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs beside the digests, as JSON can hold it."""
@@ -116,11 +121,12 @@ class SplitDocuments:
         """The document that is still held back, for the split that has none; the tail of an only one."""
         if self._fraction is None or self._held_back is None:
             return
+        held_back, self._held_back = self._held_back, None
         self.tails = self.documents == 1
         if self.tails:
-            yield from self._cut_tail(self._held_back.text, self._fraction)
+            yield from self._cut_tail(held_back.text, self._fraction)
         else:
-            yield "train" if self._first == "validation" else "validation", self._held_back
+            yield "train" if self._first == "validation" else "validation", held_back
 
     def _unique(self, text: str) -> Document | None:
         """The text, up to the byte limit; None for a duplicate or a blank one."""

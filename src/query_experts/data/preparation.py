@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import PART, no_empty_folders, read_json, save_tokenizer, write_json
+from query_experts.common.files import PART, no_empty_folders, read_json, save_tokenizer, sync_file, write_json
 from query_experts.common.formatting import short, storage
 from query_experts.data.corpus import Build
 from query_experts.data.digests import DIGEST_BYTES
@@ -33,7 +33,7 @@ from query_experts.data.folder import META, SOURCE, UNFINISHED, TokenFolder, mis
 from query_experts.data.made_of import changes, describe
 from query_experts.data.readers import hub_revision
 from query_experts.data.reading import Reading
-from query_experts.data.shards import ShardWriter, sync_file, token_dtype
+from query_experts.data.shards import ShardWriter, token_dtype
 from query_experts.data.sources import Sources, find_sources
 from query_experts.data.token_settings import TokenSettings
 from query_experts.data.tokenizing import load_fast_tokenizer, vocabulary_size
@@ -43,6 +43,7 @@ from query_experts.data.workers import Encoded, Encoding, Piece, encode_pieces
 PIECE_CHARACTERS = 1 << 21
 PIECE_DOCUMENTS = 2048
 COMMIT_BYTES = 1 << 25  # of text; at most so much is tokenised again after a kill
+CLEARLY_BEYOND = 2  # times the free disk: an estimate knows no duplicates
 DIGESTS, LOCK, TOKENIZER = ".digests", ".lock", "tokenizer"
 _REMOVE = "remove the folder to begin again"
 _NEW_FOLDER = "it must be a new or empty folder, or one that data prepare began"
@@ -68,8 +69,10 @@ def prepare_folder(
 ) -> Prepared:
     """Tokenise text into the folder `out`, or go on with it.
 
-    Memory: a few pieces of two million characters for each worker, or one whole text file; and 24 to 48 bytes for each
-    document, by which exact duplicates are found: 1.1 GB for 40 million documents, and 1.6 GB for moments.
+    Memory: a text is held whole, and a text file is one. With several workers, those that are read ahead have eight
+    million characters for each worker, and one text beyond that; each worker holds the text and the tokens of one
+    piece: two million characters, and one text beyond that. A document takes 24 to 48 bytes more, by which exact
+    duplicates are found: 1.1 GB for 40 million documents, and 1.6 GB for moments.
 
     Args:
         data: files, folders and hub data sets, as `prepare` takes them. A hub data set is read at the commit that it
@@ -266,6 +269,7 @@ class Preparation(Build):
         if not documents.documents:
             raise SettingError(f"data holds {self.sources.names!r}, in which there is no text; it must hold some")
         documents.duplicates += duplicates
+        self._sync()
         return write_folder(self.folder, self._info(documents, files, vocabulary_size(tokenizer)), self.writers)
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
@@ -277,6 +281,8 @@ class Preparation(Build):
             unfinished.mkdir()
             sample = [] if name else self._sample(iter(self._documents(self._reading(None))))
             save_tokenizer(load_fast_tokenizer(name) if name else self._train(sample), unfinished)
+            for path in unfinished.iterdir():
+                sync_file(path)
             unfinished.rename(saved)
         loaded = load_fast_tokenizer(str(saved)) if name else PreTrainedTokenizerFast.from_pretrained(saved)
         backend = Tokenizer.from_file(str(saved / "tokenizer.json"))  # as it was, whatever the loaded class makes of it
@@ -290,7 +296,10 @@ class Preparation(Build):
         return Reading(self.sources, self.revisions, self.settings.text_field, self.folder, place)
 
     def _require_space(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Says how much disk the tokens take and how much is free. Raises SettingError where that isn't enough."""
+        """Says how much disk the tokens take and how much is free, and whether that may be too little.
+
+        Raises SettingError where the estimate is more than `CLEARLY_BEYOND` times what is free.
+        """
         settings = self.settings
         expected = estimate(self.sources, self.revisions, settings.text_field, settings.max_bytes, tokenizer)
         width = np.dtype(token_dtype(vocabulary_size(tokenizer))).itemsize
@@ -312,10 +321,15 @@ class Preparation(Build):
             + f"{storage(written)} are written, " * bool(written)
             + f"{storage(free)} are free"
         )
-        if needed > free:
+        if needed > CLEARLY_BEYOND * free:
             raise SettingError(
                 f"out is {self.folder}, whose disk has {storage(free)} free; it needs about {storage(needed)}, by an "
                 "estimate: free that much, lower max_bytes or name a folder on another disk"
+            )
+        if needed > free:
+            self.say(
+                f"Warning: {storage(needed)} are needed by that estimate, and {storage(free)} are free. Duplicates, "
+                "which it counts too, may make it less. A disk that fills up ends the command; what is finished is kept"
             )
 
     def _go_on(self, documents: SplitDocuments, dtype: str) -> None:
@@ -409,10 +423,13 @@ class Preparation(Build):
         }  # fmt: skip
         self.state = {"mark": piece.mark, "splits": splits}
 
-    def _commit(self) -> None:
-        """Brings the state to the disk, after all that it counts."""
+    def _sync(self) -> None:
         for writer in self.writers.values():
             writer.sync()
+
+    def _commit(self) -> None:
+        """Brings the state to the disk, after all that it counts."""
+        self._sync()
         with (self.folder / DIGESTS).open("r+b") as file:
             file.truncate(DIGEST_BYTES * self.digests_on_disk)  # a full disk may have taken a part of them
             file.seek(0, os.SEEK_END)
@@ -444,7 +461,7 @@ def _pieces(documents: SplitDocuments, reading: Reading, held_out: dict[bytes, P
     for group in documents.by_text():
         batch += group
         characters += sum(len(text) for _, text, _ in group)
-        if characters >= PIECE_CHARACTERS or len(batch) >= PIECE_DOCUMENTS:
+        if not documents.finished and (characters >= PIECE_CHARACTERS or len(batch) >= PIECE_DOCUMENTS):
             yield piece(finished=False)
             batch, characters = [], 0
     yield piece(finished=True)

@@ -51,7 +51,7 @@ class Reading:
     def __iter__(self) -> Iterator[str]:
         begin = self._start["source"] if self._start else 0
         for source in range(begin, len(self._sources.files) + len(self._sources.hub)):
-            self._source, self._texts, self._hub = source, 0, HubPlace()
+            self._source, self._texts, self._hub, self._last = source, 0, HubPlace(), None
             texts = self._of_source() if source > begin or self._start is None else self._rest(self._start)
             for text in texts:
                 self._texts += 1

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from query_experts.common.files import sync_file
+
 _READ_BYTES = 1 << 20
 
 
@@ -99,12 +101,6 @@ class ShardWriter:
         self.hash.update(encoded)
         self._hashes[-1].update(encoded)
         self.tokens += len(encoded) // self.dtype.itemsize
-
-
-def sync_file(path: Path) -> None:
-    """Returns when the file's content is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 class TokenSequences(Dataset[dict[str, torch.Tensor]]):

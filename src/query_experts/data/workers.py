@@ -18,6 +18,7 @@ from query_experts.data.tokenizing import DocumentTokenizer
 
 _MOST_WORKERS = 16  # one process reads for all of them
 _AHEAD = 3  # pieces for each worker that may be done before it is their turn
+_AHEAD_CHARACTERS = 1 << 23  # for each worker, of pieces that are read and whose turn it isn't yet
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Piece:
     documents: list[tuple[Split, str, int]]
     mark: dict[str, Any]
     digests: bytes
+
+    @property
+    def characters(self) -> int:
+        return sum(len(text) for _, text, _ in self.documents)
 
 
 class Encoded(NamedTuple):
@@ -60,7 +65,8 @@ def encode_pieces(
     """The pieces in their order with their tokens.
 
     Args:
-        pieces: read in this process, a few of them ahead.
+        pieces: read in this process; with several workers ahead, up to three pieces and eight million characters for
+            each worker, and one piece beyond that.
         encoding: for all of them.
         workers: processes that tokenise; 1 for this process, with the threads of the tokenizer.
 
@@ -116,25 +122,36 @@ class _Workers:
             process.join()
 
     def encode(self, pieces: Iterator[Piece]) -> Iterator[tuple[Piece, dict[Split, Encoded]]]:
-        """Each idle worker gets the next piece; what is done early waits for its turn."""
+        """Each idle worker gets the next piece; what is done early waits for its turn.
+
+        The next piece is read before a worker is idle. None is read while `_AHEAD_CHARACTERS` a worker are held.
+        """
         waiting: dict[int, Piece] = {}  # number -> a piece that isn't yielded yet
         done: dict[int, dict[Split, Encoded]] = {}
         busy: dict[Connection, int] = {}
-        first = number = 0
-        following = next(pieces, None)
-        while following is not None or waiting:
+        first = number = held = 0
+        following: Piece | None = None  # read, and not sent yet
+        finished = False
+        while True:
+            if following is None and not finished and held < _AHEAD_CHARACTERS * self._count:
+                following = next(pieces, None)
+                finished = following is None
+                held += following.characters if following else 0
+            if following is None and not waiting:
+                return
             idle = next((one for one in self._processes if one not in busy), None)
             if following is not None and idle is not None and len(waiting) < _AHEAD * self._count:
                 self._send(idle, following.documents)
                 waiting[number], busy[idle] = following, number
-                number += 1
-                following = next(pieces, None)
+                number, following = number + 1, None
                 continue
             for connection in wait([*busy]):
                 assert isinstance(connection, Connection)
                 done[busy.pop(connection)] = self._receive(connection)
             while first in done:
-                yield waiting.pop(first), done.pop(first)
+                piece = waiting.pop(first)
+                held -= piece.characters
+                yield piece, done.pop(first)
                 first += 1
 
     def _send(self, connection: Connection, documents: list[tuple[Split, str, int]]) -> None:

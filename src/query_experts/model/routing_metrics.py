@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from query_experts.layers.attention import GQEAttention
 from query_experts.layers.balance import DEAD_BELOW, relative_entropy, selected_experts
+from query_experts.model.heads import GQEForSequenceClassification
 from query_experts.model.modeling_gqe import GQEForCausalLM
 
 PREFIX = "moe"
@@ -56,18 +57,35 @@ def probe(model: nn.Module, layers: Sequence[GQEAttention], inputs: dict[str, An
     """
     training = model.training
     model.eval()
-    last_logits = {"logits_to_keep": 1} if any(isinstance(m, GQEForCausalLM) for m in model.modules()) else {}
-    with torch.compiler.set_stance("force_eager"):
-        outputs = model(**inputs, output_router_logits=True, use_cache=False, **last_logits)
-    model.train(training)
+    try:
+        router_logits = _router_logits(model, inputs)
+    finally:
+        model.train(training)
     real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).flatten().ne(0)
     entropies, top_probs, selected = [], [], []
-    for layer, logits in zip(layers, outputs["router_logits"], strict=True):
+    for layer, logits in zip(layers, router_logits, strict=True):
         grouped = logits[real.to(logits.device)].unflatten(-1, (-1, layer.experts_per_group))  # [R, G, M]
         entropies.append(relative_entropy(grouped).mean(0).cpu())
         top_probs.append(grouped.softmax(-1).amax(-1).mean(0).cpu())
         selected.append(selected_experts(grouped, layer.top_k).bool().cpu())
     return ProbedRouting(torch.stack(entropies), torch.stack(top_probs), torch.stack(selected))
+
+
+def _router_logits(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The logits of each layer, [B*T, N]. A head that takes only one row at a time gets them so."""
+    last_logits = {"logits_to_keep": 1} if any(isinstance(m, GQEForCausalLM) for m in model.modules()) else {}
+    by_row = any(isinstance(m, GQEForSequenceClassification) and m.config.pad_token_id is None for m in model.modules())
+    count = len(inputs["input_ids"])
+    parts = [slice(row, row + 1) for row in range(count)] if by_row else [slice(None)]
+    with torch.compiler.set_stance("force_eager"):
+        outputs = [
+            model(
+                **{name: value[part] for name, value in inputs.items()},
+                output_router_logits=True, use_cache=False, **last_logits,
+            )
+            for part in parts
+        ]  # fmt: skip
+    return [torch.cat(of_layer) for of_layer in zip(*(output["router_logits"] for output in outputs), strict=True)]
 
 
 def churn(before: Tensor, now: Tensor) -> Tensor:
