@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 from query_experts import GQEForCausalLM
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
+from rank_helpers import outcomes, start_ranks
 from recipe_helpers import check_launch
 from study_helpers import write_text
 
@@ -208,3 +210,16 @@ def test_the_slurm_job_stops_the_run_before_its_end_and_is_requeued(slurm_job, t
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=20) == 7
     assert (tmp_path / "asked").read_text().splitlines() == ["--signal=TERM 70001", "requeue 70001"]
+
+
+@pytest.mark.skipif(not SHARDS_BY_GROUP, reason="Transformers below 5.20 doesn't share models of this kind")
+def test_the_script_with_a_shared_model_trains_and_goes_on(tmp_path):
+    command = [str(EXAMPLES / "sharded.py"), str(tmp_path)]
+    ended = outcomes(start_ranks(command, 2))
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
+    whole = (tmp_path / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-8")
+    ended = outcomes(start_ranks(command, 2))
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == whole
+    GQEForCausalLM.from_pretrained(tmp_path / "model")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class WholeCheckpoints(Trainer):
         super().__init__(*args, **kwargs)
         if is_sharded(self.model):
             check_tied(self.model)
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writes in place to outputs; there are none
         if arguments is not None:
             arguments.save_strategy = strategy
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -31,6 +30,5 @@ def load_sharded(
     kind: Any, checkpoint: str, settings: RunSettings, field: str = "checkpoint", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """A checkpoint's model, each rank's part of it where the settings share it. Raises as `load_whole`."""
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writes in place to its outputs; there are none
     with tied_before_sharding():
         return load_whole(kind, checkpoint, dtype, field, distributed_config=sharding(settings))

@@ -30,6 +30,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from query_experts.common.errors import SettingError
 from query_experts.common.files import disk_errors_as_os_errors, parse_json, require_space, save_tokenizer
 from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
@@ -103,6 +104,8 @@ def train_arm(
     size = 4 * model.num_parameters()
     first_rank(lambda: require_space(folder, size * (1 + 3 * (settings.keep + 1))))  # a checkpoint has Adam's moments
     checkpoint = first_rank(lambda: last_checkpoint(folder / "checkpoints"))
+    if checkpoint is not None and is_first():
+        print(f"{arm} seed {seed} goes on from {checkpoint}", file=sys.stderr)
     arguments = training_arguments(settings, seed, folder / "checkpoints")
     arguments.eval_on_start = start is not None and checkpoint is None
     arguments.run_name = f"{arm} seed {seed}"
@@ -240,13 +243,19 @@ def loggers_of(trainer: GQETrainer, folder: Path) -> Iterator[None]:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:  # no TENSORBOARD_LOGGING_DIR
             callback.logging_dir = str(folder / "tensorboard")
+    if "wandb" not in trainer.args.report_to:
+        yield
+        return
+    import wandb
+
     try:
         yield
+    except wandb.errors.UsageError as error:  # such as no key
+        raise SettingError(
+            f"report_to holds 'wandb', which can't be used: {error}; log in (wandb login), or set WANDB_MODE=offline"
+        ) from error
     finally:
-        if "wandb" in trainer.args.report_to:
-            import wandb
-
-            wandb.finish()
+        wandb.finish()
 
 
 def training_split(settings: RunSettings, corpus: Corpus) -> Subset:

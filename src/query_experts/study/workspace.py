@@ -18,6 +18,8 @@ from query_experts.distributed.ranks import is_first
 from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings, TrainSettings
 
 LOCK = ".lock"
+RANKS = "processes with data of their own"
+PLAN = ("plan.json", "plan.png", "plan.svg")  # what `plan` writes, maybe to where the run will be
 # places, what computes, what is watched, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir",
@@ -46,7 +48,7 @@ def batch_fingerprint(settings: RunSettings) -> dict[str, Any]:
     if settings.global_batch_size is not None:
         return {"batch_size": None, "gradient_accumulation_steps": None}
     ranks = settings.data_parallel_ranks
-    return {"processes with data of their own": ranks} if ranks > 1 else {}
+    return {RANKS: ranks} if ranks > 1 else {}
 
 
 def _change(name: str, before: Any, now: Any) -> str:
@@ -64,6 +66,8 @@ def refuse_change(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     """
     before = {name: value for name, value in _defaults().items() if name in now} | before
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if "global_batch_size" in changed:  # which stands for these
+        changed = [name for name in changed if name not in ("batch_size", "gradient_accumulation_steps", RANKS)]
     if changed:
         listing = "; ".join(_change(name, before.get(name), now.get(name)) for name in changed)
         raise SettingError(f"out is {folder}, which holds a run with other settings ({listing}); use another folder")
@@ -128,7 +132,7 @@ def require_own_folder(out: Path) -> None:
         raise SettingError(f"out is {out}, which is a file; it must be a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        others = [path.name for path in out.iterdir() if path.name not in ("cache", LOCK)]
+        others = [path.name for path in out.iterdir() if path.name not in ("cache", LOCK, *PLAN)]
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
