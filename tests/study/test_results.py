@@ -99,6 +99,12 @@ def test_a_committed_comparison_is_read_and_written_as_it_was(file, tmp_path):
         "report_to": [],
         "telemetry": "brief",
         "log_every": None,
+        "fsdp_size": None,
+        "tp_size": 1,
+        "activation_checkpointing": False,
+        "rank_timeout_minutes": 30.0,
+        "global_batch_size": None,
+        "keep": 2,
         "peak_flops": None,
     }
     in_a_piece = {"kernels": None}

@@ -351,7 +351,7 @@ class StopAtDivergence(TrainerCallback):
 
 def validations_are_finite(logs: list[dict[str, Any]]) -> bool:
     """Whether every validation loss that the Trainer logged is finite."""
-    return all(math.isfinite(log["eval_loss"]) for log in logs if "eval_loss" in log)
+    return all(math.isfinite(value) for log in logs for name, value in log.items() if name == "eval_loss")
 
 
 def has_diverged(callbacks: list[TrainerCallback], logs: list[dict[str, Any]]) -> bool:

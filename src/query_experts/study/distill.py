@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from query_experts.common.checkpoints import has_tokenizer, load_gqe, load_tokenizer
+from query_experts.common.checkpoints import has_tokenizer, load_gqe, load_tokenizer, load_whole
 from query_experts.common.errors import SettingError
 from query_experts.distributed.ranks import num_processes
 from query_experts.model.arms import ModelSize
@@ -67,13 +67,15 @@ def load_matching_teacher(
     return teacher
 
 
-def load_teacher(name: str, settings: DistillSettings) -> PreTrainedModel:
+def load_teacher(name: str, settings: DistillSettings | None = None) -> PreTrainedModel:
     """A causal language model, which the ranks share as they share the model that is trained.
 
     In float32 in one process; on several ranks in the dtype that it computes in, bf16 or float32. Raises SettingError
     for a checkpoint that can't be loaded.
     """
-    dtype = torch.float32 if num_processes() == 1 else getattr(torch, settings.autocast_dtype())
+    if settings is None or num_processes() == 1:
+        return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
+    dtype = getattr(torch, settings.autocast_dtype())
     return load_sharded(AutoModelForCausalLM, name, settings, "teacher", dtype)
 
 

@@ -337,8 +337,7 @@ def training_arguments(settings: RunSettings, seed: int, folder: Path) -> Traini
     every = max(1, settings.steps // settings.evaluations)
     log_every = settings.log_every or max(1, settings.steps // 50)
     # Accelerate would rather believe what `accelerate launch` has put into the environment
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.autocast_dtype() == "bfloat16" else "no"
-    for name in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND"):
         os.environ.pop(name, None)
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -24,7 +24,7 @@ PLAN = ("plan.json", "plan.png", "plan.svg")  # what `plan` writes, maybe to whe
 FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir",
                   "fsdp_size", "tp_size", "rank_timeout_minutes", "activation_checkpointing", "keep",
-                  "report_to", "telemetry", "log_every", "peak_flops"}  # fmt: skip
+                  "global_batch_size", "report_to", "telemetry", "log_every", "peak_flops"}  # fmt: skip
 
 
 def fingerprint(settings: RunSettings) -> dict[str, Any]:
@@ -46,7 +46,11 @@ def fingerprint(settings: RunSettings) -> dict[str, Any]:
 def batch_fingerprint(settings: RunSettings) -> dict[str, Any]:
     """What of an optimizer step's sequences must stay: with `global_batch_size` their number, else each part of it."""
     if settings.global_batch_size is not None:
-        return {"batch_size": None, "gradient_accumulation_steps": None}
+        return {
+            "global_batch_size": settings.global_batch_size,
+            "batch_size": None,
+            "gradient_accumulation_steps": None,
+        }
     ranks = settings.data_parallel_ranks
     return {RANKS: ranks} if ranks > 1 else {}
 
