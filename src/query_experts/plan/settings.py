@@ -17,8 +17,8 @@ from query_experts.study.settings import RunSettings, TrainSettings
 
 Positive = Annotated[float, Bounds(above=0)]
 WITHOUT_EFFECT = {
-    "compile", "kernels", "device", "seed", "stop_after_minutes", "rank_timeout_minutes", "activation_checkpointing", "keep",
-    "learning_rate", "min_learning_rate_ratio", "warmup_fraction",
+    "compile", "kernels", "device", "seed", "stop_after_minutes", "rank_timeout_minutes", "activation_checkpointing",
+    "keep", "learning_rate", "min_learning_rate_ratio", "warmup_fraction",
     "decay_fraction", "weight_decay", "evaluations", "initializer_range", "router_aux_loss_coef", "router_z_loss_coef",
 }  # fmt: skip
 
