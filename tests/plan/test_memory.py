@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from query_experts.common.errors import SettingError
 from query_experts.model.arms import arm_config, build
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
-from query_experts.plan.memory import Memory, fake_processes, track, track_shallow
+from query_experts.plan.memory import SHALLOW, Memory, extended, fake_processes, track, track_shallow
 from query_experts.plan.settings import PlanSettings
 from rank_helpers import run_ranks
 
@@ -174,6 +174,18 @@ def test_two_shallow_models_and_two_batches_tell_the_memory_of_a_deeper_one_with
         for phase, parts in whole[checkpointing, 4 * BATCH].items():
             told = sum(memory.base[phase].values()) + 4 * BATCH * sum(memory.each[phase].values())
             assert told == pytest.approx(sum(parts.values()), rel=0.005), phase
+
+
+def test_a_deeper_model_gathers_no_more_layers_at_once_than_the_shallow_ones():
+    size = {"vocab_size": 32, "hidden_size": 128, "intermediate_size": 352, "batch_size": 1}
+    plan = PlanSettings(**SIZE | size | SHARDED, gpus=4)  # gathered weights take much of it
+    config, step = arm_config("dense", plan.model_size()), plan.step()
+    with fake_processes(step) as mesh:
+        shallow, deeper, whole = (track_shallow(config, depth, step, (1,), mesh) for depth in (*SHALLOW, 6))
+    for key, peaks in whole.items():
+        told = extended(shallow[key], deeper[key], 6 - SHALLOW[1])
+        for phase, parts in peaks.items():
+            assert sum(told[phase].values()) == pytest.approx(sum(parts.values()), rel=0.001), phase
 
 
 def test_shards_moments_and_unsharded_gradients_are_those_that_fsdp_keeps(sharded):

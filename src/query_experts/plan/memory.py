@@ -40,7 +40,7 @@ PARTS = {  # part -> the trackers' categories
     "unsharded": ("Unsharded Param", "Unsharded Grad", "All Gather", "Reduce Scatter"),
 }
 PHASES = ("forward", "backward", "first layer's backward", "optimizer")
-SHALLOW = (2, 3)  # layers of the models that are tracked in place of a deeper one
+SHALLOW = (3, 4)  # layers of the models that are tracked in place of a deeper one: FSDP2 gathers up to three at once
 
 
 @dataclass(frozen=True)
