@@ -1,6 +1,6 @@
-"""The tracked memory of a training step is what torch's allocator records in real runs on two ranks.
+"""The tracked memory of a training step is what torch's allocator records in real runs on several ranks.
 
-Run as a script, this file is one of the two ranks.
+Run as a script, this file is one of the ranks.
 """
 
 import json
@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from query_experts.common.errors import SettingError
 from query_experts.model.arms import arm_config, build
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
-from query_experts.plan.memory import Memory, fake_processes, track, track_shallow
+from query_experts.plan.memory import SHALLOW, Memory, extended, fake_processes, track, track_shallow
 from query_experts.plan.settings import PlanSettings
 from rank_helpers import run_ranks
 
@@ -27,19 +28,26 @@ SIZE = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "batch_size": BATCH, "dtype": "bfloat16",
 }  # fmt: skip
 SHARDED = {"fsdp_size": 2, "gradient_accumulation_steps": 2}
-CASES = {  # arm, and settings of its run
-    "sharded": ("gqe", SHARDED),
-    "checkpointed": ("gqe", SHARDED | {"activation_checkpointing": True}),
-    "copies": ("dense", {"fsdp_size": 1}),
+DEEP = {"num_hidden_layers": 8, "batch_size": 1}  # a shard of the gradients is then more than a tenth
+CASES = {  # by ranks: arm, and settings of its run
+    2: {
+        "sharded": ("gqe", SHARDED),
+        "checkpointed": ("gqe", SHARDED | {"activation_checkpointing": True}),
+        "copies": ("dense", {}),
+    },
+    4: {
+        "copies of shards": ("dense", DEEP | {"fsdp_size": 2}),
+        "copies of shards that accumulate": ("gqe", DEEP | SHARDED),
+    },
 }
 needs_sharding = pytest.mark.skipif(not SHARDS_BY_GROUP, reason="Transformers can't shard models of this kind")
 
 
 def tracked(case: str) -> tuple:
     """The arguments of `track` for a case."""
-    arm, settings = CASES[case]
-    plan = PlanSettings(**SIZE, **settings, gpus=2)
-    return arm_config(arm, plan.model_size()), plan.step(), BATCH
+    ((ranks, (arm, settings)),) = [(ranks, cases[case]) for ranks, cases in CASES.items() if case in cases]
+    plan = PlanSettings(**SIZE | settings, gpus=ranks)
+    return arm_config(arm, plan.model_size()), plan.step(), plan.batch_size
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +86,15 @@ def recorded_peak(recorded: profile) -> int:
     return min(peaks[1:-1])
 
 
-def train_for_real(case: str, folder: Path) -> int:
+def train_for_real(case: str, arm: str, more: dict, folder: Path) -> int:
     """The peak of a short run with the trainer's own model and arguments, in bytes."""
     from query_experts.study.settings import TrainSettings
     from query_experts.study.train import initial_model, training_arguments
     from query_experts.training import GQETrainer
 
-    arm, more = CASES[case]
-    settings = TrainSettings(**SIZE, **more, device="cpu", steps=STEPS)
+    settings = TrainSettings(**SIZE | more, device="cpu", steps=STEPS)
     tokens = torch.arange(settings.seq_len)
-    data = [{"input_ids": tokens, "labels": tokens}] * (STEPS * 2 * BATCH * settings.micro_batches)
+    data = [{"input_ids": tokens, "labels": tokens}] * (STEPS * settings.sequences_per_step)
     (folder / case).mkdir(exist_ok=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         model = initial_model(settings, arm, 0, folder / case)
@@ -106,32 +113,60 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     join_ranks()
-    peaks = {case: train_for_real(case, folder) for case in CASES}
+    peaks = {case: train_for_real(case, *run, folder) for case, run in CASES[dist.get_world_size()].items()}
     if is_first():
         (folder / "peaks.json").write_text(json.dumps(peaks), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(__file__, 2, folder)
+def record(ranks: int, folder: Path) -> dict[str, int]:
+    """The peak of every case of so many ranks."""
+    run_ranks(__file__, ranks, folder)
     return json.loads((folder / "peaks.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return record(2, tmp_path_factory.mktemp("ranks"))
+
+
 @needs_sharding
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES[2])
 def test_the_memory_of_a_run_on_two_ranks_is_within_a_tenth_of_what_torch_records(recorded, sharded, case):
     memory = track(*tracked(case)) if case == "copies" else sharded
     assert memory[case == "checkpointed"].total(BATCH) == pytest.approx(recorded[case], rel=0.1)
+
+
+@needs_sharding
+@pytest.mark.full
+def test_the_memory_of_copies_of_shards_on_four_ranks_is_within_a_tenth_of_what_torch_records(tmp_path):
+    for case, peak in record(4, tmp_path).items():
+        config, step, batch = tracked(case)
+        assert track(config, step, batch)[False].total(batch) == pytest.approx(peak, rel=0.1), case
+
+
+@pytest.mark.parametrize("arm", ["dense", "gqe"])
+def test_attention_is_tracked_without_a_mask_as_the_trainer_s_sequences_have_none(arm, monkeypatch):
+    attend, called = F.scaled_dot_product_attention, []
+
+    def spy(query, key, value, attn_mask=None, **more):
+        called.append((attn_mask, more["is_causal"], key.shape[1] == query.shape[1]))
+        return attend(query, key, value, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    plan = PlanSettings(**SIZE | {"num_hidden_layers": 1}, gpus=1)
+    with fake_processes(plan.step()) as mesh:
+        track_shallow(arm_config(arm, plan.model_size()), 1, plan.step(), (1,), mesh)
+    repeated = arm == "gqe"  # its keys are those of its experts; dense leaves it to SDPA to share them
+    assert {*called} == {(None, True, repeated)}
 
 
 # from shallow models and two batches to others
 
 
 def test_two_shallow_models_and_two_batches_tell_the_memory_of_a_deeper_one_with_a_larger_batch():
-    plan = PlanSettings(**SIZE | {"num_hidden_layers": 5}, gpus=2)
+    plan = PlanSettings(**SIZE | {"num_hidden_layers": 5}, gpus=2, fsdp_size=2)
     config, step = arm_config("dense", plan.model_size()), plan.step()
     with fake_processes(step) as mesh:
         whole = track_shallow(config, 5, step, (4 * BATCH,), mesh)
@@ -139,6 +174,18 @@ def test_two_shallow_models_and_two_batches_tell_the_memory_of_a_deeper_one_with
         for phase, parts in whole[checkpointing, 4 * BATCH].items():
             told = sum(memory.base[phase].values()) + 4 * BATCH * sum(memory.each[phase].values())
             assert told == pytest.approx(sum(parts.values()), rel=0.005), phase
+
+
+def test_a_deeper_model_gathers_no_more_layers_at_once_than_the_shallow_ones():
+    size = {"vocab_size": 32, "hidden_size": 128, "intermediate_size": 352, "batch_size": 1}
+    plan = PlanSettings(**SIZE | size | SHARDED, gpus=4)  # gathered weights take much of it
+    config, step = arm_config("dense", plan.model_size()), plan.step()
+    with fake_processes(step) as mesh:
+        shallow, deeper, whole = (track_shallow(config, depth, step, (1,), mesh) for depth in (*SHALLOW, 6))
+    for key, peaks in whole.items():
+        told = extended(shallow[key], deeper[key], 6 - SHALLOW[1])
+        for phase, parts in peaks.items():
+            assert sum(told[phase].values()) == pytest.approx(sum(parts.values()), rel=0.001), phase
 
 
 def test_shards_moments_and_unsharded_gradients_are_those_that_fsdp_keeps(sharded):

@@ -104,8 +104,14 @@ def test_the_gpus_and_their_layout_make_the_step(planned):
     said = header(settings, plan)
     assert said.startswith("64 \N{MULTIPLICATION SIGN} b200, 178.3 GiB and 2250 TFLOP/s each")
     assert "sharded over 8, in 8 copies" in said
-    settings, _ = planned(gpus=8, fsdp_size=1, gpu="mine", gpu_memory=12.0, gpu_tflops=50.0)
-    assert (settings.step().fsdp_size, settings.machine.tflops) == (1, 50)
+    settings, _ = planned(gpus=8, gpu="mine", gpu_memory=12.0, gpu_tflops=50.0)
+    assert settings.machine.tflops == 50
+
+
+def test_without_fsdp_size_each_gpu_has_a_copy_as_in_train(planned):
+    settings, plan = planned(gpus=8)
+    assert settings.step().fsdp_size == 1
+    assert "; a whole model on each." in header(settings, plan)
 
 
 def test_speed_is_predicted_by_flops_and_pays_from_the_length_that_the_page_of_performance_tells(planned):
@@ -150,6 +156,23 @@ def test_arms_of_a_preset_are_passed_over(known_memory, tmp_path):
     assert [arm["arm"] for arm in plan["arms"]] == ["dense", "static", "gqe"]
 
 
+def test_a_command_of_train_is_understood(known_memory, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("arm: half\nseed: 5\n")
+    for words, arms in (["--arm", "gqe-m4", "--seed", "3"], ["gqe-m4"]), ([], ["dense", "static", "gqe"]):
+        argv = ["--preset", "demo", "--recipe", str(recipe), "--data", "texts", "--out", str(tmp_path / "out"), *words]
+        assert main(["plan", *argv]) == 0
+        plan = json.loads((tmp_path / "out" / "plan.json").read_text(encoding="utf-8"))
+        assert [arm["arm"] for arm in plan["arms"]] == arms
+
+
+@pytest.mark.parametrize("name", ["file", "file/folder"])
+def test_an_out_that_cannot_be_written_is_refused_before_memory_is_tracked(refused, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run, "make_plan", lambda settings: pytest.fail("tracked"))
+    (tmp_path / "file").write_text("mine")
+    refused(["plan", "demo", "--out", tmp_path / name], f"out is {tmp_path / name}", "; it must be a folder")
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -168,6 +191,9 @@ def test_arms_of_a_preset_are_passed_over(known_memory, tmp_path):
         (["demo", "--global_batch_size", "9"], "global_batch_size is 9; it must be a multiple of batch_size"),
         (["demo", "--tokens_per_s", "3"], "tokens_per_s holds 1 number; it must hold one for each arm"),
         (["demo", "--arms", "sparse"], "arm is 'sparse'"),
+        (["demo", "--arm", "sparse"], "arm is 'sparse'"),
+        (["demo", "--arm", "gqe", "--arms", "dense", "gqe"], "arm is 'gqe', and arms is set too"),
+        (["demo", "--seed", "-1"], "seed holds -1"),
         (["demo", "--num_key_value_heads", "3"], "num_key_value_heads"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

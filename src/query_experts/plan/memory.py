@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel, masking_utils
 
 from query_experts.common.errors import SettingError
 from query_experts.model.arms import build
@@ -39,7 +40,7 @@ PARTS = {  # part -> the trackers' categories
     "unsharded": ("Unsharded Param", "Unsharded Grad", "All Gather", "Reduce Scatter"),
 }
 PHASES = ("forward", "backward", "first layer's backward", "optimizer")
-SHALLOW = (2, 3)  # layers of the models that are tracked in place of a deeper one
+SHALLOW = (3, 4)  # layers of the models that are tracked in place of a deeper one: FSDP2 gathers up to three at once
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def track_shallow(
     """Peaks by phase of a model of `depth` layers, for each checkpointing and batch size."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = depth
-    with FakeTensorMode(), warnings.catch_warnings():
+    with FakeTensorMode(), one_document_a_sequence(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of FSDP2, about views that nothing writes to
         model = build(config).train()
         model.config.use_cache = False  # as the Trainer sets it
@@ -180,6 +181,17 @@ def track_shallow(
                 for checkpointing in (False, True)
                 for batch in batches
             }
+
+
+@contextmanager
+def one_document_a_sequence() -> Iterator[None]:
+    """Transformers doesn't look for several documents in a sequence, as it does by the values of position ids.
+
+    Fake tensors have no values, so it would assume several, and give SDPA a mask of [batch, 1, seq_len, seq_len] and
+    repeated keys and values, where the trainer's sequences only have `is_causal`.
+    """
+    with patch.object(masking_utils, "find_packed_sequence_indices", return_value=None):
+        yield
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:

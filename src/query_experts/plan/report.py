@@ -109,7 +109,7 @@ def notes(settings: PlanSettings, plan: Plan) -> str:
     lines = [
         f"Memory is tracked on fake tensors at micro-batches of {settings.batch_size} and {2 * settings.batch_size} "
         "sequences, and linear in between and beyond. Its parts are those of the moment that needs most; gradients of "
-        f"the step come later. {USABLE:.0%} of a GPU's memory counts as usable, which is assumed.",
+        f"a micro-batch come later. {USABLE:.0%} of a GPU's memory counts as usable, which is assumed.",
     ]
     if settings.dtype == "float32" and not plan.measured:
         lines.append("No speed is assumed for float32, which dtype is; --tokens_per_s gives it.")

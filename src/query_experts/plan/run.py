@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import torch
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import write_json
+from query_experts.common.files import no_empty_folders, write_json
 from query_experts.model import costs
 from query_experts.model.arms import arm_config, build
 from query_experts.plan.gpus import USABLE
@@ -94,14 +96,30 @@ def plan(settings: PlanSettings, console: Console) -> None:
 
     settings.check()
     folder = Path(settings.out)
-    if folder.exists() and not folder.is_dir():
-        raise SettingError(f"out is {folder}, which is a file; it must be a folder")
+    require_writable(folder)
     made = make_plan(settings)
     file = folder / "plan.json"
     write_json(file, dataclasses.asdict(made))
     print_plan(settings, made, console)
     plots = write_plot(made, folder)
     console.print(Text(f"Numbers: {file}   Plot: {plots[-1]}"))
+
+
+def require_writable(folder: Path) -> None:
+    """Raises SettingError for an `out` that nothing can be written to, before memory is tracked. Leaves no file."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"out is {folder}, which is a file; it must be a folder")
+    try:
+        with no_empty_folders(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise SettingError(
+            f"out is {folder}, which can't be written to ({error.strerror}); it must be a folder that can be"
+        ) from error
 
 
 def make_plan(settings: PlanSettings) -> Plan:

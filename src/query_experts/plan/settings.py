@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from query_experts.common.errors import SettingError
-from query_experts.common.fields import Bounds, Count, Distinct, Elsewhere, NonNegative, OutFolder, option
+from query_experts.common.fields import Bounds, Count, Distinct, Elsewhere, NonNegative, OutFolder, Seed, option
 from query_experts.common.formatting import plural
 from query_experts.common.settings import validate
 from query_experts.distributed.layout import require_one_process
@@ -17,8 +17,8 @@ from query_experts.study.settings import RunSettings, TrainSettings
 
 Positive = Annotated[float, Bounds(above=0)]
 WITHOUT_EFFECT = {
-    "compile", "kernels", "device", "stop_after_minutes", "rank_timeout_minutes", "activation_checkpointing", "keep",
-    "learning_rate", "min_learning_rate_ratio", "warmup_fraction",
+    "compile", "kernels", "device", "seed", "stop_after_minutes", "rank_timeout_minutes", "activation_checkpointing",
+    "keep", "learning_rate", "min_learning_rate_ratio", "warmup_fraction",
     "decay_fraction", "weight_decay", "evaluations", "initializer_range", "router_aux_loss_coef", "router_z_loss_coef",
 }  # fmt: skip
 
@@ -33,12 +33,14 @@ class PlanSettings(RunSettings):
     unlisted = (
         frozenset(f.name for f in fields(RunSettings) if f.metadata["group"] in ("data", "watching")) | WITHOUT_EFFECT
     )
-    not_of_recipes = frozenset({"arms"})
+    not_of_recipes = frozenset({"arms", "arm", "seed"})
 
     out: OutFolder = option("runs/plan", "folder for the numbers and the plot", "output", metavar="FOLDER")
     arms: Annotated[list[str], Distinct()] = option(
         ["dense", "static", "gqe"], f"any of {', '.join(ARMS)}", "arms", metavar="ARM"
     )
+    arm: str | None = option(None, "one arm, as train names it, in place of arms", "arms", metavar="ARM")
+    seed: Seed = option(0, "of train; it changes nothing", "arms")
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "autocast dtype; float32: no autocast; auto: bfloat16", "machine"
     )
@@ -54,7 +56,7 @@ class PlanSettings(RunSettings):
         None, "peak of dense matrix products in bf16, in TFLOP/s; default: that of gpu", "machine"
     )
     fsdp_size: Count | None = option(
-        None, "GPUs that share one copy of the model (FSDP2); 1: each has its own (DDP); default: all GPUs", "processes"
+        None, "GPUs that share one copy of the model (FSDP2); default: each has its own (DDP)", "processes"
     )
     tp_size: Count = option(1, "GPUs that share each layer (tensor parallelism); only 1 can be planned", "processes")
     mfu: Annotated[float, Bounds(above=0, most=1)] = option(
@@ -65,6 +67,11 @@ class PlanSettings(RunSettings):
     )
     price: NonNegative | None = option(None, "dollars for an hour of one GPU", "time and cost")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arm is not None:
+            self.arms = [self.arm]
+
     @property
     def machine(self) -> Gpu:
         if self.gpu_memory is not None and self.gpu_tflops is not None:
@@ -74,7 +81,7 @@ class PlanSettings(RunSettings):
 
     @property
     def shards(self) -> int:
-        return self.fsdp_size or self.gpus
+        return self.fsdp_size or 1
 
     @property
     def data_parallel_ranks(self) -> int:
@@ -88,6 +95,8 @@ class PlanSettings(RunSettings):
         """Raises SettingError, naming the field, what it held and what is allowed. It doesn't matter what is here."""
         validate(self)
         require_one_process("plan")
+        if self.arm is not None and "arms" in self.given:
+            raise SettingError(f"arm is {self.arm!r}, and arms is set too; one of them must be left out")
         check_arms(self.arms, self.model_size())
         if self.gpu not in GPUS and None in (self.gpu_memory, self.gpu_tflops):
             raise SettingError(
