@@ -25,10 +25,10 @@ COMMANDS = {
     "generate": "write text with a trained GQE checkpoint",
     "evaluate": "score a checkpoint, GQE or dense, on lm-evaluation-harness's tasks",
     "bench": "time GQE against stock Llama: prefill, decoding, training",
-    "plan": "plan a training run on GPUs: memory, time and cost, before it is begun",
     "report": "make the page and the table again from a compared folder",
-    "data": "tokenise text once into a folder to train on, resumably, and check such a folder",
     "scaling": "train a ladder of sizes, arms and seeds as a queue, and fit its laws",
+    "data": "tokenise text once into a folder to train on, resumably, and check such a folder",
+    "plan": "plan a training run on GPUs: memory, time and cost, before it is begun",
 }
 INTERRUPTED, CLOSED_PIPE = 130, 141  # exit statuses: 128 + SIGINT, 128 + SIGPIPE
 

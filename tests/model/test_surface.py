@@ -44,6 +44,7 @@ DIFFERENT = {
     ("*", "_can_record_outputs"): "attention weights come from GQESelfAttention",
     ("*", "_tp_plan"): "10 output slots don't split like 16 heads: KV groups have a style of their own",
     ("GQEConfig", "base_model_tp_plan"): "the same",
+    ("*", "maybe_distribute_model"): "tied embeddings are tied before they are sharded",
     ("GQEConfig", "keys_to_ignore_at_inference"): "outputs that are no predictions",
     ("GQEForCausalLM", "balance_window"): LOSSES,
     ("GQEForSequenceClassification", "balance_window"): LOSSES,

@@ -329,7 +329,8 @@ class GQEAttention(nn.Module):
         """x [B, T, D] -> logits [B, T, G, M] and selected experts [B, T, G, k]: top-k by the logits."""
         if self.router is None:
             return self.routing_of(x, None, None)
-        logits = self.router(x).view(*x.shape[:2], -1, self.experts_per_group)
+        logits = self.router(x)
+        logits = logits.view(*x.shape[:2], logits.shape[-1] // self.experts_per_group, self.experts_per_group)
         indices = self.forced_indices
         if indices is None:
             indices = select_top_k(logits.detach(), self.top_k)
