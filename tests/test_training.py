@@ -3,6 +3,7 @@
 import copy
 import itertools
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -314,3 +315,18 @@ def test_gqe_trainer_refuses_pipeline_and_context_parallelism_by_name(tmp_path, 
         monkeypatch.setattr(GQETrainer, f"get_{name}", lambda _: 2)
     with pytest.raises(ValueError, match=f"{name} is 2; GQETrainer doesn't support {kind} parallelism.* must be 1"):
         GQETrainer(model, arguments(tmp_path), train_dataset=Rows())
+
+
+def test_a_checkpoint_is_pushed_from_its_place(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda _, folder: pushed.append((folder, Path(folder, "files.json").exists()))
+    )
+    trainer = GQETrainer(
+        model_of("gqe"), arguments(tmp_path, save_strategy="steps", save_steps=1), train_dataset=Rows()
+    )
+    trainer.args.push_to_hub = True
+    monkeypatch.setattr(trainer, "push_to_hub", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "_finish_current_push", lambda: None, raising=False)
+    trainer.train()
+    assert pushed == [(str(tmp_path / "run" / "checkpoint-1"), True)]

@@ -48,11 +48,10 @@ class DistillationTrainer(GQETrainer):
         if teacher_vocabulary != vocabulary:
             raise ValueError(f"teacher has a vocabulary of {teacher_vocabulary}; it must be the model's, {vocabulary}")
         spread = len(set((getattr(teacher, "hf_device_map", None) or {}).values())) > 1
-        if is_sharded(teacher):
-            pass  # it is where its ranks are
-        elif not (spread or getattr(teacher, "is_quantized", False)):
+        placed = spread or is_sharded(teacher)
+        if not (placed or getattr(teacher, "is_quantized", False)):
             teacher.to(self.args.device)
-        elif not spread and (device := next(teacher.parameters()).device).type != self.args.device.type:
+        elif not placed and (device := next(teacher.parameters()).device).type != self.args.device.type:
             raise ValueError(f"teacher is quantised and on {device}; it must be loaded onto {self.args.device}")
         self.teacher = teacher.eval().requires_grad_(False)
         self.weight = weight

@@ -116,15 +116,16 @@ class GQETrainer(WholeCheckpoints):
         self._evaluation = EvaluatedRows.of(self, dataloader)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        if self._evaluation is not None and f"{prefix}_loss" in output.metrics:
+        if self._evaluation is not None and self._evaluation.losses:
             output.metrics[f"{prefix}_loss"] = self._evaluation.mean()
         self._evaluation = None
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self._evaluation is None:
+        labels = inputs.get("labels")
+        if self._evaluation is None or labels is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
-        rows = self._evaluation.next_rows()
+        rows = self._evaluation.next_rows(labels.shape[0])
         predicted = super().prediction_step(model, without_repeats(inputs, rows.here), *args, **kwargs)
         self._evaluation.add(self.accelerator.reduce(predicted[0].detach(), "mean"), rows.together)
         return predicted
@@ -195,13 +196,11 @@ class EvaluatedRows:
 
     Args:
         rows: All that there are.
-        batch_size: Rows of one rank's batch.
         ranks: Those with rows of their own.
         rank: The number of this one among them.
     """
 
     rows: int
-    batch_size: int
     ranks: int
     rank: int
     seen: int = 0
@@ -218,14 +217,14 @@ class EvaluatedRows:
         if not trainer.model_accepts_loss_kwargs or trainer._logged_as != "lm_loss":
             return None
         rank = trainer.accelerator.process_index // tp_size
-        return cls(len(data), trainer.args.eval_batch_size, processes // tp_size, rank)
+        return cls(len(data), processes // tp_size, rank)
 
-    def next_rows(self) -> Rows:
-        """Those of the next batch."""
+    def next_rows(self, batch_size: int) -> Rows:
+        """Those of the next batch, of which each rank has so many rows."""
         left = self.rows - self.seen
-        self.seen += self.batch_size * self.ranks
-        here = left - self.rank * self.batch_size
-        return Rows(max(0, min(here, self.batch_size)), min(left, self.batch_size * self.ranks))
+        self.seen += batch_size * self.ranks
+        here = left - self.rank * batch_size
+        return Rows(max(0, min(here, batch_size)), min(left, batch_size * self.ranks))
 
     def add(self, loss: Tensor, rows: int) -> None:
         """loss: the mean over a batch of all ranks, and the number of its rows."""
@@ -237,10 +236,9 @@ class EvaluatedRows:
 
 def without_repeats(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
     """Inputs of which only the first `rows` rows have labels."""
-    labels = inputs.get("labels")
-    if labels is None or rows >= labels.shape[0]:
+    if rows >= inputs["labels"].shape[0]:
         return inputs
-    labels = labels.clone()
+    labels = inputs["labels"].clone()
     labels[rows:] = -100
     return {**inputs, "labels": labels}
 

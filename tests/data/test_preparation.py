@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from data_helpers import COMPRESS, build, table_bytes, texts_of, write_jsonl
 from query_experts.cli import main
 from query_experts.common.errors import SettingError
-from query_experts.data import preparation, prepare, readers, workers, write_portion
+from query_experts.data import preparation, prepare, readers, token_folder, workers, write_portion
 from query_experts.data.checking import check_folder
 from query_experts.data.digests import Digests
 from query_experts.data.estimate import Estimate
@@ -35,7 +35,7 @@ def small(monkeypatch):
     monkeypatch.setattr(preparation, "PIECE_CHARACTERS", 2_000)
     monkeypatch.setattr(preparation, "COMMIT_BYTES", 1)
     monkeypatch.setattr(readers, "missing_on_hub", lambda name, repo_type: None)
-    monkeypatch.setattr(preparation, "hub_revision", lambda name: "c0ffee")
+    monkeypatch.setattr(token_folder, "hub_revision", lambda name: "c0ffee")
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_a_hub_data_set_goes_on_at_its_first_commit_within_the_shard_that_was_be
             stop_after(patch, pieces)
             with pytest.raises(KeyboardInterrupt):
                 prepared("owner/name:part", tmp_path / "out")
-        monkeypatch.setattr(preparation, "hub_revision", lambda name: pytest.fail("the hub was asked again"))
+        monkeypatch.setattr(token_folder, "hub_revision", lambda name: pytest.fail("the hub was asked again"))
     read.clear()
     prepared("owner/name:part", tmp_path / "out")
     assert_same(tmp_path / "out", corpus)
@@ -590,7 +590,10 @@ def test_nothing_is_removed_from_a_folder_of_another_kind(source, tmp_path, name
 
 
 def test_a_folder_at_which_another_process_works_is_refused(source, tmp_path):
-    with preparation._own(tmp_path / "out"), pytest.raises(SettingError, match="in which another process is at work"):
+    with (
+        token_folder.own_folder(tmp_path / "out"),
+        pytest.raises(SettingError, match="in which another process is at work"),
+    ):
         prepared(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -187,7 +187,7 @@ def test_a_checkpoint_with_a_file_less_or_cut_is_known(tmp_path):
     written, final = tmp_path / "writing" / "checkpoint-1", tmp_path / "checkpoint-1"
     for name in ("rng_state_0.pth", "rng_state_1.pth", "optimizer/part"):
         (written / name).write_bytes(b"1234")
-    put_in_place(written, final, 2)
+    put_in_place(written, final)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert missing_or_cut(final) == []
     (final / "rng_state_1.pth").unlink()

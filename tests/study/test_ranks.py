@@ -174,6 +174,7 @@ def test_a_checkpoint_that_lacks_a_rank_s_file_is_named_and_the_one_before_is_us
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
     said = " ".join(ended[0][2].split())
     assert "checkpoint-11 is damaged or lacks files (rng_state_1.pth), and is deleted" in said
+    assert f"gqe seed 0 goes on from {kept}" in said
     losses, whole = ([loss for _, loss in curves(folder, out)[0]] for out in ("lacking", "one"))
     assert losses == pytest.approx(whole, abs=2e-5)
 

@@ -16,25 +16,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import PART, no_empty_folders, read_json, save_tokenizer, sync_file, write_json
+from query_experts.common.files import read_json, save_tokenizer, sync_file, write_json
 from query_experts.common.formatting import short, storage
 from query_experts.data.corpus import Build
 from query_experts.data.digests import DIGEST_BYTES
 from query_experts.data.documents import SPLITS, Split, SplitDocuments
 from query_experts.data.estimate import estimate
 from query_experts.data.facts import ValidationFile
-from query_experts.data.folder import META, SOURCE, UNFINISHED, TokenFolder, missing_files, read_meta, write_folder
-from query_experts.data.made_of import changes, describe
-from query_experts.data.readers import hub_revision
+from query_experts.data.folder import UNFINISHED, TokenFolder, read_meta, write_folder
 from query_experts.data.reading import Reading
 from query_experts.data.shards import ShardWriter, token_dtype
 from query_experts.data.sources import Sources, find_sources
+from query_experts.data.token_folder import (
+    DIGESTS,
+    REMOVE,
+    TOKENIZER,
+    begin,
+    cannot_write,
+    clear,
+    finished_folder,
+    is_begun,
+    own_folder,
+    remove_state,
+)
 from query_experts.data.token_settings import TokenSettings
 from query_experts.data.tokenizing import load_fast_tokenizer, vocabulary_size
 from query_experts.data.validation_files import ValidationReader, find_validation_files, shares_documents
@@ -44,9 +53,6 @@ PIECE_CHARACTERS = 1 << 21
 PIECE_DOCUMENTS = 2048
 COMMIT_BYTES = 1 << 25  # of text; at most so much is tokenised again after a kill
 CLEARLY_BEYOND = 2  # times the free disk: an estimate knows no duplicates
-DIGESTS, LOCK, TOKENIZER = ".digests", ".lock", "tokenizer"
-_REMOVE = "remove the folder to begin again"
-_NEW_FOLDER = "it must be a new or empty folder, or one that data prepare began"
 
 
 @dataclass(frozen=True)
@@ -95,124 +101,19 @@ def prepare_folder(
     sources = find_sources(data)
     held_out = find_validation_files(validation) if validation else None
     start = time.monotonic()
-    with _own(out):
-        revisions = _begin(out, settings, sources, held_out)
-        if (tokens := _finished(out)) is not None:
+    with own_folder(out):
+        revisions = begin(out, settings, sources, held_out)
+        if (tokens := finished_folder(out)) is not None:
             return Prepared(tokens, None)
         build = Preparation(out, settings, sources, held_out, revisions, workers, progress, say)
         try:
             with _disk_errors(out, build):
                 tokens = build.run()
         finally:
-            if not _is_begun(out):
-                _clear(out)
-        _remove_state(out)
+            if not is_begun(out):
+                clear(out)
+        remove_state(out)
         return Prepared(tokens, time.monotonic() - start)
-
-
-@contextmanager
-def _own(out: Path) -> Iterator[None]:
-    """Reserves a folder for this process; one that stays empty is removed. Raises SettingError for other folders."""
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"out is {out}, which is a file; it must be a folder")
-    with no_empty_folders(out):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            parts = {part for name in (UNFINISHED, SOURCE, META) for part in out.glob(f"{name}.*{PART}")}
-            names = {path.name for path in {*out.iterdir()} - parts} - {LOCK}
-            if names and not names & {UNFINISHED, META}:
-                raise SettingError(f"out is {out}, which holds other files; {_NEW_FOLDER}")
-            lock = FileLock(out / LOCK)
-            lock.acquire(timeout=0)
-            for part in parts:  # of a process that was killed while it wrote it
-                part.unlink(missing_ok=True)
-        except Timeout as error:
-            raise SettingError(f"out is {out}, in which another process is at work; wait for it") from error
-        except OSError as error:
-            raise _cannot_write(out, error) from error
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if not (out / UNFINISHED).exists():
-                    (out / LOCK).unlink()
-            lock.release()
-
-
-def _cannot_write(out: Path, error: OSError) -> SettingError:
-    return SettingError(
-        f"out is {out}, where the tokens can't be written ({error.strerror or error}); it must be a folder that can be "
-        "made or written to"
-    )
-
-
-def _begin(out: Path, settings: TokenSettings, sources: Sources, held_out: Sources | None) -> list[str | None]:
-    """Writes what the tokens are made of, or compares it. Returns the commit of each hub data set.
-
-    Raises SettingError where something has changed since the folder was begun.
-    """
-    if (out / META).exists() and not (out / SOURCE).is_file():
-        raise SettingError(f"out is {out}, which holds tokens that data prepare didn't make; {_NEW_FOLDER}")
-    if not _is_begun(out):
-        _clear(out)
-        revisions = [hub_revision(name) for name, _ in sources.hub]
-        made_of = describe(settings, sources, held_out, revisions)
-        try:
-            write_json(out / UNFINISHED, {})
-            write_json(out / SOURCE, made_of)
-        except OSError as error:
-            raise _cannot_write(out, error) from error
-        return revisions
-    before = read_json(out / SOURCE, "prepare into another folder")
-    try:
-        pinned = {(name, config): revision for name, config, revision in before["hub"]}
-        revisions = [pinned.get(name) for name in sources.hub]
-        changed = changes(before, describe(settings, sources, held_out, revisions))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SettingError(f"out holds {out / SOURCE}, which data prepare didn't write; {_NEW_FOLDER}") from error
-    if changed:
-        raise SettingError(
-            f"out is {out}, which was begun with another source or other settings ({changed}); prepare into another "
-            "folder, or with what was"
-        )
-    return revisions
-
-
-def _is_begun(out: Path) -> bool:
-    """Whether a folder holds tokens that must not be lost, so that nothing they are made of may change."""
-    if (out / META).exists():
-        return True
-    if not (out / UNFINISHED).exists():
-        return False
-    state = read_json(out / UNFINISHED, _REMOVE)
-    return bool(state) and state["mark"]["documents"]["documents"] > 0
-
-
-def _clear(out: Path) -> None:
-    """Removes what was written before the first tokens that count, for another try."""
-    for path in (*out.glob("*.bin"), *(out / name for name in (SOURCE, DIGESTS, UNFINISHED))):
-        path.unlink(missing_ok=True)
-    for name in (TOKENIZER, f".{TOKENIZER}"):
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _finished(out: Path) -> TokenFolder | None:
-    """The folder's meta.json, if it is finished. Raises SettingError where a file is missing since."""
-    tokens = read_meta(out)
-    if tokens is None:
-        return None
-    if missing := missing_files(out, tokens):
-        raise SettingError(
-            f"out is {out}, which was finished and now lacks {missing[0]} or a part of it; remove the folder to make "
-            "it again"
-        )
-    _remove_state(out)
-    return tokens
-
-
-def _remove_state(out: Path) -> None:
-    for name in (DIGESTS, UNFINISHED):
-        (out / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -222,7 +123,7 @@ def _disk_errors(out: Path, build: "Preparation") -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise _cannot_write(out, error) from error
+            raise cannot_write(out, error) from error
         raise SettingError(
             f"out is {out}, whose disk is full: {build.space_needed()}; free that much, and the same command goes on"
         ) from error
@@ -252,7 +153,7 @@ class Preparation(Build):
     def run(self) -> TokenFolder:
         """Write everything that isn't there yet. Returns what meta.json holds. Raises SettingError and OSError."""
         tokenizer = self._tokenizer()
-        self.state = read_json(self.folder / UNFINISHED, "remove the folder to begin again")
+        self.state = read_json(self.folder / UNFINISHED, REMOVE)
         self._require_space(tokenizer)
         mark = self.state.get("mark")
         reading = self._reading(mark["place"] if mark else None)
@@ -355,10 +256,10 @@ class Preparation(Build):
         try:
             writer.go_on(tokens, seen)
         except ValueError as error:
-            raise SettingError(f"out is {self.folder}, whose {error} is missing or was cut; {_REMOVE}") from error
+            raise SettingError(f"out is {self.folder}, whose {error} is missing or was cut; {REMOVE}") from error
         if writer.hash.hexdigest() != checksum:
             names = f"{writer.shards[0]} to {writer.shards[-1]}"
-            raise SettingError(f"out is {self.folder}, where one of {names} holds other tokens than written; {_REMOVE}")
+            raise SettingError(f"out is {self.folder}, where one of {names} holds other tokens than written; {REMOVE}")
 
     def _read_digests(self, documents: SplitDocuments, count: int) -> None:
         path = self.folder / DIGESTS
@@ -368,7 +269,7 @@ class Preparation(Build):
             while digest := file.read(DIGEST_BYTES):
                 documents.digests.add(digest)
         if len(documents.digests) != count:
-            raise SettingError(f"out is {self.folder}, whose {DIGESTS} was cut or changed; {_REMOVE}")
+            raise SettingError(f"out is {self.folder}, whose {DIGESTS} was cut or changed; {REMOVE}")
         self.digests_on_disk = count
 
     def _stream(

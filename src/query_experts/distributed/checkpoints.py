@@ -20,11 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -33,7 +29,7 @@ from query_experts.common.files import parse_json
 from query_experts.model.tied import check_tied
 
 WRITING = "writing"  # the folder, beside the checkpoints, of one that isn't finished
-FILES = "files.json"  # of a checkpoint: its processes, and the size of each other file
+FILES = "files.json"  # of a checkpoint: the size of each other file
 SHARDED_OPTIMIZER = "optimizer"  # the folder of the ranks' parts
 
 
@@ -80,9 +76,8 @@ class WholeCheckpoints(Trainer):
         barrier()  # every rank's files are there
         self._name_best(run / WRITING / name, run / name)
         if self.args.should_save:
-            put_in_place(run / WRITING / name, run / name, self.args.world_size)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run), self.args.save_total_limit, best)
+            put_in_place(run / WRITING / name, run / name)
+            rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
         barrier()
         if self._to_push is not None:
             self._push_from_checkpoint(self._to_push)
@@ -104,9 +99,8 @@ class WholeCheckpoints(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._is_writing:  # it is pushed from its place, as the push may outlast the writing
-            self._to_push = os.path.join(
-                os.path.dirname(os.path.dirname(checkpoint_folder)), os.path.basename(checkpoint_folder)
-            )
+            written = Path(checkpoint_folder)
+            self._to_push = str(written.parents[1] / written.name)
         else:
             super()._push_from_checkpoint(checkpoint_folder)
 
@@ -194,9 +188,9 @@ def barrier() -> None:
         dist.barrier()
 
 
-def put_in_place(written: Path, final: Path, processes: int) -> None:
+def put_in_place(written: Path, final: Path) -> None:
     """Lists a checkpoint's files in it, and gives it its name, in place of one that has it."""
-    (written / FILES).write_text(json.dumps({"processes": processes, "sizes": sizes(written)}), encoding="utf-8")
+    (written / FILES).write_text(json.dumps({"sizes": sizes(written)}), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     written.replace(final)
     with suppress(OSError):  # another file system's own files in it

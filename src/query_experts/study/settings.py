@@ -60,7 +60,7 @@ class RunSettings(Settings):
     given: ClassVar[frozenset[str]] = frozenset()
     refused = dict.fromkeys(("cp_size", "sp_size"), f"asks for context parallelism, {INSTEAD}") | {
         "pp_size": f"asks for pipeline parallelism, {INSTEAD}",
-        "ep_size": f"asks for expert parallelism, whose experts are those of a feed-forward layer, {INSTEAD}",
+        "ep_size": f"asks for expert parallelism, {INSTEAD}",
     }
 
     out: OutFolder = option("runs/demo", "folder for checkpoints, results and the report", "output", metavar="FOLDER")
