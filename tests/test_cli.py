@@ -434,8 +434,10 @@ def test_generate_refuses_a_dense_checkpoint_a_missing_folder_and_values_out_of_
 def test_an_output_folder_of_another_run_is_refused(run, compared, text, tmp_path, refused):
     refused(options("train", run, text, steps=3), "out is", "steps was 2, now 3")
     refused(options("train", run, text, seed=1), "out is", "arm and seed")
-    refused(options("compare", run, text), "out is", "arm and seed")
-    refused(options("train", compared, text), "out is", "arm and seed")
+    made_by = "which holds what {} has made (arm and seed was {}, now {}); use another folder"
+    one, several = "['gqe', 0]", "'several'"
+    refused(options("compare", run, text, steps=3), made_by.format("train", one, several))
+    refused(options("train", compared, text, steps=3), made_by.format("compare", several, one))
     refused(options("train", tmp_path, write_text(tmp_path / "thesis.txt")), "out is", "other files")
     refused(options("train", tmp_path / "thesis.txt", text), "out is", "a file")
 

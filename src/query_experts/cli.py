@@ -335,10 +335,16 @@ def load_plan(command: str, argv: list[str]) -> Work:
 
 
 def with_preset(argv: list[str]) -> list[str]:
-    """The words with the option that the first one stands for: a preset, or a recipe's file."""
+    """The words with the option that the first one stands for: a preset, or a recipe's file.
+
+    Raises SettingError where that option is there too.
+    """
     if not argv or argv[0].startswith("-"):
         return argv
-    return ["--recipe" if Path(argv[0]).suffix in (".yaml", ".yml") else "--preset", *argv]
+    option = "--recipe" if Path(argv[0]).suffix in (".yaml", ".yml") else "--preset"
+    if any(word.partition("=")[0] == option for word in argv):
+        raise SettingError(f"{option[2:]} is {argv[0]!r}, and {option} is set too; one of them must be left out")
+    return [option, *argv]
 
 
 def load_scaling(command: str, argv: list[str]) -> Work:

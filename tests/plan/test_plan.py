@@ -178,6 +178,8 @@ def test_an_out_that_cannot_be_written_is_refused_before_memory_is_tracked(refus
     [
         (["huge"], "preset is 'huge'; it must be one of 1b, 7b, demo"),
         (["missing.yaml"], "recipe is missing.yaml, which doesn't exist"),
+        (["demo", "--preset", "gpu"], "preset is 'demo', and --preset is set too; one of them must be left out"),
+        (["my.yaml", "--recipe=other.yaml"], "recipe is 'my.yaml', and --recipe is set too"),
         (["distill"], "preset is 'distill', which plan doesn't take"),
         (["demo", "--gpus", "0"], "gpus is 0; it must be 1 or more"),
         (["demo", "--gpu", "abacus"], "gpu is 'abacus'; it must be one of a100-40gb, a100"),

@@ -81,8 +81,10 @@ def test_a_new_folder_has_the_settings_that_an_earlier_version_wrote_in_their_or
 def test_a_changed_setting_and_the_other_command_are_refused_in_a_folder_of_an_earlier_version(fixtures, refused):
     at = DISTILL.index("0.75")
     refused([*DISTILL[:at], "0.5", *DISTILL[at + 1 :], "--out", OLD], "sparsify_fraction was 0.75, now 0.5")
-    refused([*TRAIN, "--out", OLD], "init was 'converted', now None", "teacher was 'dense', now None")
-    refused([*DISTILL, "--out", "train_half_finished"], "init was None, now 'converted'")
+    made_by_distill = "what distill has made (init was 'converted', now None; teacher was 'dense', now None)"
+    refused([*TRAIN, "--out", OLD], made_by_distill)
+    made_by_train = "what train has made (init was None, now 'converted'; teacher was None, now 'dense')"
+    refused([*DISTILL, "--out", "train_half_finished"], made_by_train)
 
 
 @pytest.mark.parametrize(

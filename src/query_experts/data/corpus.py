@@ -159,6 +159,9 @@ def prepare(
                     "split; validation must be left out"
                 )
             return _open(folder, tokens, seq_len, {})
+    for entry in data or ():
+        if read_meta(Path(entry).expanduser()) is not None:
+            raise SettingError(f"data holds {str(entry)!r}, which is a folder of tokens; it must be the only entry")
     sources = find_sources(data)
     held_out = find_validation_files(validation) if validation else None
     folder = Path(cache_dir) / f"corpus-{_fingerprint(settings, sources, held_out)}"

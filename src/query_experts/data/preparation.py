@@ -28,7 +28,7 @@ from query_experts.data.digests import DIGEST_BYTES
 from query_experts.data.documents import SPLITS, Split, SplitDocuments
 from query_experts.data.estimate import estimate
 from query_experts.data.facts import ValidationFile
-from query_experts.data.folder import UNFINISHED, TokenFolder, read_meta, write_folder
+from query_experts.data.folder import UNFINISHED, TokenFolder, write_folder
 from query_experts.data.reading import Reading
 from query_experts.data.shards import ShardWriter, token_dtype
 from query_experts.data.sources import Sources, find_sources
@@ -95,9 +95,6 @@ def prepare_folder(
             were begun with another source or other settings, for a disk without room, and for a worker that died.
     """
     settings.check()
-    for entry in data:
-        if read_meta(Path(entry).expanduser()) is not None:
-            raise SettingError(f"data holds {entry!r}, which is a folder of tokens already; it must be text")
     sources = find_sources(data)
     held_out = find_validation_files(validation) if validation else None
     start = time.monotonic()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from query_experts.common.errors import SettingError
 from query_experts.data import readers
+from query_experts.data.folder import read_meta
 
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
 _FEW_DOCUMENTS = 50
@@ -98,6 +99,8 @@ def find_sources(data: Sequence[str] | None) -> Sources:
         if not name:  # a shell's unset variable; Path("") would be the working directory
             raise SettingError(f"data holds {name!r}; {_ALLOWED}")
         path = Path(name).expanduser()
+        if read_meta(path) is not None:
+            raise SettingError(f"data holds {name!r}, which is a folder of tokens already; it must be text")
         if os.path.lexists(path):
             files += [(_shuffle_key(file.name), file) for file in _files_of(path, name, skipped)]
         elif (match := _HUB_NAME.fullmatch(name)) and readers.format_of(path) is None:

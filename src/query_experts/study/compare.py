@@ -16,6 +16,7 @@ from query_experts.common.errors import SettingError
 from query_experts.common.files import read_json, write_json
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus, CorpusInfo, prepare
+from query_experts.data.tokenizing import load_fast_tokenizer
 from query_experts.distributed.ranks import agreed, first_rank
 from query_experts.model.arms import ARMS
 from query_experts.study.callbacks import StopRequest
@@ -30,7 +31,7 @@ from query_experts.study.results import (
     read_result,
     write_comparison,
 )
-from query_experts.study.settings import CompareSettings, RunSettings
+from query_experts.study.settings import CompareSettings, DistillSettings, RunSettings
 from query_experts.study.train import stop_after, train_arm, training_split
 from query_experts.study.workspace import fingerprint, holds_results, own_folder, refuse_change
 
@@ -170,7 +171,8 @@ def read_fingerprint(out: Path) -> dict[str, Any] | None:
 
 
 def check_corpus(settings: RunSettings, corpus: Corpus) -> None:
-    """Raises SettingError where the tokenizer or the text doesn't fit the settings."""
+    """Raises SettingError where the tokens, the tokenizer or the text don't fit the settings."""
+    check_given_tokens(settings, corpus)
     if corpus.facts.vocab_size > settings.vocab_size:
         raise SettingError(
             f"tokenizer has {corpus.facts.vocab_size} tokens; it must have vocab_size, which is "
@@ -180,6 +182,28 @@ def check_corpus(settings: RunSettings, corpus: Corpus) -> None:
         raise SettingError(
             f"{step_in_words(settings)} is {settings.sequences_per_step}; it must be at most the "
             f"{len(corpus.train)} sequences that data holds"
+        )
+
+
+def check_given_tokens(settings: RunSettings, corpus: Corpus) -> None:
+    """Raises SettingError where `data` is a folder of tokens that were made in another way than the settings ask for.
+
+    Tokens that were made of text just now are as the settings ask.
+    """
+    facts = corpus.facts
+    for name in ("max_bytes", "text_field"):
+        value, own = getattr(settings, name), getattr(facts, name)
+        if name in settings.given and value not in (None, own):
+            raise SettingError(
+                f"{name} is {value!r}, but data is a folder of tokens, made with {own!r}; it must be left out"
+            )
+    if settings.tokenizer in (None, facts.tokenizer):
+        return
+    if load_fast_tokenizer(settings.tokenizer).get_vocab() != corpus.tokenizer.get_vocab():
+        name = "init" if isinstance(settings, DistillSettings) else "tokenizer"
+        raise SettingError(
+            f"{name} is {settings.tokenizer}, but data is a folder of tokens that another tokenizer made, "
+            f"{facts.tokenizer!r}; it must be text, or tokens of this one"
         )
 
 

@@ -95,4 +95,6 @@ def with_model_sizes(settings: DistillSettings, config: GQEConfig) -> DistillSet
             f"seq_len is {settings.seq_len}; it must be at most init's max_position_embeddings, "
             f"{config.max_position_embeddings}"
         )
-    return dataclasses.replace(settings, **sizes, tokenizer=settings.init)
+    sized = dataclasses.replace(settings, **sizes, tokenizer=settings.init)
+    sized.given = settings.given  # type: ignore[misc]
+    return sized

@@ -40,12 +40,14 @@ def train_one(
         return report_stop(settings, stop, console)
     if run.diverged:
         raise SettingError(divergence(settings, run))
-    before = f"{run.validation_curve[0][1]:.4f} at the start, " if start is not None else ""
-    before += f"teacher's {run.teacher_loss:.4f}, " if run.teacher_loss is not None else ""
+    others = [f"{run.validation_curve[0][1]:.4f} at the start"] if start is not None else []
+    others += [f"the teacher's is {run.teacher_loss:.4f}"] if run.teacher_loss is not None else []
+    beside = f" ({'; '.join(others)})" if others else ""
     console.print(
         Text(
-            f"{arm} seed {settings.seed}: validation loss {before}{run.validation_loss:.4f} after "
-            f"{run.train_tokens:,} tokens at {run.tokens_per_s:,.0f} tokens/s. Model: {out / 'model'}"
+            f"{arm} seed {settings.seed}: validation loss {run.validation_loss:.4f}{beside} after "
+            f"{run.train_tokens:,} tokens, trained at {run.tokens_per_s:,.0f} tokens/s without validation. "
+            f"Model: {out / 'model'}"
         )
     )
     return True

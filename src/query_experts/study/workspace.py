@@ -20,6 +20,7 @@ from query_experts.study.settings import CompareSettings, DistillSettings, RunSe
 LOCK = ".lock"
 RANKS = "processes with data of their own"
 PLAN = ("plan.json", "plan.png", "plan.svg")  # what `plan` writes, maybe to where the run will be
+TELLING = ("arm and seed", "init", "teacher")  # tell the commands apart
 # places, what computes, what is watched, the number of results, and what the hash of the data covers
 FREE_TO_CHANGE = {"out", "device", "kernels", "stop_after_minutes", "arms", "seeds", "arm", "seed",
                   "prefill_lengths", "prefill_repeats", "data", "validation", "tokenizer", "cache_dir",
@@ -73,8 +74,19 @@ def refuse_change(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     if "global_batch_size" in changed:  # which stands for these
         changed = [name for name in changed if name not in ("batch_size", "gradient_accumulation_steps", RANKS)]
     if changed:
+        what = "a run with other settings"
+        if (command := _command(before)) != _command(now):
+            what = f"what {command} has made"
+            changed = [name for name in changed if name in TELLING]
         listing = "; ".join(_change(name, before.get(name), now.get(name)) for name in changed)
-        raise SettingError(f"out is {folder}, which holds a run with other settings ({listing}); use another folder")
+        raise SettingError(f"out is {folder}, which holds {what} ({listing}); use another folder")
+
+
+def _command(kept: dict[str, Any]) -> str:
+    """The command that a fingerprint is of."""
+    if kept.get("arm and seed") == "several":
+        return "compare"
+    return "train" if kept.get("init") is None else "distill"
 
 
 def _defaults() -> dict[str, Any]:
