@@ -84,6 +84,20 @@ def decode_speed(result: Any, arm: str, batch: str, *lengths: str) -> list[str]:
     return [median_ratio(point["seconds"]["dense"], point["seconds"][arm]) for point in chosen]
 
 
+def microseconds(result: Any, arm: str, *batches: str) -> list[str]:
+    """Of routing within a step and alone, at each batch."""
+    steps = [result["steps"][batch][arm] for batch in batches]
+    return [f"{1e6 * seconds:.0f}" for step in steps for seconds in (step["stages"]["route"], step["route_alone"])]
+
+
+def telemetry_share(result: Any, arm: str) -> list[str]:
+    """The percentage of training that telemetry takes."""
+    spent, whole = (
+        statistics.median(result[key][name]) for key, name in (("in_telemetry", arm), ("seconds", "without"))
+    )
+    return [f"{100 * spent / whole:.1f}"]
+
+
 def share_of_layer(result: Any, length: str, *stages: str) -> list[str]:
     """Share of a layer's time that the stages take together."""
     (point,) = (p for p in result["points"] if p["suite"] == "parts" and str(p["length"]) == length)
@@ -186,6 +200,7 @@ FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "flipped": flipped,
     "gqe-behind-static": gqe_behind_static,
     "loss-by-kernels": loss_by_kernels,
+    "microseconds": microseconds,
     "one-loss": one_loss,
     "operators": operators,
     "reach": reach,
@@ -194,6 +209,7 @@ FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "speed": speed,
     "spread": spread,
     "spread-by-kernels": spread_by_kernels,
+    "telemetry-share": telemetry_share,
     "tokens": tokens,
     "training-speed": training_speed,
 }

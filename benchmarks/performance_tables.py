@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from transformers import LlamaConfig
 
+import decode_profile
 import sparse_projection
 from page_tables import markdown, with_tables
 from query_experts import GQEConfig
@@ -191,7 +192,21 @@ def selected_only() -> str:
     return markdown(rows)
 
 
+def profiled() -> str:
+    """Median microseconds of each stage of a step over a short cache, by batch and arm."""
+    batches = decode_profile.read_profile().steps
+    columns = [(batch, arm, step) for batch, arms in batches.items() for arm, step in arms.items()]
+    rows = [["stage, µs", *(f"`{arm}`, batch {batch}" for batch, arm, _ in columns)]]
+    for stage in decode_profile.STAGES:
+        spent = [step.stages[stage] for *_, step in columns]
+        rows.append([stage, *(f"{1e6 * seconds:.0f}" if seconds else text.DASH for seconds in spent)])
+    rows.append(["step", *(f"{1e6 * step.clocked:.0f}" for *_, step in columns)])
+    rows.append(["step without clocks", *(f"{1e6 * statistics.median(step.seconds):.0f}" for *_, step in columns)])
+    return markdown(rows)
+
+
 TABLES = {
+    "decode-profile": profiled,
     "parts": lambda: parts(PARTS),
     "gpu-parts": lambda: parts(GPU_PARTS),
     "gpu-decode-ways": gpu_decode_ways,

@@ -8,6 +8,7 @@ import torch
 from query_experts.common.errors import SettingError
 from query_experts.model import costs
 from query_experts.study.ladder.settings import LOGS, parameters_without_embeddings, read_ladder
+from query_experts.study.settings import RunSettings
 from query_experts.study.train import new_model
 from queue_helpers import LADDER, RUNG, scaling, write_ladder
 
@@ -51,6 +52,11 @@ def test_tokens_follow_the_parameters_of_dense_without_embeddings(tmp_path):
         ({"budgets": [0.3, 1]}, "budgets hold 0.3; each must be a multiple of 0.125"),
         ({"settings": {"steps": 5}}, "settings holds 'steps'; it must hold some of"),
         ({"settings": {"out": "x"}}, "settings holds 'out'"),
+        ({"settings": {"tp_size": 2}}, "settings holds 'tp_size'; it must hold some of"),
+        ({"settings": {"report_to": ["wandb"]}}, "settings holds 'report_to'; it must hold some of"),
+        ({"learning_rate_factors": {"best": 2}}, "learning_rate_factors hold 'best'; it must be one of dense, static"),
+        ({"learning_rate_factors": {"gqe": 0}}, "learning_rate_factors"),
+        ({"learning_rate_factors": {"gqe": float("nan")}}, "learning_rate_factors"),
         ({"rungs": {"small": {"hidden": 1}, "large": {}}}, "rungs.small holds 'hidden'"),
         ({"rungs": {"small": RUNG, "large": RUNG | {"num_attention_heads": 3}}}, "run large-dense-seed0 can't be"),
         ({"rungs": {"small": RUNG | {"learning_rate": -1.0}, "large": RUNG}}, "learning_rate is -1.0"),
@@ -169,6 +175,22 @@ def test_a_rung_can_not_be_named_like_an_arm(tmp_path):
 def test_a_sweep_must_hold_numbers_each_once(tmp_path, values):
     words = f"plan.0.vary.learning_rate is {values!r}; it must be a list of numbers, each once"
     assert words in refusal(write_ladder(tmp_path, **one_run(vary={"learning_rate": values})))
+
+
+def test_an_arm_can_have_a_learning_rate_of_its_own(tmp_path):
+    plan = [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 1}]
+    plan += [plan[0] | {"vary": {"learning_rate": [0.5]}}]
+    factors = {"gqe": 1.5, "half": 3}
+
+    def written(rate: dict) -> Path:
+        rungs = {name: values | rate for name, values in LADDER["rungs"].items()}
+        return write_ladder(tmp_path, plan=plan, rungs=rungs, learning_rate_factors=factors)
+
+    for rate, own in (({"learning_rate": 0.25}, 0.25), ({}, RunSettings.learning_rate)):
+        ladder = read_ladder(written(rate))
+        rates = [ladder.run_settings(run).learning_rate for run in ladder.runs()]
+        assert rates == [own, own * 1.5, 0.5, 0.5]  # a rate that is swept is the run's
+    assert "learning_rate is 'high'; it must be a number" in refusal(written({"learning_rate": "high"}))
 
 
 def test_whole_numbers_can_be_swept(tmp_path):

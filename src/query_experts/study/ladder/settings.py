@@ -26,7 +26,7 @@ from query_experts.common.fields import (
     argument,
     option,
 )
-from query_experts.common.settings import validate
+from query_experts.common.settings import default_of, validate
 from query_experts.common.yaml_reader import read_yaml
 from query_experts.model import costs
 from query_experts.model.arms import ARMS, ModelSize, arm_config, build, check_arms, in_order
@@ -40,10 +40,11 @@ MOST_STEPS = 10_000_000
 MOST_OF_A_NUMBER = 1_000_000  # of whole ones, so that no product overflows
 RUNG_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,39}")  # hyphens stand between the parts of a result's file name
 DEFAULTS = {"device": "cpu", "validation_sequences": None}  # where they differ from those of `train`
-# the ladder or the queue sets these for each run; kernels are always chosen automatically
+# the ladder or the queue sets these for each run; kernels are always chosen automatically; a run has one process
 SET_FOR_A_RUN = {
     "data", "validation", "max_bytes", "out", "cache_dir", "stop_after_minutes", "steps", "warmup_fraction",
-    "decay_fraction", "evaluations", "kernels",
+    "decay_fraction", "evaluations", "kernels", "fsdp_size", "tp_size", "rank_timeout_minutes", "keep", "report_to",
+    "telemetry", "log_every", "peak_flops",
 }  # fmt: skip
 OF_ALL_RUNGS = {"seq_len", "vocab_size", "text_field", "tokenizer", "validation_sequences"}  # they make the tokens
 ALLOWED = {f.name for f in dataclasses.fields(RunSettings)} - SET_FOR_A_RUN
@@ -176,6 +177,8 @@ class Ladder:
         tag: The name of the code that the queue runs, as results keep it; None for any code.
         commit: The commit of that code.
         tokens_per_parameter: Training tokens for each parameter of the dense arm, embeddings not counted.
+        learning_rate_factors: Arm -> what its learning rate is of its rung's; 1 for other arms. A rate that `vary` sets
+            stays as it is.
         budgets: Shares of a rung's tokens for which there are results, rising, the last is 1.
         threads: Threads of a worker on a CPU.
         settings: Settings of every run, as `query-experts train` has them. `device` is cpu by default, and the
@@ -194,6 +197,7 @@ class Ladder:
     settings: dict[str, Any]
     rungs: dict[str, dict[str, Any]]
     plan: list[Entry]
+    learning_rate_factors: dict[str, Annotated[float, Bounds(above=0, most=1000)]] = field(default_factory=dict)
     threads: Count = 1
     data_hash: str | None = None
     tag: str | None = None
@@ -227,6 +231,14 @@ class Ladder:
     def _given(self, rung: str) -> dict[str, Any]:
         return DEFAULTS | self.settings | self.rungs[rung]
 
+    def _given_to(self, run: Run) -> dict[str, Any]:
+        """What the file sets for a run."""
+        given = self._given(run.rung)
+        rate = given.get("learning_rate", default_of(RunSettings, "learning_rate"))
+        if run.arm in self.learning_rate_factors and isinstance(rate, int | float):
+            given["learning_rate"] = rate * self.learning_rate_factors[run.arm]
+        return given | dict(run.varied)
+
     def flops_per_token(self, run: Run) -> float:
         """Active FLOPs of training, for a token."""
         settings = self.run_settings(run)
@@ -238,7 +250,7 @@ class Ladder:
         return dataclasses.replace(settings, steps=self.steps(settings))
 
     def _without_steps(self, run: Run) -> RunSettings:
-        given = self._given(run.rung) | dict(run.varied)
+        given = self._given_to(run)
         return RunSettings(**given, data=[*self.data], validation=[*self.validation], max_bytes=None)
 
     def steps(self, settings: RunSettings) -> int:
@@ -251,7 +263,7 @@ class Ladder:
 
     def check_run(self, run: Run) -> None:
         """Raises SettingError for a setting of a run that can't be used."""
-        given = self._given(run.rung) | dict(run.varied)
+        given = self._given_to(run)
         for name, allowed in (("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16"))):
             value = given.get(name, "auto")
             if value not in allowed:
@@ -357,6 +369,9 @@ def _check_settings(ladder: Ladder) -> None:
 def _check_plan(ladder: Ladder) -> None:
     if not ladder.plan:
         raise SettingError("plan is empty; it must hold an entry")
+    for name in ladder.learning_rate_factors:
+        if name not in ARMS:
+            raise SettingError(f"learning_rate_factors hold {name!r}; it must be one of {', '.join(ARMS)}")
     for number, entry in enumerate(ladder.plan):
         for names, allowed in ((entry.rungs, ladder.rungs), (entry.arms, ARMS)):
             for name in names:

@@ -1,0 +1,179 @@
+"""Profiles one token of decoding on a CPU, stage by stage, for the layer of each arm over a short static cache.
+
+    python benchmarks/decode_profile.py    # on an idle machine, a minute; writes results/decode-profile.json
+
+A step over a short cache is made of calls, so its time isn't where its FLOPs are. Each stage is timed within whole
+steps, by a clock around the function that does it; two readings of a clock take less than a tenth of a microsecond.
+What no stage holds is `rest`: Python between them. Steps without clocks are timed as well, and routing by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from pydantic import TypeAdapter
+from rich.console import Console
+from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+
+from query_experts.bench.models import Layer
+from query_experts.bench.settings import BenchSettings
+from query_experts.common.environment import Environment, environment
+from query_experts.common.files import write_json
+from query_experts.common.timing import time_interleaved
+from query_experts.layers import attention
+
+RESULT = Path(__file__).resolve().parent / "results" / "decode-profile.json"
+ARMS = ("dense", "static", "gqe")
+STAGES = ("route", "project", "rotate", "cache", "attend", "combine", "output projection", "rest")
+WARM_UP = 20  # steps, in the second of which weights are packed
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one arm.
+
+    Attributes:
+        seconds: Of a whole step without clocks, one for each repeat.
+        clocked: Of a whole step with clocks, the median over steps.
+        stages: Of each stage, medians over steps, and `rest`.
+        route_alone: Of routing called in a loop in which nothing else runs, the median over repeats; None without it.
+    """
+
+    seconds: list[float]
+    clocked: float
+    stages: dict[str, float]
+    route_alone: float | None
+
+
+@dataclass(frozen=True)
+class DecodeProfile:
+    """All of the result file. steps: by batch, then by arm."""
+
+    cached: int
+    environment: Environment
+    steps: dict[int, dict[str, Step]]
+
+
+def read_profile(file: Path = RESULT) -> DecodeProfile:
+    return TypeAdapter(DecodeProfile).validate_json(file.read_bytes())
+
+
+class Clocks:
+    """The seconds that each stage takes in a step."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(STAGES, 0.0)
+
+    def around(self, function: Callable[..., Any], stage: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.spent[stage] += time.perf_counter() - began
+
+        return timed
+
+
+@contextmanager
+def clocked(layer: Layer, clocks: Clocks) -> Iterator[None]:
+    """Has the layer's stages read the clocks. None of them calls another."""
+    module: Any = layer.module
+    if isinstance(module, attention.GQEAttention):
+        places = [
+            (module, "route", "route"), (module, "project", "project"), (attention, "rotate", "rotate"),
+            (StaticCache, "update", "cache"), (attention, "attend", "attend"), (module, "combine", "combine"),
+            (module.o_proj, "forward", "output projection"),
+        ]  # fmt: skip
+    else:
+        projections = [(getattr(module, name), "forward", "project") for name in ("q_proj", "k_proj", "v_proj")]
+        places = [
+            *projections, (modeling_llama, "apply_rotary_pos_emb", "rotate"), (StaticCache, "update", "cache"),
+            (module.o_proj, "forward", "output projection"),
+        ]  # fmt: skip
+    with ExitStack() as stack:
+        for owner, name, stage in places:
+            stack.enter_context(mock.patch.object(owner, name, clocks.around(getattr(owner, name), stage)))
+        if not isinstance(module, attention.GQEAttention):
+            backend = module.config._attn_implementation
+            attend = clocks.around(ALL_ATTENTION_FUNCTIONS[backend], "attend")
+            stack.enter_context(mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping, {backend: attend}))
+        yield
+
+
+def profile(layer: Layer, call: Callable[[], object], steps: int) -> tuple[float, dict[str, float]]:
+    """Median seconds of a step with clocks, and of each of its stages."""
+    whole: list[float] = []
+    stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    clocks = Clocks()
+    with clocked(layer, clocks):
+        for step in range(WARM_UP + steps):
+            clocks.spent = dict.fromkeys(STAGES, 0.0)
+            began = time.perf_counter()
+            call()
+            taken = time.perf_counter() - began
+            if step < WARM_UP:
+                continue
+            whole.append(taken)
+            clocks.spent["rest"] = taken - sum(clocks.spent.values())
+            for stage, spent in clocks.spent.items():
+                stages[stage].append(spent)
+    return statistics.median(whole), {stage: statistics.median(spent) for stage, spent in stages.items()}
+
+
+def measure(batch: int, cached: int, steps: int, repeats: int) -> dict[str, Step]:
+    settings = BenchSettings(device="cpu", kernels="torch")
+    layers = {arm: Layer(settings, arm, "cpu", cached + 1) for arm in ARMS}
+    calls = {arm: layer.cached("static", batch, cached, 1) for arm, layer in layers.items()}
+    seconds = time_interleaved(calls, repeats, "cpu")
+    profiles = {arm: profile(layers[arm], calls[arm], steps) for arm in ARMS}
+    alone = {arm: route_alone(layers[arm], batch, repeats) for arm in ARMS}
+    return {
+        arm: Step(
+            [round(value, 7) for value in seconds[arm]],
+            round(whole, 7),
+            {stage: round(spent, 7) for stage, spent in stages.items()},
+            alone[arm],
+        )
+        for arm, (whole, stages) in profiles.items()
+    }
+
+
+@torch.no_grad()
+def route_alone(layer: Layer, batch: int, repeats: int) -> float | None:
+    module: Any = layer.module
+    if getattr(module, "router", None) is None:
+        return None
+    x = layer.hidden(batch, 1)
+    return round(statistics.median(time_interleaved({"route": lambda: module.route(x)}, repeats, "cpu")["route"]), 7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cached", type=int, default=16, help="tokens in the cache")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    chosen = parser.parse_args()
+    measured = {batch: measure(batch, chosen.cached, chosen.steps, chosen.repeats) for batch in chosen.batch_sizes}
+    write_json(chosen.out, asdict(DecodeProfile(chosen.cached, environment("cpu", "bfloat16"), measured)))
+    for batch, arms in measured.items():
+        for arm, step in arms.items():
+            stages = ", ".join(f"{stage} {spent * 1e6:.0f}" for stage, spent in step.stages.items() if spent)
+            Console().print(f"batch {batch}, {arm}: {statistics.median(step.seconds) * 1e6:.0f} µs; by stage: {stages}")
+
+
+if __name__ == "__main__":
+    main()
