@@ -35,6 +35,7 @@ docs/comparing
 docs/converting
 docs/evaluating
 docs/scaling
+docs/results
 docs/integrations
 examples/README
 docs/serving

@@ -22,6 +22,7 @@ PAGES = [README, NOTEBOOK, *sorted((ROOT / "docs").glob("*.md"))]
 TABLE_SCRIPTS = {  # and their number of tables, at least
     "benchmarks/conversion_tables.py": 5,
     "benchmarks/demo_spread.py": 1,
+    "benchmarks/ladder_tables.py": 5,
     "benchmarks/performance_tables.py": 5,
     "benchmarks/plan_tables.py": 2,
     "benchmarks/predict_kernels.py": 2,

@@ -151,7 +151,8 @@ def difference_figure(comparison: Comparison) -> Figure | None:
         axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter(lambda value, _: text.signed(value, 3) if value else "0")
         axes.set_title(f"difference from {base}", fontsize=9.5, color=INK)
-    figure.supxlabel("validation loss minus that of the baseline, by seed: left is better", fontsize=9, color=FAINT)
+    title = "validation loss minus that of the baseline, nats a token, by seed: left is better"
+    figure.supxlabel(title, fontsize=9, color=FAINT)
     return figure
 
 

@@ -40,8 +40,9 @@ def findings_table(comparison: Comparison) -> Table:
     notes = [note for control, note in CONTROL_NOTES.items() if control in {each.baseline for each in found}]
     return Table(
         title="Findings",
-        note="Validation loss of an arm minus that of its baseline, with the same seed and the same tokens: the mean "
-        f"over seeds, its 95% interval, and the number of seeds on which it is lower. {' '.join(notes)}",
+        note="Validation loss of an arm, in nats a token, minus that of its baseline with the same seed and the same "
+        "tokens: the mean over seeds, its 95% interval, and the number of seeds on which it is lower. "
+        f"{' '.join(notes)}",
         head=["arm", "baseline", "loss", "difference", "lower on", "certainty"],
         body=[
             [each.arm, each.baseline, _verdict(each), _difference(each), _lower_on(each), _certainty(each)]

@@ -1,0 +1,53 @@
+"""The tables of docs/results.md, on results that were made up."""
+
+import dataclasses
+
+import pytest
+
+import ladder_tables
+from query_experts.study.ladder.results import LadderResult
+
+
+@pytest.fixture
+def results(monkeypatch) -> list[LadderResult]:
+    """Every run of the ladder's smallest rung; seed s of an arm has its place among the arms and s / 100 as loss."""
+    ladder, _ = ladder_tables.ladder_of("cpu")
+    first = ladder_tables.ladder_of("rates")[1][0]
+    arms = ladder.arms()
+    made = [
+        dataclasses.replace(
+            first, ladder="cpu", rung=run.rung, variant="", arm=run.arm, seed=run.seed, budget=budget,
+            validation_loss=arms.index(run.arm) + run.seed / 100,
+        )
+        for run in ladder.runs() if run.rung == "d64" for budget in ladder.budgets
+    ]  # fmt: skip
+    found = ladder_tables.ladder_of
+    monkeypatch.setattr(ladder_tables, "ladder_of", lambda name: (ladder, made) if name == "cpu" else found(name))
+    return made
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+
+
+def test_a_complete_rung_has_its_differences_at_every_budget(results):
+    head, _, *found = rows(ladder_tables.gaps())
+    assert head[2:5] == ["`gqe` - `static`", "`gqe` - `dense`", "`gqe` - `half`"]
+    assert [row[0] for row in found] == ["d64"] * 3
+    assert all(row[3].startswith("+4.0000 [+4.0000, +4.0000] 10 pairs") for row in found)
+    assert not any("–" in cell for row in found for cell in row)
+    assert {row[0]: row[3] for row in rows(ladder_tables.done())[2:]}["d64"] == "10 of 10"
+
+
+def test_a_rung_that_lacks_a_run_at_a_budget_is_not_shown_there(results):
+    missing = next(result for result in results if (result.arm, result.seed, result.budget) == ("gqe-m4", 9, 1))
+    results.remove(missing)
+    assert len(rows(ladder_tables.gaps())) == 2 + 2
+    assert "9 of 10" in ladder_tables.done()
+    results.clear()
+    assert ladder_tables.gaps() == "No rung is complete yet, so nothing is known."
+
+
+def test_other_arms_need_not_be_complete(results):
+    results.remove(next(result for result in results if result.arm == "gqe-m8"))
+    assert len(rows(ladder_tables.gaps())) == 2 + 3
