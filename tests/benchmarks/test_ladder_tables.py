@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import ladder_tables
+from query_experts.common import formatting as text
 from query_experts.study.ladder.results import LadderResult
 
 
@@ -35,7 +36,7 @@ def test_a_complete_rung_has_its_differences_at_every_budget(results):
     assert head[2:5] == ["`gqe` - `static`", "`gqe` - `dense`", "`gqe` - `half`"]
     assert [row[0] for row in found] == ["d64"] * 3
     assert all(row[3].startswith("+4.0000 [+4.0000, +4.0000] 10 pairs") for row in found)
-    assert not any("–" in cell for row in found for cell in row)
+    assert not any(text.MISSING in cell for row in found for cell in row)
     assert {row[0]: row[3] for row in rows(ladder_tables.done())[2:]}["d64"] == "10 of 10"
 
 
