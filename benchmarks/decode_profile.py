@@ -3,8 +3,8 @@
     python benchmarks/decode_profile.py    # on an idle machine, a minute; writes results/decode-profile.json
 
 A step over a short cache is made of calls, so its time isn't where its FLOPs are. Each stage is timed within whole
-steps, by a clock around the function that does it; two readings of a clock take less than a tenth of a microsecond.
-What no stage holds is `rest`: Python between them. Steps without clocks are timed as well, and routing by itself.
+steps, by a clock around the function that does it. What no stage holds is `rest`: Python between them. Steps without
+clocks are timed as well, and routing by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from query_experts.bench.models import Layer
 from query_experts.bench.settings import BenchSettings
 from query_experts.common.environment import Environment, environment
 from query_experts.common.files import write_json
-from query_experts.common.timing import time_interleaved
 from query_experts.layers import attention
 
 RESULT = Path(__file__).resolve().parent / "results" / "decode-profile.json"
@@ -44,13 +43,13 @@ class Step:
     """A step of one arm.
 
     Attributes:
-        seconds: Of a whole step without clocks, one for each repeat.
-        clocked: Of a whole step with clocks, the median over steps.
-        stages: Of each stage, medians over steps, and `rest`.
-        route_alone: Of routing called in a loop in which nothing else runs, the median over repeats; None without it.
+        plain: Seconds of a whole step without clocks. All are medians over steps that are timed one by one.
+        clocked: Of a whole step with clocks.
+        stages: Of each stage, and `rest`.
+        route_alone: Of routing called in a loop in which nothing else runs; None without it.
     """
 
-    seconds: list[float]
+    plain: float
     clocked: float
     stages: dict[str, float]
     route_alone: float | None
@@ -70,25 +69,30 @@ def read_profile(file: Path = RESULT) -> DecodeProfile:
 
 
 class Clocks:
-    """The seconds that each stage takes in a step."""
+    """The seconds that each stage takes in a step. Raises RuntimeError where one runs within another."""
 
     def __init__(self) -> None:
         self.spent = dict.fromkeys(STAGES, 0.0)
+        self.running: str | None = None
 
     def around(self, function: Callable[..., Any], stage: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.running is not None:
+                raise RuntimeError(f"{stage} runs within {self.running}, and would be counted twice")
+            self.running = stage
             began = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.spent[stage] += time.perf_counter() - began
+                self.running = None
 
         return timed
 
 
 @contextmanager
 def clocked(layer: Layer, clocks: Clocks) -> Iterator[None]:
-    """Has the layer's stages read the clocks. None of them calls another."""
+    """Has the layer's stages read the clocks."""
     module: Any = layer.module
     if isinstance(module, attention.GQEAttention):
         places = [
@@ -132,31 +136,27 @@ def profile(layer: Layer, call: Callable[[], object], steps: int) -> tuple[float
     return statistics.median(whole), {stage: statistics.median(spent) for stage, spent in stages.items()}
 
 
-def measure(batch: int, cached: int, steps: int, repeats: int) -> dict[str, Step]:
-    settings = BenchSettings(device="cpu", kernels="torch")
-    layers = {arm: Layer(settings, arm, "cpu", cached + 1) for arm in ARMS}
-    calls = {arm: layer.cached("static", batch, cached, 1) for arm, layer in layers.items()}
-    seconds = time_interleaved(calls, repeats, "cpu")
-    profiles = {arm: profile(layers[arm], calls[arm], steps) for arm in ARMS}
-    alone = {arm: route_alone(layers[arm], batch, repeats) for arm in ARMS}
-    return {
-        arm: Step(
-            [round(value, 7) for value in seconds[arm]],
-            round(whole, 7),
-            {stage: round(spent, 7) for stage, spent in stages.items()},
-            alone[arm],
-        )
-        for arm, (whole, stages) in profiles.items()
-    }
+def median_seconds(call: Callable[[], object], steps: int) -> float:
+    """Of calls that are timed one by one."""
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return round(statistics.median(seconds[WARM_UP:]), 7)
 
 
 @torch.no_grad()
-def route_alone(layer: Layer, batch: int, repeats: int) -> float | None:
-    module: Any = layer.module
-    if getattr(module, "router", None) is None:
-        return None
-    x = layer.hidden(batch, 1)
-    return round(statistics.median(time_interleaved({"route": lambda: module.route(x)}, repeats, "cpu")["route"]), 7)
+def measure(arm: str, batch: int, cached: int, steps: int) -> Step:
+    layer = Layer(BenchSettings(device="cpu", kernels="torch"), arm, "cpu", cached + 1)
+    call = layer.cached("static", batch, cached, 1)
+    plain = median_seconds(call, steps)
+    whole, stages = profile(layer, call, steps)
+    alone, module, x = None, layer.module, layer.hidden(batch, 1)
+    if isinstance(module, attention.GQEAttention) and module.router is not None:
+        route = module.route
+        alone = median_seconds(lambda: route(x), steps)
+    return Step(plain, round(whole, 7), {stage: round(spent, 7) for stage, spent in stages.items()}, alone)
 
 
 def main() -> None:
@@ -164,15 +164,16 @@ def main() -> None:
     parser.add_argument("--cached", type=int, default=16, help="tokens in the cache")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
-    measured = {batch: measure(batch, chosen.cached, chosen.steps, chosen.repeats) for batch in chosen.batch_sizes}
+    measured = {
+        batch: {arm: measure(arm, batch, chosen.cached, chosen.steps) for arm in ARMS} for batch in chosen.batch_sizes
+    }
     write_json(chosen.out, asdict(DecodeProfile(chosen.cached, environment("cpu", "bfloat16"), measured)))
     for batch, arms in measured.items():
         for arm, step in arms.items():
             stages = ", ".join(f"{stage} {spent * 1e6:.0f}" for stage, spent in step.stages.items() if spent)
-            Console().print(f"batch {batch}, {arm}: {statistics.median(step.seconds) * 1e6:.0f} µs; by stage: {stages}")
+            Console().print(f"batch {batch}, {arm}: {step.plain * 1e6:.0f} µs; by stage: {stages}")
 
 
 if __name__ == "__main__":

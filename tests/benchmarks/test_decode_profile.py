@@ -1,4 +1,4 @@
-"""The profile of a decoding step: every stage is clocked, the stages fill the step, and nothing stays patched."""
+"""The profile of a decoding step: every stage is clocked once, and nothing stays patched."""
 
 import pytest
 from transformers import StaticCache
@@ -11,7 +11,7 @@ from query_experts.layers import attention
 
 
 @pytest.mark.parametrize("arm", decode_profile.ARMS)
-def test_the_stages_of_a_step_add_up_to_it(arm):
+def test_each_stage_of_a_step_is_clocked(arm):
     settings = BenchSettings(
         device="cpu", kernels="torch", hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16
     )
@@ -26,7 +26,16 @@ def test_the_stages_of_a_step_add_up_to_it(arm):
     )  # fmt: skip
     own = set(decode_profile.STAGES) - ({"route", "combine"} if arm == "dense" else set())
     assert {stage for stage, spent in stages.items() if spent > 0} == own
-    assert sum(stages.values()) == pytest.approx(whole, rel=0.2)  # medians of parts
+    assert sum(spent for stage, spent in stages.items() if stage != "rest") < whole
+
+
+def test_a_stage_within_another_is_refused():
+    clocks = decode_profile.Clocks()
+    inner = clocks.around(lambda: None, "rotate")
+    clocks.around(lambda: None, "attend")()
+    with pytest.raises(RuntimeError, match="rotate runs within attend, and would be counted twice"):
+        clocks.around(inner, "attend")()
+    inner()  # after an error too
 
 
 def test_the_committed_profile_has_all_arms():

@@ -1,6 +1,7 @@
 """Training on a folder of tokens: its own tokenizer and limits count, and settings that ask for others are refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,36 @@ def test_settings_that_the_tokens_were_made_with_are_taken(tmp_path, tokens):
     assert main(options("train", tmp_path / "all", tokens, max_bytes="none")) == 0
     losses = [json.loads((tmp_path / name / "result.json").read_text())["validation_loss"] for name in ("out", "all")]
     assert losses[0] == losses[1]
+
+
+def test_a_run_that_has_begun_goes_on_whatever_its_settings_say_of_the_same_tokens(tmp_path, tokens, capsys):
+    """Earlier versions trained with settings that the tokens weren't made with, and text may give way to its tokens."""
+    text = write_text(tmp_path / "text.txt")
+    begun = options("train", tmp_path / "out", text, steps=4, max_bytes=20_001, stop_after_minutes=0)
+    assert main(begun) == 1
+    (made,) = (tmp_path / "out" / "cache").glob("corpus-*")
+    meta = json.loads((made / "meta.json").read_text())
+    meta["info"]["max_bytes"] = None
+    (made / "meta.json").write_text(json.dumps(meta))
+    made.rename(tmp_path / "T")
+    goes_on = options("train", tmp_path / "out", tmp_path / "T", steps=4, max_bytes=20_001)
+    assert main(goes_on) == 0
+    assert main(options("train", tmp_path / "new", tmp_path / "T", max_bytes=20_001)) == 2
+    assert "but data is a folder of tokens, made with all of the text; it must be left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mine", "trained"])
+def test_a_tokenizer_is_compared_and_not_its_name(tmp_path, tokens, monkeypatch, refused, name):
+    made, other = tmp_path / "made", tmp_path / "other"
+    shutil.copytree(tokens / "tokenizer", made / name)
+    shutil.copytree(FIXTURES / "dense", other / name)
+    text = write_text(tmp_path / "text.txt")
+    monkeypatch.chdir(made)
+    assert main(["data", "prepare", text, "--tokenizer", name, "--out", str(tmp_path / "T"), "--workers", "1"]) == 0
+    monkeypatch.chdir(other)
+    refused(options("train", tmp_path / "out", tmp_path / "T", tokenizer=name), "that another tokenizer made")
+    monkeypatch.chdir(made)
+    assert main(options("train", tmp_path / "out", tmp_path / "T", tokenizer=name)) == 0
 
 
 def test_distill_refuses_tokens_of_another_tokenizer(tmp_path, tokens, refused):

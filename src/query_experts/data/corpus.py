@@ -159,7 +159,7 @@ def prepare(
                     "split; validation must be left out"
                 )
             return _open(folder, tokens, seq_len, {})
-    for entry in data or ():
+    for entry in data if isinstance(data, list | tuple) else ():
         if read_meta(Path(entry).expanduser()) is not None:
             raise SettingError(f"data holds {str(entry)!r}, which is a folder of tokens; it must be the only entry")
     sources = find_sources(data)

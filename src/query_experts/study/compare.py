@@ -154,6 +154,8 @@ def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:
         validation=settings.validation,
     )
     check_corpus(settings, corpus)
+    if kept is None:  # else the tokens' hash tells
+        check_given_tokens(settings, corpus)
     current |= {"data_hash": corpus.facts.data_hash}
     if kept is not None:
         refuse_change(kept, current, out)
@@ -171,8 +173,7 @@ def read_fingerprint(out: Path) -> dict[str, Any] | None:
 
 
 def check_corpus(settings: RunSettings, corpus: Corpus) -> None:
-    """Raises SettingError where the tokens, the tokenizer or the text don't fit the settings."""
-    check_given_tokens(settings, corpus)
+    """Raises SettingError where the tokenizer or the text doesn't fit the settings."""
     if corpus.facts.vocab_size > settings.vocab_size:
         raise SettingError(
             f"tokenizer has {corpus.facts.vocab_size} tokens; it must have vocab_size, which is "
@@ -195,14 +196,16 @@ def check_given_tokens(settings: RunSettings, corpus: Corpus) -> None:
         value, own = getattr(settings, name), getattr(facts, name)
         if name in settings.given and value not in (None, own):
             raise SettingError(
-                f"{name} is {value!r}, but data is a folder of tokens, made with {own!r}; it must be left out"
+                f"{name} is {value!r}, but data is a folder of tokens, made with "
+                f"{'all of the text' if own is None else repr(own)}; it must be left out"
             )
-    if settings.tokenizer in (None, facts.tokenizer):
+    asked = settings.tokenizer
+    if asked is None or (asked == facts.tokenizer != "trained" and not Path(asked).expanduser().exists()):  # on the hub
         return
-    if load_fast_tokenizer(settings.tokenizer).get_vocab() != corpus.tokenizer.get_vocab():
-        name = "init" if isinstance(settings, DistillSettings) else "tokenizer"
+    if load_fast_tokenizer(asked).get_vocab() != corpus.tokenizer.get_vocab():
+        field = "init" if isinstance(settings, DistillSettings) else "tokenizer"
         raise SettingError(
-            f"{name} is {settings.tokenizer}, but data is a folder of tokens that another tokenizer made, "
+            f"{field} is {asked}, but data is a folder of tokens that another tokenizer made, "
             f"{facts.tokenizer!r}; it must be text, or tokens of this one"
         )
 

@@ -184,7 +184,7 @@ def test_compiling_counts_where_an_arm_is_not_compiled_yet():
 @pytest.mark.full
 def test_an_unmeasured_run_says_what_is_assumed(tmp_path, monkeypatch):
     file, console = write_ladder(tmp_path, **TWO), quiet()
-    monkeypatch.setattr(worker, "peak", lambda hardware: 1e9)
+    monkeypatch.setattr(worker, "peak_flops", lambda hardware: 1e9)
     run_queue(scaling(file, minutes=5), console)
     assert said(console).count("nothing of its rung is measured on") == 1
     assert "at an assumed 25% of the peak" in " ".join(said(console).split())

@@ -190,7 +190,8 @@ def test_an_arm_can_have_a_learning_rate_of_its_own(tmp_path):
         ladder = read_ladder(written(rate))
         rates = [ladder.run_settings(run).learning_rate for run in ladder.runs()]
         assert rates == [own, own * 1.5, 0.5, 0.5]  # a rate that is swept is the run's
-    assert "learning_rate is 'high'; it must be a number" in refusal(written({"learning_rate": "high"}))
+    for wrong in ("high", True):
+        assert f"learning_rate is {wrong!r}; it must be a number" in refusal(written({"learning_rate": wrong}))
 
 
 def test_whole_numbers_can_be_swept(tmp_path):

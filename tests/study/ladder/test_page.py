@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from ladder_helpers import SEEDS, ladder, run
+from query_experts.common.formatting import join_words
 from query_experts.common.plots import ARM_COLOURS
 from query_experts.model.arms import ARMS
 from query_experts.study.ladder import charts
@@ -221,6 +222,19 @@ def test_cost_and_routing_stand_beside_each_other(fit):
     assert rows["gqe", "d64"] == ["471k", "5", "0.015", "0.0143", "1.0", "0.55", "0.99", "1"]
     assert rows["dense", "d64"][-3:] == ["\N{EN DASH}"] * 3
     assert len(rows) == 4 * len(ARMS_SHOWN)
+
+
+def test_learning_rates_of_arms_are_told_where_they_differ(results, fit):
+    assert "rates of their own" not in cost_table(fit).note
+    own = [
+        dataclasses.replace(
+            each, settings={"learning_rate": 0.0035 if (each.arm, each.rung) == ("gqe", "d64") else 0.002}
+        )
+        for each in results
+    ]
+    note = cost_table(fit_ladder(own)).note
+    others = [arm for arm in ARMS_SHOWN if arm != "gqe"]
+    assert note.endswith(f" Arms have learning rates of their own. d64: {join_words(others)} 0.002, gqe 0.0035.")
 
 
 def test_every_arm_has_a_colour():

@@ -87,6 +87,7 @@ class ArmCell:
         train_seconds: Median over the runs that finished; None where every run diverged.
         routing: Held-out routing at the end; None without a router.
         gaps: By baseline.
+        learning_rate: The highest of its runs; None where results don't tell it.
     """
 
     arm: str
@@ -102,6 +103,7 @@ class ArmCell:
     train_seconds: float | None
     routing: ArmRouting | None
     gaps: dict[str, Gap]
+    learning_rate: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -194,6 +196,7 @@ def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]], dense: L
         train_seconds=statistics.median(run.train_seconds for run in finished) if finished else None,
         routing=_routing(finished),
         gaps={base: gap_between(arm, base, runs[arm], runs[base]) for base in _bases_of(arm) if base in runs},
+        learning_rate=max(filter(None, (run.settings.get("learning_rate") for run in own)), default=None),
     )
 
 

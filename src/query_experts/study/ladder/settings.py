@@ -235,7 +235,7 @@ class Ladder:
         """What the file sets for a run."""
         given = self._given(run.rung)
         rate = given.get("learning_rate", default_of(RunSettings, "learning_rate"))
-        if run.arm in self.learning_rate_factors and isinstance(rate, int | float):
+        if run.arm in self.learning_rate_factors and type(rate) in (int, float):
             given["learning_rate"] = rate * self.learning_rate_factors[run.arm]
         return given | dict(run.varied)
 

@@ -177,11 +177,25 @@ def cost_table(fit: Fit) -> Table:
         note="At each rung's largest budget. Params: all of them. PFLOP: of training, as run, and counting only what a "
         "token uses. Minutes: median over seeds; other work on a machine and different machines change them. Entropy: "
         "of the router, mean over seeds, layers and groups; 1 is undecided, 0 is certain. Load: the largest share of "
-        "tokens that select one expert, and dead: the most dead experts, over seeds.",
+        f"tokens that select one expert, and dead: the most dead experts, over seeds.{_rates_of_arms(fit)}",
         head=["arm", "rung", "params", "active heads", "PFLOP", "active PFLOP", "min", "entropy", "load", "dead"],
         body=[_costs(cell.rung, own) for cell in last.values() for own in cell.arms.values()],
         left=(0, 1),
     )
+
+
+def _rates_of_arms(fit: Fit) -> str:
+    """The learning rates of each rung whose arms have several, a sentence."""
+    found = []
+    for cell in {cell.rung: cell for cell in fit.cells}.values():
+        arms: dict[float, list[str]] = {}
+        for arm, own in cell.arms.items():
+            if own.learning_rate is not None:
+                arms.setdefault(own.learning_rate, []).append(arm)
+        if len(arms) > 1:
+            rates = [f"{text.join_words(names)} {rate:.3g}" for rate, names in arms.items()]
+            found.append(f"{cell.rung}: {', '.join(rates)}")
+    return f" Arms have learning rates of their own. {'; '.join(found)}." if found else ""
 
 
 def _costs(rung: str, own: ArmCell) -> list[str]:

@@ -79,7 +79,7 @@ def text_files(queue: Queue, settings: ScalingSettings) -> tuple[list[str], list
 
     Raises SettingError where `data` isn't given and `out` doesn't hold one folder of tokens.
     """
-    if settings.data is not None and not (Path(settings.data) / "meta.json").exists():
+    if settings.data is not None and read_meta(Path(settings.data)) is None:
         folder, ladder = Path(settings.data), queue.ladder
         return [str(folder / name) for name in ladder.data], [str(folder / name) for name in ladder.validation]
     kept = [Path(settings.data)] if settings.data is not None else kept_tokens(queue, settings)
