@@ -10,6 +10,7 @@ clocks are timed as well, and routing by itself.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from query_experts.layers import attention
 RESULT = Path(__file__).resolve().parent / "results" / "decode-profile.json"
 ARMS = ("dense", "static", "gqe")
 STAGES = ("route", "project", "rotate", "cache", "attend", "combine", "output projection", "rest")
-WARM_UP = 20  # steps, in the second of which weights are packed
+WARM_UP, BLOCK = 5, 50  # steps; in the second weights are packed
 
 
 @dataclass(frozen=True)
@@ -116,47 +117,70 @@ def clocked(layer: Layer, clocks: Clocks) -> Iterator[None]:
         yield
 
 
-def profile(layer: Layer, call: Callable[[], object], steps: int) -> tuple[float, dict[str, float]]:
-    """Median seconds of a step with clocks, and of each of its stages."""
-    whole: list[float] = []
-    stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
-    clocks = Clocks()
-    with clocked(layer, clocks):
-        for step in range(WARM_UP + steps):
-            clocks.spent = dict.fromkeys(STAGES, 0.0)
-            began = time.perf_counter()
-            call()
-            taken = time.perf_counter() - began
-            if step < WARM_UP:
-                continue
-            whole.append(taken)
-            clocks.spent["rest"] = taken - sum(clocks.spent.values())
-            for stage, spent in clocks.spent.items():
-                stages[stage].append(spent)
-    return statistics.median(whole), {stage: statistics.median(spent) for stage, spent in stages.items()}
+class Arm:
+    """Steps of an arm, timed one by one: plain, with clocks, and routing alone, in turn, as a machine's speed drifts.
+
+    Args:
+        layer: The arm's layer.
+        call: A step.
+        route: Routing alone; None without it.
+    """
+
+    def __init__(self, layer: Layer, call: Callable[[], object], route: Callable[[], object] | None):
+        self.layer, self.call, self.route = layer, call, route
+        self.clocks = Clocks()
+        self.plain: list[float] = []
+        self.whole: list[float] = []
+        self.alone: list[float] = []
+        self.stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+
+    def time_block(self) -> None:
+        self.plain += seconds_of(self.call)
+        with clocked(self.layer, self.clocks):
+            for _ in range(BLOCK):
+                self.clocks.spent = dict.fromkeys(STAGES, 0.0)
+                taken = seconds(self.call)
+                self.whole.append(taken)
+                self.clocks.spent["rest"] = taken - sum(self.clocks.spent.values())
+                for stage, spent in self.clocks.spent.items():
+                    self.stages[stage].append(spent)
+        if self.route is not None:
+            self.alone += seconds_of(self.route)
+
+    def step(self) -> Step:
+        stages = {stage: median(spent) for stage, spent in self.stages.items()}
+        return Step(median(self.plain), median(self.whole), stages, median(self.alone) if self.alone else None)
 
 
-def median_seconds(call: Callable[[], object], steps: int) -> float:
-    """Of calls that are timed one by one."""
-    seconds = []
-    for _ in range(WARM_UP + steps):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return round(statistics.median(seconds[WARM_UP:]), 7)
+def seconds_of(call: Callable[[], object]) -> list[float]:
+    """Of a block of calls, after a few to warm up."""
+    return [seconds(call) for _ in range(WARM_UP + BLOCK)][WARM_UP:]
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def median(values: list[float]) -> float:
+    return round(statistics.median(values), 7)
+
+
+def arm_of(name: str, batch: int, cached: int) -> Arm:
+    layer = Layer(BenchSettings(device="cpu", kernels="torch"), name, "cpu", cached + 1)
+    module, x = layer.module, layer.hidden(batch, 1)
+    routed = isinstance(module, attention.GQEAttention) and module.router is not None
+    return Arm(layer, layer.cached("static", batch, cached, 1), (lambda: module.route(x)) if routed else None)
 
 
 @torch.no_grad()
-def measure(arm: str, batch: int, cached: int, steps: int) -> Step:
-    layer = Layer(BenchSettings(device="cpu", kernels="torch"), arm, "cpu", cached + 1)
-    call = layer.cached("static", batch, cached, 1)
-    plain = median_seconds(call, steps)
-    whole, stages = profile(layer, call, steps)
-    alone, module, x = None, layer.module, layer.hidden(batch, 1)
-    if isinstance(module, attention.GQEAttention) and module.router is not None:
-        route = module.route
-        alone = median_seconds(lambda: route(x), steps)
-    return Step(plain, round(whole, 7), {stage: round(spent, 7) for stage, spent in stages.items()}, alone)
+def measure(batch: int, cached: int, steps: int) -> dict[str, Step]:
+    arms = {name: arm_of(name, batch, cached) for name in ARMS}
+    for _ in range(math.ceil(steps / BLOCK)):
+        for arm in arms.values():
+            arm.time_block()
+    return {name: arm.step() for name, arm in arms.items()}
 
 
 def main() -> None:
@@ -166,9 +190,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=RESULT)
     chosen = parser.parse_args()
-    measured = {
-        batch: {arm: measure(arm, batch, chosen.cached, chosen.steps) for arm in ARMS} for batch in chosen.batch_sizes
-    }
+    measured = {batch: measure(batch, chosen.cached, chosen.steps) for batch in chosen.batch_sizes}
     write_json(chosen.out, asdict(DecodeProfile(chosen.cached, environment("cpu", "bfloat16"), measured)))
     for batch, arms in measured.items():
         for arm, step in arms.items():

@@ -19,14 +19,20 @@ def test_each_stage_of_a_step_is_clocked(arm):
     before = attention.attend, StaticCache.update, ALL_ATTENTION_FUNCTIONS["sdpa"], {*vars(layer.module)}
     call = layer.cached("static", 2, 8, 1)
     expected = call()
-    whole, stages = decode_profile.profile(layer, call, 30)
+    route = layer.module.route if arm == "gqe" else None
+    timed = decode_profile.Arm(layer, call, route and (lambda: route(layer.hidden(2, 1))))
+    timed.time_block()
+    step = timed.step()
+    stages = step.stages
     assert (call() == expected).all()
     assert before == (
         attention.attend, StaticCache.update, ALL_ATTENTION_FUNCTIONS["sdpa"], {*vars(layer.module)}
     )  # fmt: skip
     own = set(decode_profile.STAGES) - ({"route", "combine"} if arm == "dense" else set())
     assert {stage for stage, spent in stages.items() if spent > 0} == own
-    assert sum(spent for stage, spent in stages.items() if stage != "rest") < whole
+    assert sum(spent for stage, spent in stages.items() if stage != "rest") < step.clocked
+    assert step.plain > 0
+    assert (step.route_alone is None) == (arm != "gqe")
 
 
 def test_a_stage_within_another_is_refused():
