@@ -25,7 +25,7 @@ stopped=no
 trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" --rdzv_id "$SLURM_JOB_ID" \
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" --rdzv_id "$SLURM_JOB_ID" \
     --rdzv_backend c10d --rdzv_endpoint "$first_node:$((20000 + SLURM_JOB_ID % 10000))" \
     "$(command -v query-experts)" train "$@" &
 wait $!

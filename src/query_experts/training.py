@@ -231,7 +231,7 @@ class EvaluatedRows:
         self.losses.append((loss, rows))
 
     def mean(self) -> float:
-        return sum(float(loss) * rows for loss, rows in self.losses) / self.rows
+        return sum(float(loss) * rows for loss, rows in self.losses) / sum(rows for _, rows in self.losses)
 
 
 def without_repeats(inputs: dict[str, Any], rows: int) -> dict[str, Any]:

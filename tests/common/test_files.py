@@ -6,9 +6,11 @@ import math
 import os
 import shutil
 from collections import namedtuple
+from traceback import StackSummary
 
 import pytest
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from query_experts.common.errors import SettingError
 from query_experts.common.files import (
@@ -112,5 +114,14 @@ def test_a_disk_that_refuses_is_told_by_its_number_and_folder(tmp_path, error, n
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
+    for inner in (OSError(errno.ENOSPC, "full"), RuntimeError("unexpected pos 5 vs 1")):
+        failure = CheckpointException("save", {1: (inner, StackSummary())})
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)), disk_errors_as_os_errors(tmp_path):
+            raise failure
+    with pytest.raises(RuntimeError, match=r"^ValueError: other$"), disk_errors_as_os_errors(tmp_path):
+        raise CheckpointException("load", {0: (ValueError("other"), StackSummary())})
+    for ends in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(ends), disk_errors_as_os_errors(tmp_path):
+            raise ends
     with pytest.raises(SafetensorError, match="header"), disk_errors_as_os_errors(tmp_path):
         raise SafetensorError("invalid header")

@@ -186,6 +186,10 @@ def test_a_checkpoint_that_lacks_a_rank_s_file_is_named_and_the_one_before_is_us
         ({"tp_size": 2, "num_key_value_heads": 1}, "tp_size is 2; it must divide num_key_value_heads, 1"),
         ({"global_batch_size": 3}, "global_batch_size is 3; it must be a multiple of batch_size times the processes"),
         ({"data": "nowhere.txt"}, "data holds 'nowhere.txt'"),
+        (
+            {"tp_size": 2, "compile": True, "activation_checkpointing": True},
+            "tp_size is 2, with which torch can't compile what activation_checkpointing computes again",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -206,7 +210,7 @@ from query_experts.distributed.ranks import rank
 from query_experts_command import main
 before = callbacks.TokenProgress.on_step_begin
 def on_step_begin(self, args, state, control, **more):
-    if rank() == 1 and state.global_step == {step}:
+    if rank() == {rank} and state.global_step == {step}:
         {what}
     before(self, args, state, control, **more)
 callbacks.TokenProgress.on_step_begin = on_step_begin
@@ -215,20 +219,32 @@ sys.exit(main(sys.argv[1:]))
 
 
 def with_rank_1(step: int, what: str, command: list[str]) -> list[tuple[int, str, str]]:
-    return outcomes(start_ranks(["-c", HANGING.format(step=step, what=what), *command], 2), timeout=120)
+    return outcomes(start_ranks(["-c", HANGING.format(rank=1, step=step, what=what), *command], 2), timeout=120)
 
 
-def test_a_rank_that_hangs_is_named(folder):
-    command = words("train", folder, "hanging", **LAYOUTS["ddp"], rank_timeout_minutes=0.05)
-    processes = start_ranks(["-c", HANGING.format(step=5, what="time.sleep(600)"), *command], 2)
+@pytest.mark.parametrize("hangs", [1, 0])
+def test_a_rank_that_hangs_is_named(folder, hangs):
+    command = words("train", folder, f"hanging{hangs}", **LAYOUTS["ddp"], rank_timeout_minutes=0.05)
+    what = HANGING.format(rank=hangs, step=5, what="time.sleep(600)")
+    processes = start_ranks(["-c", what, *command], 2)
+    waits = processes[1 - hangs]
     try:
-        _, err = processes[0].communicate(timeout=60)
+        _, err = waits.communicate(timeout=60)
     finally:
         for process in processes:
             process.kill()
     outcomes(processes)
-    assert processes[0].returncode
-    assert "rank 1 didn't answer within" in " ".join(err.split())
+    assert waits.returncode
+    assert f"rank {hangs} didn't answer within" in " ".join(err.split())
+
+
+def test_rank_0_gives_others_values_that_are_too_large_for_the_store_at_once():
+    program = (
+        "from query_experts.distributed.ranks import first_rank, join_ranks; join_ranks();"
+        "print(len(first_rank(lambda: 'x' * 20_000_000)), first_rank(lambda: 3))"
+    )
+    ended = outcomes(start_ranks(["-c", program], 2))
+    assert [(status, out.split()) for status, out, _ in ended] == [(0, ["20000000", "3"])] * 2, ended[1][2]
 
 
 def test_an_unforeseen_error_on_one_rank_is_said_once_by_that_rank(folder):

@@ -182,6 +182,7 @@ LOOK_UPS = {  # allowed in a file; a larger number needs a reason
     "callbacks.py": 2,  # what the Trainer passes to a callback
     "measure.py": 6,  # sequences of a data set, the log of the Trainer, and the output of a model
     "prefill.py": 1,  # an arm, by its name
+    "gaps.py": 1,  # a setting that older results lack
     "results.py": 5,  # a teacher's loss that isn't there; of a fault of pydantic its place, words, value and cause
     "conversion.py": 1,  # sequences of a data set
     "conversion_tables.py": 2,  # a case by its name, and a setting that few cases have

@@ -91,15 +91,41 @@ FULL_DISK_MESSAGES = ("unexpected pos ", "iostream error", "Writer failed writin
 
 @contextmanager
 def disk_errors_as_os_errors(folder: Path) -> Iterator[None]:
-    """Raises OSError for disk errors that safetensors and torch.save report only by the text of their own errors."""
+    """Raises OSError for disk errors that safetensors and torch report in errors of their own.
+
+    torch's of a checkpoint of several ranks holds each rank's, and is no Exception; of others it makes a RuntimeError.
+    """
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        match = re.search(r"\(os error (\d+)\)", str(error))
-        if match is None and not any(message in str(error) for message in FULL_DISK_MESSAGES):
+        if (number := _disk_error(error)) is None:
             raise
-        number = int(match[1]) if match is not None else errno.ENOSPC
         raise OSError(number, os.strerror(number), str(folder)) from error
+    except BaseException as error:
+        if (first := _first_failure(error)) is None:
+            raise
+        if (number := _disk_error(first)) is None:
+            raise RuntimeError(f"{type(first).__name__}: {first}") from error
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+def _disk_error(error: BaseException) -> int | None:
+    """The number of the disk error that an error tells of, if it does."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match is None and not any(message in str(error) for message in FULL_DISK_MESSAGES):
+        return None
+    return int(match[1]) if match is not None else errno.ENOSPC
+
+
+def _first_failure(error: BaseException) -> BaseException | None:
+    """The first rank's error in torch's error of a checkpoint; None for any other."""
+    if isinstance(error, Exception | KeyboardInterrupt | SystemExit | GeneratorExit):
+        return None
+    from torch.distributed.checkpoint.api import CheckpointException  # slow to import
+
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else None
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

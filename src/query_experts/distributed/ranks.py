@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+MOST_IN_STORE = 4 * 2**20  # bytes of a value; torch's store takes 8 MiB
 HEARD_AFTER = 3.0  # seconds in which rank 0 may say an error that several ranks have
 ASKED_AGAIN = 5.0  # seconds that a rank has to answer once it has been waited for
 ERROR, DONE, STOP = "query-experts/error", "query-experts/done", "query-experts/stop"  # keys of the ranks' store
@@ -96,6 +97,7 @@ def join_ranks() -> None:
     _watch.append(dist.new_group(backend="gloo"))
 
 
+_waits: list[float] = []  # the timeout of that group
 _watch: list[dist.ProcessGroup] = []  # a group of its own for the barrier that names missing ranks: it stays usable
 
 
@@ -112,8 +114,8 @@ def says_it() -> bool:
             while time.monotonic() < deadline and not store().check([ERROR]):
                 time.sleep(0.05)
         return store().compare_set(ERROR, "", str(rank())) == str(rank()).encode()
-    except RuntimeError:  # the store went with rank 0, which ended before
-        return False
+    except RuntimeError:  # the store went with rank 0, which ended before, or fails rank 0 itself
+        return is_first()
 
 
 def first_rank(work: Callable[[], T]) -> T:
@@ -127,13 +129,18 @@ def first_rank(work: Callable[[], T]) -> T:
     key = f"{DONE}/{next_number()}"
     if is_first():
         result = work()
-        store().set(key, b64encode(pickle.dumps(result)).decode())
+        text = b64encode(pickle.dumps(result)).decode()
+        starts = range(0, len(text), MOST_IN_STORE)
+        for number, start in enumerate(starts):
+            store().set(f"{key}/{number}", text[start : start + MOST_IN_STORE])
+        store().set(key, str(len(starts)))
         return result
     while not store().check([key]):
         if store().check([ERROR]):
             raise RuntimeError("rank 0 has ended")
         time.sleep(0.05)
-    return pickle.loads(b64decode(store().get(key)))
+    parts = int(store().get(key))
+    return pickle.loads(b64decode(b"".join(store().get(f"{key}/{number}") for number in range(parts))))
 
 
 _numbers = iter(range(sys.maxsize))
@@ -184,7 +191,8 @@ def require_all_ranks(seconds: float) -> None:
     try:
         dist.monitored_barrier(_watch[0] if _watch else None, timedelta(seconds=seconds), wait_all_ranks=True)
     except RuntimeError as error:
-        missing = re.search(r"[Rr]anks? ([\d, ]+) failed", str(error))
+        said = str(error)
+        missing = re.search(r"[Rr]anks? ([\d, ]+) failed", said) or re.search(r"from rank (\d+)", said)
         if missing is None:  # rank 0 knows
             raise
         raise RuntimeError(f"rank {missing[1].strip(' ,')} didn't answer within {seconds:g} s; it hangs") from error
@@ -197,6 +205,9 @@ def naming_hung_ranks(seconds: float) -> Iterator[None]:
     NCCL ends a process whose collective runs out of time by itself; there only `require_all_ranks` names ranks.
     """
     if num_processes() > 1 and dist.is_initialized():
+        if not _waits or _waits[-1] != seconds:  # ranks other than 0 wait as long as the group was made for
+            _waits.append(seconds)
+            _watch[:] = [dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))]
         for group in dist.distributed_c10d._world.pg_map:  # those of meshes too
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
     try:

@@ -129,10 +129,14 @@ def model_folders(out: Path) -> dict[str, Path]:
 
 def divergence(settings: RunSettings, run: RunResult) -> str:
     """The sentence about a run that diverged."""
-    return (
+    sentence = (
         f"learning_rate is {settings.learning_rate}, with which arm {run.arm}, seed {run.seed}, diverged after "
         f"{run.diverged_at_tokens:,} tokens; it must be lower"
     )
+    if run.skipped_steps:
+        steps = plural(run.skipped_steps, "step")
+        sentence += f" (in {steps} gradients weren't finite and were skipped: look at the text of the last ones too)"
+    return sentence
 
 
 def open_corpus(settings: RunSettings, out: Path, console: Console) -> Corpus:

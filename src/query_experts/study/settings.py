@@ -213,6 +213,11 @@ class RunSettings(Settings):
         check_compiler(self.compile, self.torch_device)
         check_kernels_setting(self.kernels, self.torch_device)
         check_layout_of_ranks(self.fsdp_size, self.tp_size, self.num_key_value_heads)
+        if self.tp_size > 1 and self.compile and self.activation_checkpointing:
+            raise SettingError(
+                f"tp_size is {self.tp_size}, with which torch can't compile what activation_checkpointing computes "
+                "again; compile or activation_checkpointing must be False"
+            )
         if self.is_sharded:
             check_device_of_shards(self.torch_device)
         check_loggers(self.report_to)
@@ -222,7 +227,7 @@ class RunSettings(Settings):
         """Raises SettingError for a global batch that the processes' micro-batches don't fill."""
         if self.global_batch_size is None:
             return
-        if self.gradient_accumulation_steps != 1 and {"global_batch_size", "gradient_accumulation_steps"} <= self.given:
+        if self.gradient_accumulation_steps != 1 and "gradient_accumulation_steps" in self.given:
             raise SettingError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, and global_batch_size sets it; "
                 "one of them must be left out"

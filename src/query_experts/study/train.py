@@ -102,7 +102,8 @@ def train_arm(
     model = initial_model(settings, arm, seed, folder) if start is None else prepared(settings, start.model)
     use_kernels(model, settings.kernels)
     size = 4 * model.num_parameters()
-    first_rank(lambda: require_space(folder, size * (1 + 3 * (settings.keep + 1))))  # a checkpoint has Adam's moments
+    room = size * (1 + 3 * (settings.keep + 1))  # a checkpoint has Adam's moments
+    first_rank(lambda: require_space(folder, room - bytes_in(folder / "checkpoints")))
     checkpoint = first_rank(lambda: last_checkpoint(folder / "checkpoints"))
     if checkpoint is not None and is_first():
         print(f"{arm} seed {seed} goes on from {checkpoint}", file=sys.stderr)
@@ -129,6 +130,10 @@ def train_arm(
         for name in ("checkpoints", INITIAL):
             shutil.rmtree(folder / name, ignore_errors=True)
     return agreed(result)
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def save_model(model: PreTrainedModel, corpus: Corpus, folder: Path) -> None:
