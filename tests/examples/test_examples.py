@@ -182,7 +182,8 @@ def slurm_job(tmp_path):
     for name, body in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": "70001", "SLURM_NNODES": "8", "SLURM_JOB_NODELIST": "node[1-8]", "SLURM_GPUS_ON_NODE": "8"}
+    job = {"SLURM_JOB_ID": "70001", "SLURM_NNODES": "8", "SLURM_JOB_NODELIST": "node[1-8]", "SLURM_GPUS_ON_NODE": "8",
+           "SLURM_CPUS_PER_TASK": "64"}  # fmt: skip
     environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
     def start(*words):
@@ -198,7 +199,9 @@ def test_the_slurm_job_starts_torchrun_on_its_nodes_and_ends_as_the_run_does(slu
     assert not (tmp_path / "asked").exists()
     started = (tmp_path / "srun").read_text().replace(f"{tmp_path}/", "")
     assert "--rdzv_endpoint node1:20001 " in started
-    settings = check_launch(started, monkeypatch)
+    own = "--cpus-per-task 64 "
+    assert started.startswith(own)
+    settings = check_launch(started.removeprefix(own), monkeypatch)
     assert (settings.hidden_size, settings.fsdp_size, settings.data) == (4096, 8, ["TOKENS"])
 
 
