@@ -125,10 +125,11 @@ def complete_cells() -> list[Cell]:
 
 def gaps() -> str:
     """Paired differences at every complete rung and budget."""
-    if not complete_cells():
+    cells = complete_cells()
+    if not cells:
         return "No rung is complete yet, so nothing is known."
     rows = [["rung", "tokens", *(f"`{arm}` - `{base}`" for arm, base in PAIRS)]]
-    for cell in complete_cells():
+    for cell in cells:
         found = [line(difference_text(cell.gap(arm, base))) for arm, base in PAIRS]
         rows.append([cell.rung, text.short(cell.size[1]), *found])
     return markdown(rows)
