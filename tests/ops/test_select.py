@@ -6,6 +6,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
+from query_experts.ops import select
 from query_experts.ops.select import (
     TransformableScatterRows,
     TransformableSelectRows,
@@ -20,7 +21,14 @@ SHAPES = [(1, 1, 1, 1, 1, 1), (2, 63, 3, 4, 2, 5), (1, 111, 2, 2, 1, 8), (3, 7, 
 SELECT = [select_experts, TransformableSelectRows.apply]
 SCATTER = [scatter_experts, TransformableScatterRows.apply]
 WAYS_OF_WRITING = [write_rows_by_addition, write_rows_by_comparison]
+GATHERED = [0, select.GATHERED_NUMBERS]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@pytest.fixture(params=GATHERED, ids=["by rows", "by numbers"], autouse=True)
+def way_of_reading(request, monkeypatch):
+    """Shapes of tests are small, and rows are read in another way than numbers."""
+    monkeypatch.setattr(select, "GATHERED_NUMBERS", request.param)
 
 
 def draw(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,13 +39,13 @@ def draw(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(B, T, G, M, d, dtype=torch.float64), torch.randn(B, T, G, k, d, dtype=torch.float64), indices
 
 
-@pytest.mark.parametrize("select", SELECT)
+@pytest.mark.parametrize("selecting", SELECT)
 @each_shape
-def test_selecting_is_gathering(shape, select):
+def test_selecting_is_gathering(shape, selecting):
     rows, cotangent, indices = draw(shape)
     index = indices[..., None].expand_as(cotangent)
     ours, plain = rows.clone().requires_grad_(), rows.clone().requires_grad_()
-    out, expected = select(ours, indices), plain.gather(3, index)
+    out, expected = selecting(ours, indices), plain.gather(3, index)
     assert torch.equal(out, expected)
     out.backward(cotangent)
     expected.backward(cotangent)
