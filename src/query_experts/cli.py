@@ -80,10 +80,15 @@ def run_command(command: str, argv: list[str], begin: Callable[[], Any] = lambda
     Returns:
         The exit status, as `main` explains it.
     """
-    if command in ON_RANKS and os.environ.get("WORLD_SIZE", "1") != "1":
-        from query_experts.distributed.ranks import run_as_rank
+    if command in ON_RANKS and {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & os.environ.keys():
+        from query_experts.distributed.ranks import check_launch, num_processes, run_as_rank
 
-        return run_as_rank(lambda: outcome_of(command, argv, begin), refuse)
+        try:
+            check_launch()
+        except SettingError as error:
+            return refuse(str(error))
+        if num_processes() > 1:
+            return run_as_rank(lambda: outcome_of(command, argv, begin), refuse)
     sentence, status = outcome_of(command, argv, begin)
     return status if sentence is None else refuse(sentence, status)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from model_helpers import cross_entropy, random_tokens, tiny_model
-from query_experts.distributed.checkpoints import FILES, missing_or_cut, put_in_place
+from query_experts.common import files
+from query_experts.distributed.checkpoints import FILES, damaged_files, put_in_place
 from query_experts.distributed.ranks import join_ranks
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 from query_experts.study.callbacks import ZClipCallback
@@ -176,7 +177,7 @@ def test_save_pretrained_of_a_sharded_model_writes_an_ordinary_checkpoint(layout
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_lists_every_rank_s_files(layout, folder):
     checkpoint = folder / layout / f"checkpoint-{STEPS}"
-    assert missing_or_cut(checkpoint) == []
+    assert damaged_files(checkpoint) == []
     ranks = 1 if layout == "one" else 2
     assert len([*checkpoint.glob("rng_state*.pth")]) == ranks
     assert sorted(path.name for path in (folder / layout).iterdir()) == ["checkpoint-3", "checkpoint-6"]
@@ -189,13 +190,35 @@ def test_a_checkpoint_with_a_file_less_or_cut_is_known(tmp_path):
         (written / name).write_bytes(b"1234")
     put_in_place(written, final)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert missing_or_cut(final) == []
+    assert damaged_files(final) == []
     (final / "rng_state_1.pth").unlink()
     (final / "optimizer" / "part").write_bytes(b"12")
-    assert sorted(missing_or_cut(final)) == ["optimizer/part", "rng_state_1.pth"]
-    (final / FILES).write_text("[]")
-    with pytest.raises(ValueError, match="damaged"):
-        missing_or_cut(final)
+    assert sorted(damaged_files(final)) == ["optimizer/part", "rng_state_1.pth"]
+
+
+def test_a_file_whose_content_has_changed_is_known_by_its_checksum(tmp_path):
+    (tmp_path / "writing").mkdir()
+    (tmp_path / "writing" / "part").write_bytes(b"1234")
+    put_in_place(tmp_path / "writing", tmp_path / "checkpoint-1")
+    final = tmp_path / "checkpoint-1"
+    (final / "part").write_bytes(b"1235")
+    assert damaged_files(final) == ["part"]
+    (final / FILES).write_text('{"sizes": {"part": 4}}')  # of an earlier version
+    assert damaged_files(final) == []
+    for damage in ("[]", "{}", '{"sizes": {"part": 4}, "sha256": 3}', "{"):
+        (final / FILES).write_text(damage)
+        with pytest.raises(ValueError, match=r"damaged|Expecting"):
+            damaged_files(final)
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    written, final, synced = tmp_path / "writing", tmp_path / "checkpoint-1", []
+    (written / "optimizer").mkdir(parents=True)
+    for name in ("rng_state.pth", "optimizer/part"):
+        (written / name).write_bytes(b"1234")
+    monkeypatch.setattr(files, "sync_file", lambda path: synced.append((path, final.exists())))
+    put_in_place(written, final)
+    assert sorted(synced) == [(written / name, False) for name in (FILES, "optimizer/part", "rng_state.pth")]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """How the processes of a launch share a model, and what is refused."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from query_experts.cli import main
 from query_experts.common.errors import SettingError
-from query_experts.distributed import layout
+from query_experts.distributed import layout, ranks
+from query_experts.study.distill import load_start, load_teacher
 from query_experts.study.settings import CompareSettings, DistillSettings
 from query_experts.study.train import training_arguments
 from query_experts.study.workspace import fingerprint, own_folder, refuse_change
@@ -19,16 +20,54 @@ def launched(monkeypatch, processes: int) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
 
 
-def test_a_launch_that_no_launcher_made_is_refused_with_what_is_missing(monkeypatch, capsys):
-    launched(monkeypatch, 2)
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT isn't set"),
+        ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT isn't set"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is 0, and WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT isn't set"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''; it must be a whole number, 1 or more"),
+        (LAUNCHED | {"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; it must be a whole number, 1 or more"),
+        (LAUNCHED | {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; it must be a whole number, 1 or more"),
+        (LAUNCHED | {"RANK": "-1"}, "RANK is '-1'; it must be a whole number, 0 or more"),
+        (LAUNCHED | {"RANK": "2"}, "RANK is 2; it must be less than WORLD_SIZE, 2"),
+        (LAUNCHED | {"WORLD_SIZE": "1"}, "RANK is 1; it must be less than WORLD_SIZE, 1"),
+    ],
+    ids=str,
+)
+def test_a_launch_that_no_launcher_made_is_refused_with_what_is_wrong(monkeypatch, refused, given, said):
+    for name in LAUNCHED:
         monkeypatch.delenv(name, raising=False)
-    ended = []
-    monkeypatch.setattr("os._exit", lambda status: ended.append(status) or (_ for _ in ()).throw(SystemExit))
-    with pytest.raises(SystemExit):
-        main(["train"])
-    assert ended == [2]
-    assert "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT isn't set" in capsys.readouterr().err
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    refused(["train"], said)
+
+
+def test_a_command_for_one_process_refuses_a_world_size_that_is_no_number(monkeypatch, refused):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    refused(["scaling", "run", "ladder.yaml"], "WORLD_SIZE is 'two'; it must be a whole number, 1 or more")
+
+
+def test_a_rank_without_a_launch_is_the_first_one(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert ranks.is_first()
+
+
+def test_processes_share_the_groups_of_the_checkpoints_that_distill_is_given(monkeypatch):
+    """Not those that a new model would have, which are 4."""
+    fixtures = Path(__file__).resolve().parents[1] / "fixtures"
+    monkeypatch.setattr(layout, "SHARDS_BY_GROUP", True)
+    launched(monkeypatch, 3)
+    settings = DistillSettings(init=str(fixtures / "converted"), device="cpu", tp_size=3)
+    settings.check()
+    with pytest.raises(SettingError, match="tp_size is 3; it must divide init's num_key_value_heads, 2"):
+        load_start(settings)
+    with pytest.raises(SettingError, match="tp_size is 3; it must divide teacher's num_key_value_heads, 2"):
+        load_teacher(str(fixtures / "dense"), settings)
 
 
 @pytest.mark.parametrize(
@@ -38,24 +77,24 @@ def test_accelerate_s_own_ways_of_sharing_are_refused_by_name(monkeypatch, varia
     launched(monkeypatch, 2)
     monkeypatch.setenv(variable, "true")
     with pytest.raises(SettingError, match=f"{variable} is true, which asks for {said}"):
-        layout.check_layout_of_ranks(None, 1, 4)
+        layout.check_layout_of_ranks(None, 1)
 
 
 def test_copies_of_a_shared_model_are_refused_where_transformers_has_none(monkeypatch):
     launched(monkeypatch, 4)
     monkeypatch.setattr(layout, "SHARDS_BY_GROUP", True)
     monkeypatch.setattr(layout, "copies_of_shards", lambda: False)
-    layout.check_layout_of_ranks(2, 2, 4)
+    layout.check_layout_of_ranks(2, 2)
     with pytest.raises(SettingError, match="fsdp_size x tp_size must be the number of processes, 4"):
-        layout.check_layout_of_ranks(2, 1, 4)
+        layout.check_layout_of_ranks(2, 1)
 
 
 def test_sharing_is_refused_where_transformers_cannot(monkeypatch):
     launched(monkeypatch, 2)
     monkeypatch.setattr(layout, "SHARDS_BY_GROUP", False)
-    layout.check_layout_of_ranks(None, 1, 4)
+    layout.check_layout_of_ranks(None, 1)
     with pytest.raises(SettingError, match=r"fsdp_size and tp_size need 5\.20 or newer"):
-        layout.check_layout_of_ranks(2, 1, 4)
+        layout.check_layout_of_ranks(2, 1)
 
 
 def test_a_model_is_not_shared_on_another_device_than_transformers_places_it_on(monkeypatch):

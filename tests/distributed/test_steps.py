@@ -75,7 +75,7 @@ def loaded(case: str, layout: str | None, folder: Path) -> Any:
 def run(case: str, layout: str | None, accumulation: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Trains, and returns all parameters at the end, and what was logged but speed and memory."""
     model = loaded(case, layout, folder)
-    tp, fsdp, copies = LAYOUTS[layout] if layout else (1, 1, 1)
+    _, fsdp, copies = LAYOUTS[layout] if layout else (1, 1, 1)
     here = ROWS // (fsdp * copies) // accumulation
     arguments = TrainingArguments(
         output_dir=str(folder / "runs"), max_steps=STEPS, per_device_train_batch_size=here,

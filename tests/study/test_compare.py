@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerState, T
 from query_experts import GQEForCausalLM
 from query_experts.common import environment as environment_module
 from query_experts.common.errors import SettingError
+from query_experts.distributed.checkpoints import FILES
 from query_experts.model import costs
 from query_experts.study import compare as compare_module
 from query_experts.study import measure
@@ -228,15 +230,23 @@ def test_a_changed_setting_is_refused_where_there_are_only_checkpoints(tmp_path)
         train(tiny_train(tmp_path, steps=8), quiet())
 
 
+def flip_a_bit(file: Path) -> None:
+    """Damages a file in its middle, at its full size."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, flip_a_bit], ids=["lost", "damaged"])
 @pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "model.safetensors"])
-def test_a_checkpoint_that_lacks_a_file_is_not_gone_on_from_and_it_is_said(tmp_path, capsys, lost):
+def test_a_checkpoint_with_a_bad_file_is_not_gone_on_from_and_it_is_said(tmp_path, capsys, lost, damage):
     assert not train(tiny_train(tmp_path, stop_after_minutes=0), quiet())
     (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
     assert run_module.last_checkpoint(checkpoint.parent) == checkpoint
-    (checkpoint / lost).unlink()
+    damage(checkpoint / lost)
     capsys.readouterr()
     assert run_module.last_checkpoint(checkpoint.parent) is None
-    assert f"{checkpoint} is damaged or lacks files" in capsys.readouterr().err
+    assert f"{checkpoint} is damaged or lacks files ({lost}), and is deleted" in capsys.readouterr().err
     assert not checkpoint.exists()
 
 
@@ -255,6 +265,7 @@ def test_a_checkpoint_that_cannot_be_read_just_now_is_kept(tmp_path, monkeypatch
             patch.setattr(f"query_experts.study.train.{name}", busy)
             with pytest.raises(OSError, match="Too many open files"):
                 run_module.last_checkpoint(folder)
+    (checkpoint / FILES).unlink()  # as earlier versions wrote none
     weights = checkpoint / "model.safetensors"
     weights.rename(checkpoint / "model-00001-of-00001.safetensors")  # as the Trainer cuts large ones
     assert run_module.last_checkpoint(folder) == checkpoint

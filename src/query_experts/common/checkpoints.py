@@ -100,6 +100,16 @@ def _read_object(path: Path, field: str) -> dict[str, Any]:
     return value
 
 
+def load_gqe_config(folder: Path, field: str) -> PreTrainedConfig:
+    """The configuration of a GQE checkpoint. Raises SettingError for any other folder."""
+    if not folder.exists():
+        raise SettingError(f"{field} is {folder}, which doesn't exist; it must be a GQE checkpoint's folder")
+    config = load_config(str(folder), field)
+    if config.model_type != "gqe":
+        raise SettingError(f"{field} is {folder}, whose model_type is {config.model_type!r}; it must be 'gqe'")
+    return config
+
+
 def load_gqe(folder: Path, field: str = "checkpoint", **more: Any) -> tuple[PreTrainedModel, Any]:
     """Load a GQE checkpoint and its tokenizer.
 
@@ -116,11 +126,7 @@ def load_gqe(folder: Path, field: str = "checkpoint", **more: Any) -> tuple[PreT
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if not folder.exists():
-        raise SettingError(f"{field} is {folder}, which doesn't exist; it must be a GQE checkpoint's folder")
-    model_type = load_config(str(folder), field).model_type
-    if model_type != "gqe":
-        raise SettingError(f"{field} is {folder}, whose model_type is {model_type!r}; it must be 'gqe'")
+    load_gqe_config(folder, field)
     model = load_whole(AutoModelForCausalLM, str(folder), torch.float32, field, **more)
     return model, load_tokenizer(str(folder), model, field)
 

@@ -37,6 +37,23 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def sync_files(folder: Path) -> None:
+    """Returns when all files in a folder and its folders are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync_file(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk, where the system can tell."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, as `write_text` does. Raises ValueError for numbers that JSON can't hold."""
     write_text(path, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")

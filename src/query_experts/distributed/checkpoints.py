@@ -1,17 +1,19 @@
 """Checkpoints of Transformers' Trainer that appear whole or not at all, and that another number of ranks can load.
 
 A checkpoint is written beside its place and renamed when every rank has written its part, and a list of its files with
-their sizes. A model that Transformers sharded (`DistributedConfig`) is written by all ranks, each its own shards, in
-the formats of torch.distributed.checkpoint; any other model is written as the Trainer writes it. Either kind is read by
-either kind of model.
+their sizes and checksums. A model that Transformers sharded (`DistributedConfig`) is written by all ranks, each its own
+shards, in the formats of torch.distributed.checkpoint; any other model is written as the Trainer writes it. Either kind
+is read by either kind of model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,12 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from query_experts.common.files import parse_json
+from query_experts.common.files import parse_json, sync_files, sync_folder
 from query_experts.model.tied import check_tied
 
 WRITING = "writing"  # the folder, beside the checkpoints, of one that isn't finished
-FILES = "files.json"  # of a checkpoint: the size of each other file
+FILES = "files.json"  # of a checkpoint: the size and the checksum of each other file
+MOST_READ_AT_ONCE = 8
 SHARDED_OPTIMIZER = "optimizer"  # the folder of the ranks' parts
 
 
@@ -189,30 +192,57 @@ def barrier() -> None:
 
 
 def put_in_place(written: Path, final: Path) -> None:
-    """Lists a checkpoint's files in it, and gives it its name, in place of one that has it."""
-    (written / FILES).write_text(json.dumps({"sizes": sizes(written)}), encoding="utf-8")
+    """Lists a checkpoint's files in it, and gives it its name, in place of one that has it, when all is on the disk."""
+    listed = {"sizes": sizes(written), "sha256": checksums(written)}
+    (written / FILES).write_text(json.dumps(listed), encoding="utf-8")
+    sync_files(written)
     shutil.rmtree(final, ignore_errors=True)
     written.replace(final)
+    sync_folder(final.parent)
     with suppress(OSError):  # another file system's own files in it
         written.parent.rmdir()
 
 
+def files_of(checkpoint: Path) -> list[Path]:
+    """The files that a checkpoint lists: all but the list."""
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path != checkpoint / FILES]
+
+
 def sizes(checkpoint: Path) -> dict[str, int]:
-    """The files of a checkpoint, with their bytes; without whole weights, which hold a list of themselves."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    kept = [path for path in files if has_shards(checkpoint) or path.suffix != ".safetensors"]
-    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in kept}
+    """The files of a checkpoint, with their bytes."""
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files_of(checkpoint)}
 
 
-def missing_or_cut(checkpoint: Path) -> list[str]:
-    """The files that a checkpoint lists and lacks, or has in another size; none for one of an earlier version.
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """The files of a checkpoint, with the SHA-256 of each. Files are read side by side."""
+    files = files_of(checkpoint)
+    with ThreadPoolExecutor(MOST_READ_AT_ONCE) as pool:
+        found = pool.map(checksum, files)
+    return {path.relative_to(checkpoint).as_posix(): digest for path, digest in zip(files, found, strict=True)}
+
+
+def checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def damaged_files(checkpoint: Path) -> list[str]:
+    """The files that a checkpoint lists and that are missing or other than listed.
+
+    Earlier versions wrote lists without checksums, or none.
 
     Raises ValueError for a list that is damaged.
     """
     if not (checkpoint / FILES).exists():
         return []
     listed = parse_json((checkpoint / FILES).read_text(encoding="utf-8"))
-    if not isinstance(listed, dict) or not isinstance(listed.get("sizes"), dict):
+    if not (
+        isinstance(listed, dict) and {"sizes"} <= listed.keys() and all(isinstance(v, dict) for v in listed.values())
+    ):
         raise ValueError(f"{checkpoint / FILES} is damaged")
-    there = sizes(checkpoint)
-    return [name for name, size in listed["sizes"].items() if there.get(name) != size]
+    wrong = differing(listed["sizes"], sizes(checkpoint))
+    return wrong if wrong or "sha256" not in listed else differing(listed["sha256"], checksums(checkpoint))
+
+
+def differing(listed: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    return [name for name, value in listed.items() if there.get(name) != value]

@@ -28,8 +28,16 @@ def data_parallel_ranks(tp_size: int) -> int:
     return max(1, num_processes() // tp_size)
 
 
-def check_layout_of_ranks(fsdp_size: int | None, tp_size: int, num_kv_heads: int) -> None:
-    """Raises SettingError for sizes that the processes of this launch, or the model, can't be divided by."""
+def check_groups(tp_size: int, num_kv_heads: int, field: str = "num_key_value_heads") -> None:
+    """Raises SettingError for a model whose KV groups processes can't share. field: what the sentence calls them."""
+    if num_kv_heads % tp_size:
+        raise SettingError(
+            f"tp_size is {tp_size}; it must divide {field}, {num_kv_heads}: processes share a layer by its KV groups"
+        )
+
+
+def check_layout_of_ranks(fsdp_size: int | None, tp_size: int) -> None:
+    """Raises SettingError for sizes that the processes of this launch can't be divided by."""
     processes = num_processes()
     for variable, name in OF_ACCELERATE.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
@@ -37,11 +45,6 @@ def check_layout_of_ranks(fsdp_size: int | None, tp_size: int, num_kv_heads: int
                 f"{variable} is {os.environ[variable]}, which asks for {name}; it must be unset: fsdp_size and tp_size "
                 "say how processes share a model"
             )
-    if num_kv_heads % tp_size:
-        raise SettingError(
-            f"tp_size is {tp_size}; it must divide num_key_value_heads, {num_kv_heads}: processes share a layer by "
-            "its KV groups"
-        )
     together = (fsdp_size or 1) * tp_size
     if processes % together:
         sizes = {"fsdp_size": fsdp_size or 1, "tp_size": tp_size}

@@ -21,8 +21,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from query_experts.common.errors import SettingError
+
 T = TypeVar("T")
 
+LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 MOST_IN_STORE = 4 * 2**20  # bytes of a value; torch's store takes 8 MiB
 HEARD_AFTER = 3.0  # seconds in which rank 0 may say an error that several ranks have
 ASKED_AGAIN = 5.0  # seconds that a rank has to answer once it has been waited for
@@ -30,27 +33,38 @@ ERROR, DONE, STOP = "query-experts/error", "query-experts/done", "query-experts/
 
 
 def num_processes() -> int:
-    """Processes of this launch; 1 where there is no launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes of this launch; 1 where there is no launcher. Raises SettingError for what is no such number."""
+    return _set_by_launcher("WORLD_SIZE", least=1, default=1)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if num_processes() > 1 else 0
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0")) if num_processes() > 1 else 0
 
 
-def no_launch() -> str | None:
-    """What this process lacks of what a launcher sets; None where nothing is missing."""
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if not missing:
-        return None
-    return (
-        f"WORLD_SIZE is {num_processes()}, and {', '.join(missing)} isn't set; a launcher must set them all (torchrun, "
-        "accelerate launch), or none"
-    )
+def _set_by_launcher(name: str, least: int, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < least:
+        raise SettingError(f"{name} is {value!r}; it must be a whole number, {least} or more, or not be set")
+    return int(value)
+
+
+def check_launch() -> None:
+    """Raises SettingError for variables of a launcher that aren't all there, or that contradict one another."""
+    there = [name for name in LAUNCH if name in os.environ]
+    missing = [name for name in LAUNCH if name not in os.environ]
+    processes = num_processes()
+    if missing and ("WORLD_SIZE" in missing or processes > 1) and {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & {*there}:
+        raise SettingError(
+            f"{there[0]} is {os.environ[there[0]]}, and {', '.join(missing)} isn't set; a launcher must set them all "
+            "(torchrun, accelerate launch), or none"
+        )
+    for name in ("RANK", "LOCAL_RANK"):
+        if _set_by_launcher(name, least=0, default=0) >= processes:
+            raise SettingError(f"{name} is {os.environ[name]}; it must be less than WORLD_SIZE, {processes}")
 
 
 def is_first() -> bool:
@@ -69,13 +83,10 @@ def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, 
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     trace, sentence, status = "", None, 0
     try:
-        if (problem := no_launch()) is not None:
-            sentence, status = problem, 2
-        else:
-            join_ranks()
-            sentence, status = work()
-            if not status:
-                dist.barrier()  # rank 0 has the store, which others may still read
+        join_ranks()
+        sentence, status = work()
+        if not status:
+            dist.barrier()  # rank 0 has the store, which others may still read
     except Exception as error:  # of any kind: a rank that stays silent leaves the others waiting
         sentence, status, trace = f"{type(error).__name__}: {error}", 1, traceback.format_exc()
     sys.stderr = heard

@@ -10,8 +10,16 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from query_experts.common.checkpoints import has_tokenizer, load_gqe, load_tokenizer, load_whole
+from query_experts.common.checkpoints import (
+    has_tokenizer,
+    load_config,
+    load_gqe,
+    load_gqe_config,
+    load_tokenizer,
+    load_whole,
+)
 from query_experts.common.errors import SettingError
+from query_experts.distributed.layout import check_groups
 from query_experts.distributed.ranks import num_processes
 from query_experts.model.arms import ModelSize
 from query_experts.model.configuration_gqe import GQEConfig
@@ -31,6 +39,8 @@ def distill(settings: DistillSettings, console: Console) -> bool:
 
 def load_start(settings: DistillSettings) -> StartingPoint:
     """The converted model and its teacher. Raises SettingError for checkpoints that can't be used."""
+    config = load_gqe_config(Path(settings.init), "init")
+    check_groups(settings.tp_size, config.num_key_value_heads, "init's num_key_value_heads")
     model, tokenizer = load_gqe(Path(settings.init), "init", distributed_config=sharding(settings))
     use_kernels(model, settings.kernels)
     if tokenizer.eos_token_id is None:
@@ -75,6 +85,8 @@ def load_teacher(name: str, settings: DistillSettings | None = None) -> PreTrain
     """
     if settings is None or num_processes() == 1:
         return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
+    groups = getattr(load_config(name, "teacher"), "num_key_value_heads", settings.tp_size)
+    check_groups(settings.tp_size, groups, "teacher's num_key_value_heads")
     dtype = getattr(torch, settings.autocast_dtype())
     return load_sharded(AutoModelForCausalLM, name, settings, "teacher", dtype)
 

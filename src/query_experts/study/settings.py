@@ -31,7 +31,12 @@ from query_experts.common.fields import (
     option,
 )
 from query_experts.common.settings import default_of, validate
-from query_experts.distributed.layout import check_device_of_shards, check_layout_of_ranks, data_parallel_ranks
+from query_experts.distributed.layout import (
+    check_device_of_shards,
+    check_groups,
+    check_layout_of_ranks,
+    data_parallel_ranks,
+)
 from query_experts.model.arms import ARMS, ModelSize, arm_config, check_arms, model_size, size_option
 from query_experts.model.kernel_choice import Kernels, check_kernels_setting, kernels_option
 
@@ -212,7 +217,7 @@ class RunSettings(Settings):
         check_device(self.device)
         check_compiler(self.compile, self.torch_device)
         check_kernels_setting(self.kernels, self.torch_device)
-        check_layout_of_ranks(self.fsdp_size, self.tp_size, self.num_key_value_heads)
+        check_layout_of_ranks(self.fsdp_size, self.tp_size)
         if self.tp_size > 1 and self.compile and self.activation_checkpointing:
             raise SettingError(
                 f"tp_size is {self.tp_size}, with which torch can't compile what activation_checkpointing computes "
@@ -241,6 +246,7 @@ class RunSettings(Settings):
 
     def check_arms(self, arms: list[str]) -> None:
         """Raises SettingError for arms that can't be built, or that the kernels don't cover."""
+        check_groups(self.tp_size, self.num_key_value_heads)
         check_arms(arms, self.model_size())
         configs = [arm_config(arm, self.model_size()) for arm in arms]
         check_kernels_setting(self.kernels, self.torch_device, configs)

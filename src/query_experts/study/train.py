@@ -31,10 +31,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from query_experts.common.errors import SettingError
-from query_experts.common.files import disk_errors_as_os_errors, parse_json, require_space, save_tokenizer
+from query_experts.common.files import disk_errors_as_os_errors, parse_json, require_space, save_tokenizer, sync_files
 from query_experts.data import Corpus
 from query_experts.distillation import DistillationTrainer, TopKSchedule
-from query_experts.distributed.checkpoints import FILES, barrier, has_shards, missing_or_cut
+from query_experts.distributed.checkpoints import FILES, barrier, damaged_files, has_shards
 from query_experts.distributed.ranks import agreed, first_rank, is_first, naming_hung_ranks
 from query_experts.model.arms import arm_config, build
 from query_experts.model.initialization import initialise_by_name
@@ -126,6 +126,7 @@ def train_arm(
             save_model(model, corpus, folder / "model")
     barrier()
     if is_first():
+        sync_files(folder)  # before the checkpoints go
         write_result(result_file, result)
         for name in ("checkpoints", INITIAL):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -298,7 +299,7 @@ def is_complete(checkpoint: Path) -> bool:
     if not has_shards(checkpoint):
         archives.add(checkpoint / OPTIMIZER_NAME)
     try:
-        if missing_or_cut(checkpoint):
+        if damaged_files(checkpoint):
             return False
         parse_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
         for weights in [*checkpoint.glob("*.safetensors")] or [checkpoint / SAFE_WEIGHTS_NAME]:
@@ -316,7 +317,7 @@ def is_complete(checkpoint: Path) -> bool:
 def lacking(checkpoint: Path) -> list[str]:
     """The files that a checkpoint lists and that aren't there as listed, as far as its list can be read."""
     try:
-        return missing_or_cut(checkpoint)
+        return damaged_files(checkpoint)
     except ValueError:
         return [FILES]
 
