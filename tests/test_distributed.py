@@ -162,6 +162,7 @@ def train_by_trainer(case: str, rows: int, folder: Path) -> dict[str, Tensor]:
     *_, last = (log for log in trainer.state.log_history if "lm_loss" in log)
     logged = {name: value for name, value in last.items() if name in LOSSES or name.startswith("moe/")}
     logged["eval_loss"] = trainer.evaluate()["eval_loss"]
+    logged["eval_loss of rows that one rank holds"] = trainer.evaluate(data[:3])["eval_loss"]
     return {name: p.detach() for name, p in model.named_parameters()} | {
         f"logged {name}": torch.tensor(value, dtype=torch.float64) for name, value in logged.items()
     }

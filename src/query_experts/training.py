@@ -126,9 +126,19 @@ class GQETrainer(WholeCheckpoints):
         if self._evaluation is None or labels is None:
             return super().prediction_step(model, inputs, *args, **kwargs)
         rows = self._evaluation.next_rows(labels.shape[0])
-        predicted = super().prediction_step(model, without_repeats(inputs, rows.here), *args, **kwargs)
-        self._evaluation.add(self.accelerator.reduce(predicted[0].detach(), "mean"), rows.together)
+        own = without_repeats(inputs, rows.here)
+        predicted = super().prediction_step(model, own, *args, **kwargs)
+        own_labels = own["labels"][..., 1:].ne(-100).sum()
+        self._evaluation.add(self._mean_over_ranks(predicted[0].detach(), own_labels), rows.together)
         return predicted
+
+    def _mean_over_ranks(self, loss: Tensor, own_labels: Tensor) -> Tensor:
+        """A batch's loss over all ranks, from a rank's: its share of it, or the mean over its own labels."""
+        if self.args.average_tokens_across_devices:
+            return self.accelerator.reduce(loss, "mean")
+        own = torch.stack([loss * own_labels if own_labels else torch.zeros_like(loss), own_labels.to(loss)])
+        total, labels = self.accelerator.reduce(own, "sum")
+        return total / labels
 
     def add_up(self, names: tuple[str, ...], losses: Tensor, num_items_in_batch: Any) -> None:
         """Adds a micro-batch's losses, in the scale of `lm_loss`, to the means that are logged under their names."""
