@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import TrainerCallback
 
 from model_helpers import checkpoint_activations
+from query_experts import telemetry as telemetry_module
 from query_experts.distillation import DistillationTrainer
 from query_experts.layers.balance import relative_entropy
 from query_experts.layers.router import select_top_k
@@ -21,7 +22,7 @@ from query_experts.model.heads import GQEForSequenceClassification
 from query_experts.model.initialization import initialise_by_name
 from query_experts.model.routing_metrics import churn, load_values, probe, routed_layers
 from query_experts.study.callbacks import TokenProgress, ZClipCallback
-from query_experts.telemetry import PATIENCE, Onsets, Telemetry, first_rows
+from query_experts.telemetry import PATIENCE, Onsets, Telemetry, first_rows, names_of_details
 from query_experts.training import GQETrainer
 from study_helpers import LENGTHS, Rows, arguments, logged, model_of
 
@@ -319,6 +320,26 @@ def test_a_resumed_run_logs_what_an_uninterrupted_one_logs(tmp_path):
     ours = [log for log in resumed.state.log_history if "telemetry" in log]
     assert len(ours) == 1
     assert json.loads(ours[0]["telemetry"])["shape"] == [1, 97, 2, 2]
+
+
+def test_history_keeps_the_details_of_the_last_logs_and_loggers_get_them_all(tmp_path, monkeypatch):
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs, **_):
+            got.extend([len(names_of_details(logs))] if "loss" in logs else [])
+
+    got: list[int] = []
+    options = {"save_strategy": "steps", "save_steps": 4, "more": [Logger()]}
+    first = logs_of(trained(one_layer(), tmp_path / "all", Telemetry(detailed=True), max_steps=1))
+    numbers = len(names_of_details(first[0])) + 2  # the churn of each of two groups comes with the second log
+    monkeypatch.setattr(telemetry_module, "MOST_DETAILS", 3 * numbers)
+    trainer = trained(one_layer(), tmp_path / "few", Telemetry(detailed=True), max_steps=8, **options)
+    held = [len(names_of_details(log)) for log in logs_of(trainer)]
+    assert [count > 0 for count in held] == [False] * 5 + [True] * 3
+    assert got == [numbers - 2] + 7 * [numbers]
+    assert all("moe/cv_mean" in log for log in logs_of(trainer))
+    at = tmp_path / "few" / "run" / "checkpoint-4"
+    resumed = trained(one_layer(), tmp_path / "few", Telemetry(detailed=True), max_steps=8, resume=at, **options)
+    assert [len(names_of_details(log)) for log in logs_of(resumed)] == held
 
 
 @pytest.mark.parametrize("arm", ["dense", "static"])

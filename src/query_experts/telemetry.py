@@ -15,6 +15,7 @@ import random
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -39,6 +40,7 @@ COLLAPSED_BELOW = 0.1  # entropy over log M; routers in good order end at 0.7 to
 PATIENCE = 3  # logs in a row
 PROBED_TOKENS = 512
 NAMED = 4  # places in a warning
+MOST_DETAILS = 100_000  # numbers of single groups and experts in the Trainer's history: about 5 MB of a checkpoint
 GIB = 2**30
 
 
@@ -77,7 +79,8 @@ class Telemetry(LoggedCallback):
     `log_history`, which checkpoints keep; so a resumed run logs the same.
 
     Args:
-        detailed: also log each layer, group and expert.
+        detailed: also log each layer, group and expert. Loggers get them all. The Trainer's `log_history` keeps those
+            of the last logs, `MOST_DETAILS` numbers.
         peak_flops: FLOP/s of one device, for the MFU; None for that of the GPU, if it is known. Else there is no MFU.
         tokens: int64 [B, T], the tokens on which entropy, probabilities and churn are measured; None for the first
             rows of the evaluation data set, or else of the training data set. Without `tokens`, and with data sets
@@ -94,6 +97,7 @@ class Telemetry(LoggedCallback):
         self.before: Tensor | None = None  # bool [L, R, G, M], the last selections
         self.collapsed, self.dead = Onsets(), Onsets()
         self.kept: dict[str, Any] = {}
+        self.logs_with_details: deque[dict[str, float]] = deque()  # in the Trainer's history, the oldest first
         self.began = self.ended = self.paused = 0.0
 
     def on_train_begin(
@@ -126,6 +130,7 @@ class Telemetry(LoggedCallback):
         self.ended = now
 
     def add_to_logs(self, trainer: GQETrainer, logs: dict[str, float]) -> None:
+        self._shorten_history(trainer.state)
         logs |= self._speed(trainer)
         layers = routed_layers(trainer.model)
         if layers:
@@ -138,6 +143,18 @@ class Telemetry(LoggedCallback):
             self._remember(trainer.state)
         self.began = self.ended = time.perf_counter()
         self.paused = 0.0
+
+    def _shorten_history(self, state: TrainerState) -> None:
+        """Takes the details of the oldest logs out of the Trainer's history, which would fill checkpoints."""
+        last = next((log for log in reversed(state.log_history) if "loss" in log), {})
+        if not (names := names_of_details(last)):
+            return
+        if not self.logs_with_details or self.logs_with_details[-1] is not last:
+            self.logs_with_details.append(last)
+        while (len(self.logs_with_details) + 1) * len(names) > MOST_DETAILS and len(self.logs_with_details) > 1:
+            oldest = self.logs_with_details.popleft()
+            for name in names_of_details(oldest):
+                del oldest[name]
 
     def _speed(self, trainer: GQETrainer) -> dict[str, float]:
         """Tokens/s of all devices since the last log, the highest memory of a device in GiB, and the MFU if known."""
@@ -227,6 +244,7 @@ class Telemetry(LoggedCallback):
     def _restore(self, state: TrainerState) -> None:
         """Takes up what `_remember` wrote before the checkpoint, or begins anew."""
         self.kept = next((log for log in state.log_history if "telemetry" in log), {})
+        self.logs_with_details = deque(log for log in state.log_history if names_of_details(log))
         memory = json.loads(self.kept.get("telemetry", "{}"))
         self.collapsed, self.dead = (Onsets(**memory.get(name, {})) for name in ("collapsed", "dead"))
         self.before = None
@@ -235,6 +253,11 @@ class Telemetry(LoggedCallback):
             bits = np.frombuffer(zlib.decompress(base64.b64decode(memory["selected"])), dtype=np.uint8)
             flat = np.unpackbits(bits, count=int(np.prod(shape))).astype(bool)
             self.before = torch.from_numpy(flat).view(shape)
+
+
+def names_of_details(log: Mapping[str, Any]) -> list[str]:
+    """The names in a log that are of single groups and experts."""
+    return [name for name in log if name.startswith(f"{PREFIX}/layer_")]
 
 
 def first_rows(data: Any) -> list[Tensor]:
