@@ -183,12 +183,19 @@ def test_a_checkpoint_that_lacks_a_rank_s_file_is_named_and_the_one_before_is_us
     ("changes", "said"),
     [
         ({"fsdp_size": 3}, "fsdp_size is 3, and there are 2 processes (WORLD_SIZE); it must divide their number"),
-        ({"tp_size": 2, "num_key_value_heads": 1}, "tp_size is 2; it must divide num_key_value_heads, 1"),
+        pytest.param(
+            {"tp_size": 2, "num_key_value_heads": 1},
+            "tp_size is 2; it must divide num_key_value_heads, 1",
+            marks=sharded,
+            id="groups",
+        ),
         ({"global_batch_size": 3}, "global_batch_size is 3; it must be a multiple of batch_size times the processes"),
         ({"data": "nowhere.txt"}, "data holds 'nowhere.txt'"),
-        (
+        pytest.param(
             {"tp_size": 2, "compile": True, "activation_checkpointing": True},
             "tp_size is 2, with which torch can't compile what activation_checkpointing computes again",
+            marks=sharded,
+            id="compiled",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
