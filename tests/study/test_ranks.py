@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,11 +28,19 @@ LAYOUTS = {
     "tp": {"batch_size": 4, "tp_size": 2},
     "checkpointed": {"batch_size": 1, "fsdp_size": 2, "activation_checkpointing": True},
 }
+HALF_PRECISION = {"dtype": "bfloat16", "router_z_loss_coef": 0.01}
 sharded = pytest.mark.skipif(not SHARDS_BY_GROUP, reason="Transformers below 5.20 doesn't share models of this kind")
 resuming = pytest.mark.skipif(
     not SHARDS_BY_GROUP, reason="Transformers below 5.20 can't load an optimizer in several processes on a CPU"
 )
+SLOW = pytest.mark.full
+SHARED = [
+    pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=[sharded, SLOW]),
+]  # fmt: skip
 PARAMETERS = [pytest.param(name, marks=[sharded] if name != "ddp" else []) for name in LAYOUTS]
+EACH_KIND = [  # of which the second one stands for all where time is short
+    pytest.param("ddp", marks=SLOW), pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=[sharded, SLOW]),
+]  # fmt: skip
 
 
 def words(command: str, folder: Path, out: str, **changes) -> list[str]:
@@ -83,6 +92,64 @@ def test_two_ranks_train_as_one_process_and_rank_0_alone_speaks_and_writes(layou
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", EACH_KIND)
+def test_in_bfloat16_ranks_train_as_one_process_with_the_same_micro_batches(layout, folder):
+    """Copies and shards multiply the same numbers. Ranks that share a layer round parts of its sums to bfloat16."""
+    if not (folder / "half_one").exists():
+        assert main(words("train", folder, "half_one", batch_size=2, **HALF_PRECISION)) == 0
+    ended = on_two_ranks(words("train", folder, f"half_{layout}", **LAYOUTS[layout], **HALF_PRECISION))
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    tolerance = 2e-3 if layout == "tp" else 2e-5
+    for mine, whole in zip(curves(folder, f"half_{layout}")[:2], curves(folder, "half_one")[:2], strict=True):
+        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=tolerance)
+    whole = [loss for _, loss in curves(folder, "one")[0]]
+    assert [loss for _, loss in curves(folder, "half_one")[0]] != pytest.approx(whole, abs=2e-5)
+
+
+@SLOW
+@pytest.mark.parametrize("layout", EACH_KIND)
+def test_compiled_ranks_train_as_one_process(layout, folder):
+    command = words("train", folder, f"compiled_{layout}", **LAYOUTS[layout], compile=True)
+    ended = outcomes(start(command), timeout=600)
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    for mine, whole in zip(curves(folder, f"compiled_{layout}")[:2], curves(folder, "one")[:2], strict=True):
+        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=2e-5)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate launch": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
+
+
+def launch(launcher: str, command: list[str]) -> subprocess.Popen:
+    program = Path(sys.executable).with_name("query-experts")
+    return subprocess.Popen(
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(program), *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate launch", marks=SLOW)])
+def test_the_launchers_themselves_start_and_stop_a_run(launcher, folder):
+    """SIGTERM to the launcher, as a job's time limit sends it: the ranks save, and the same command goes on."""
+    out = launcher.replace(" ", "_")
+    command = words("train", folder, out, **LAYOUTS["ddp"])
+    stopped = launch(launcher, [*command, "--steps", "100000"])
+    wait_for(folder / out / "checkpoints", [stopped])
+    time.sleep(0.5)
+    stopped.send_signal(signal.SIGTERM)
+    ((status, _, err),) = outcomes([stopped])
+    assert status
+    assert [*(folder / out / "checkpoints").glob("checkpoint-*")], err
+    shutil.rmtree(folder / out)
+    ((status, said, err),) = outcomes([launch(launcher, command)])
+    assert status == 0, err
+    assert said.count("Model: ") == 1
+    losses, whole = ([loss for _, loss in curves(folder, name)[0]] for name in (out, "one"))
+    assert losses == pytest.approx(whole, abs=2e-5)
+
+
 @sharded
 def test_two_ranks_share_student_and_teacher_and_distill_as_one_process(folder):
     fixtures = Path(__file__).resolve().parents[1] / "fixtures"
@@ -114,10 +181,10 @@ KILLS = [
     ("ddp", "checkpoint-3", (0, 1)),
     ("fsdp", "checkpoint-6", (1,)),
     ("tp", "writing", (0,)),  # between two ranks' files, or before the name
-    pytest.param(("fsdp", "writing", (0, 1)), marks=pytest.mark.full),
-    pytest.param(("fsdp", "writing/checkpoint-6/optimizer", (1,)), marks=pytest.mark.full),
-    pytest.param(("ddp", "writing/checkpoint-9", (1,)), marks=pytest.mark.full),
-    pytest.param(("tp", "checkpoint-9", (0, 1)), marks=pytest.mark.full),
+    pytest.param(("fsdp", "writing", (0, 1)), marks=SLOW),
+    pytest.param(("fsdp", "writing/checkpoint-6/optimizer", (1,)), marks=SLOW),
+    pytest.param(("ddp", "writing/checkpoint-9", (1,)), marks=SLOW),
+    pytest.param(("tp", "checkpoint-9", (0, 1)), marks=SLOW),
 ]
 
 
@@ -146,9 +213,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(kill, folder):
     assert weights[0] == weights[1]
 
 
-def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(folder):
+@pytest.mark.parametrize("layout", ["ddp", *SHARED])
+def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(layout, folder):
     long = {"steps": 100_000, "evaluations": 1, "log_every": 100_000}  # its first log would come after minutes
-    command = words("train", folder, "terminated", **LAYOUTS["ddp"] | long)
+    command = words("train", folder, "terminated", **LAYOUTS[layout] | long)
     processes = start(command)
     wait_for(folder / "terminated" / "checkpoints", processes)
     time.sleep(0.5)
@@ -162,20 +230,34 @@ def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(fo
     shutil.rmtree(folder / "terminated")
 
 
-@resuming
-def test_a_checkpoint_that_lacks_a_rank_s_file_is_named_and_the_one_before_is_used(folder):
-    command = words("train", folder, "lacking", **LAYOUTS["ddp"], stop_after_minutes=0)
-    checkpoints = folder / "lacking" / "checkpoints"
+def damage(file: Path) -> None:
+    """At its full size."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+BAD_FILES = [
+    pytest.param("ddp", "rng_state_1.pth", Path.unlink, marks=resuming),
+    pytest.param("fsdp", "optimizer/__1_0.distcp", damage, marks=sharded),
+]
+
+
+@pytest.mark.parametrize(("layout", "file", "spoil"), BAD_FILES)
+def test_a_checkpoint_with_a_rank_s_file_bad_is_named_and_the_one_before_is_used(layout, file, spoil, folder):
+    out = f"bad_{layout}"
+    command = words("train", folder, out, **LAYOUTS[layout], stop_after_minutes=0)
+    checkpoints = folder / out / "checkpoints"
     assert [status for status, _, _ in on_two_ranks(command)] == [1, 1]
     (kept,) = [path for path in checkpoints.iterdir() if path.name.startswith("checkpoint-")]
     shutil.copytree(kept, checkpoints / "checkpoint-11")
-    (checkpoints / "checkpoint-11" / "rng_state_1.pth").unlink()
-    ended = on_two_ranks(words("train", folder, "lacking", **LAYOUTS["ddp"]))
+    spoil(checkpoints / "checkpoint-11" / file)
+    ended = on_two_ranks(words("train", folder, out, **LAYOUTS[layout]))
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
     said = " ".join(ended[0][2].split())
-    assert "checkpoint-11 is damaged or lacks files (rng_state_1.pth), and is deleted" in said
+    assert f"checkpoint-11 is damaged or lacks files ({file}), and is deleted" in said
     assert f"gqe seed 0 goes on from {kept}" in said
-    losses, whole = ([loss for _, loss in curves(folder, out)[0]] for out in ("lacking", "one"))
+    losses, whole = ([loss for _, loss in curves(folder, out)[0]] for out in (out, "one"))
     assert losses == pytest.approx(whole, abs=2e-5)
 
 
@@ -210,14 +292,14 @@ def test_an_error_is_said_once_with_its_rank_and_ends_all_ranks(changes, said, f
     assert not (folder / "refused").exists()
 
 
-HANGING = """
+FROM_STEP = """
 import sys, time
 import query_experts.study.callbacks as callbacks
 from query_experts.distributed.ranks import rank
 from query_experts_command import main
 before = callbacks.TokenProgress.on_step_begin
 def on_step_begin(self, args, state, control, **more):
-    if rank() == {rank} and state.global_step == {step}:
+    if rank() in {ranks} and state.global_step == {step}:
         {what}
     before(self, args, state, control, **more)
 callbacks.TokenProgress.on_step_begin = on_step_begin
@@ -226,13 +308,17 @@ sys.exit(main(sys.argv[1:]))
 
 
 def with_rank_1(step: int, what: str, command: list[str]) -> list[tuple[int, str, str]]:
-    return outcomes(start_ranks(["-c", HANGING.format(rank=1, step=step, what=what), *command], 2), timeout=120)
+    return outcomes(start_ranks(["-c", FROM_STEP.format(ranks=(1,), step=step, what=what), *command], 2), timeout=120)
 
 
-@pytest.mark.parametrize("hangs", [1, 0])
-def test_a_rank_that_hangs_is_named(folder, hangs):
-    command = words("train", folder, f"hanging{hangs}", **LAYOUTS["ddp"], rank_timeout_minutes=0.05)
-    what = HANGING.format(rank=hangs, step=5, what="time.sleep(600)")
+HANGS = [("ddp", 0), pytest.param("fsdp", 1, marks=sharded), pytest.param("ddp", 1, marks=SLOW)]
+HANGS += [pytest.param(*hang, marks=[sharded, SLOW]) for hang in [("fsdp", 0), ("tp", 1), ("tp", 0)]]
+
+
+@pytest.mark.parametrize(("layout", "hangs"), HANGS)
+def test_a_rank_that_hangs_is_named(folder, layout, hangs):
+    command = words("train", folder, f"hanging_{layout}_{hangs}", **LAYOUTS[layout], rank_timeout_minutes=0.05)
+    what = FROM_STEP.format(ranks=(hangs,), step=5, what="time.sleep(600)")
     processes = start_ranks(["-c", what, *command], 2)
     waits = processes[1 - hangs]
     try:
@@ -261,24 +347,72 @@ def test_an_unforeseen_error_on_one_rank_is_said_once_by_that_rank(folder):
     assert "query-experts" not in ended[0][2]
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_both(folder):
+@pytest.mark.parametrize("layout", ["ddp", *SHARED])
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_both(layout, folder):
     what = (
         "import torch; hook = more['model'].lm_head.weight.register_hook("
         "lambda g: (hook.remove(), g * float('nan'))[1])"
     )
-    ended = with_rank_1(5, what, words("train", folder, "skipping", **LAYOUTS["ddp"]))
+    ended = with_rank_1(5, what, words("train", folder, f"skipping_{layout}", **LAYOUTS[layout]))
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
-    held = result(folder, "skipping")
+    held = result(folder, f"skipping_{layout}")
     assert held["skipped_steps"] == 1
     assert held["validation_loss"] is not None
 
 
-def test_compare_runs_on_two_ranks(folder):
-    command = words("compare", folder, "compared", batch_size=2, steps=2, evaluations=1, prefill_repeats=1)
-    command += ["--arms", "dense", "gqe", "--seeds", "0", "--prefill_lengths", "8"]
-    ended = on_two_ranks(command)
+ARMS = ["dense", "static", "half", "gqe"]
+
+
+def compared(folder: Path, out: str, **changes) -> list[str]:
+    more = {"steps": 2, "evaluations": 1, "prefill_repeats": 1, "prefill_lengths": 8, "seeds": 0}
+    return [*words("compare", folder, out, **more | changes), "--arms", *ARMS]
+
+
+@pytest.mark.parametrize("layout", EACH_KIND)
+def test_ranks_compare_arms_as_one_process_does(layout, folder):
+    if not (folder / "compared_one").exists():
+        assert main(compared(folder, "compared_one", batch_size=4)) == 0
+    ended = on_two_ranks(compared(folder, f"compared_{layout}", **LAYOUTS[layout]))
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
-    comparison = json.loads((folder / "compared" / "comparison.json").read_text())
-    assert [run["arm"] for run in comparison["runs"]] == ["dense", "gqe"]
-    assert (folder / "compared" / "report.html").exists()
+    comparisons = [json.loads((folder / f"compared_{n}" / "comparison.json").read_text()) for n in (layout, "one")]
+    mine, whole = ({run["arm"]: run["validation_loss"] for run in comparison["runs"]} for comparison in comparisons)
+    assert mine == pytest.approx(whole, abs=2e-5)
+    assert [*mine] == ARMS
+    assert (folder / f"compared_{layout}" / "report.html").exists()
     assert ended[1][1] == ""
+
+
+@SLOW
+@sharded
+def test_keep_may_change_where_a_run_goes_on(folder):
+    command = words("train", folder, "kept", **LAYOUTS["fsdp"], evaluations=12)
+    processes = start([*command, "--keep", "2"])
+    wait_for(folder / "kept" / "checkpoints" / "checkpoint-4", processes)
+    for process in processes:
+        process.kill()
+    outcomes(processes)
+    processes = start([*command, "--keep", "5"])
+    wait_for(folder / "kept" / "checkpoints" / "checkpoint-9", processes)
+    there = sum(path.name.startswith("checkpoint-") for path in (folder / "kept" / "checkpoints").iterdir())
+    assert [status for status, _, _ in outcomes(processes)] == [0, 0]
+    assert there in (5, 6)  # one more while the oldest is deleted
+
+
+@pytest.mark.parametrize("layout", EACH_KIND)
+def test_a_disk_that_fills_up_ends_the_ranks_with_a_sentence_and_the_last_checkpoint_stays(layout, folder):
+    """The system refuses longer files from the sixth step on, as it refuses all on a full disk."""
+    out = f"full_{layout}"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    command = words("train", folder, out, **LAYOUTS[layout])
+    ended = outcomes(start_ranks(["-c", FROM_STEP.format(ranks=(0, 1), step=5, what=limit), *command], 2), timeout=120)
+    said = " ".join((ended[0][2] + ended[1][2]).split())
+    assert [status for status, _, _ in ended] == [2, 2], said
+    assert said.count("query-experts: rank ") == 1
+    assert "Traceback" not in said
+    assert f"{folder / out}" in said
+    assert ("no room left" in said) or ("File too large" in said)
+    assert [path.name for path in (folder / out / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert [status for status, _, _ in on_two_ranks(command)] == [0, 0]
+    if not (folder / layout / "result.json").exists():
+        on_two_ranks(words("train", folder, layout, **LAYOUTS[layout]))
+    assert curves(folder, out) == curves(folder, layout)
