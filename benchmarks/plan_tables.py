@@ -14,8 +14,8 @@ from page_tables import markdown, with_tables
 from query_experts.bench.json_reader import read_result
 from query_experts.common.files import write_json
 from query_experts.common.settings import presets, read_recipe
+from query_experts.plan.numbers import Plan, make_plan
 from query_experts.plan.report import arm_rows, speed_rows, write_plot
-from query_experts.plan.run import Plan, make_plan
 from query_experts.plan.settings import PlanSettings
 
 ROOT = Path(__file__).resolve().parent.parent

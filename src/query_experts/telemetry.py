@@ -146,7 +146,7 @@ class Telemetry(LoggedCallback):
 
     def _shorten_history(self, state: TrainerState) -> None:
         """Takes the details of the oldest logs out of the Trainer's history, which would fill checkpoints."""
-        last = next((log for log in reversed(state.log_history) if "loss" in log), {})
+        last: dict[str, float] = next((log for log in reversed(state.log_history) if "loss" in log), {})
         if not (names := names_of_details(last)):
             return
         if not self.logs_with_details or self.logs_with_details[-1] is not last:

@@ -9,12 +9,12 @@ import torch
 import plan_tables
 from query_experts.cli import main
 from query_experts.model.arms import arm_config
-from query_experts.plan import run
+from query_experts.plan import numbers, run
 from query_experts.plan.gpus import GPUS, USABLE
 from query_experts.plan.lengths import LENGTHS, WORTHWHILE, predict
 from query_experts.plan.memory import PARTS, Memory
+from query_experts.plan.numbers import GIB, make_plan
 from query_experts.plan.report import arm_rows, header, notes, speed_rows
-from query_experts.plan.run import GIB, make_plan
 from query_experts.plan.settings import PlanSettings
 
 PAPER = {  # the run of the paper's section 4
@@ -34,7 +34,7 @@ def known_memory(monkeypatch):
         each = {share: {"forward": dict.fromkeys(PARTS, 0.0) | {"activations": share * GIB}} for share in (1, 0.25)}
         return {False: Memory(base, each[1]), True: Memory(base, each[0.25])}
 
-    monkeypatch.setattr(run, "track", track)
+    monkeypatch.setattr(numbers, "track", track)
 
 
 @pytest.fixture

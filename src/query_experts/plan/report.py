@@ -9,7 +9,7 @@ from query_experts.common import formatting as text
 from query_experts.plan.gpus import USABLE
 from query_experts.plan.lengths import KINDS, LENGTHS, WORTHWHILE
 from query_experts.plan.memory import PARTS
-from query_experts.plan.run import GIB, ArmPlan, Plan
+from query_experts.plan.numbers import GIB, ArmPlan, Plan
 from query_experts.plan.settings import PlanSettings
 
 if TYPE_CHECKING:
