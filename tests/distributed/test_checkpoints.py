@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from model_helpers import cross_entropy, random_tokens, tiny_model
-from query_experts.common import files
-from query_experts.distributed.checkpoints import FILES, damaged_files, put_in_place
+from query_experts.distributed import checkpoints
+from query_experts.distributed.checkpoints import FILES, damaged_files, put_in_place, writer_of, written_out
 from query_experts.distributed.ranks import join_ranks
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 from query_experts.study.callbacks import ZClipCallback
@@ -188,7 +188,7 @@ def test_a_checkpoint_with_a_file_less_or_cut_is_known(tmp_path):
     written, final = tmp_path / "writing" / "checkpoint-1", tmp_path / "checkpoint-1"
     for name in ("rng_state_0.pth", "rng_state_1.pth", "optimizer/part"):
         (written / name).write_bytes(b"1234")
-    put_in_place(written, final)
+    put_in_place(written, final, written_out(written))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert damaged_files(final) == []
     (final / "rng_state_1.pth").unlink()
@@ -199,7 +199,7 @@ def test_a_checkpoint_with_a_file_less_or_cut_is_known(tmp_path):
 def test_a_file_whose_content_has_changed_is_known_by_its_checksum(tmp_path):
     (tmp_path / "writing").mkdir()
     (tmp_path / "writing" / "part").write_bytes(b"1234")
-    put_in_place(tmp_path / "writing", tmp_path / "checkpoint-1")
+    put_in_place(tmp_path / "writing", tmp_path / "checkpoint-1", written_out(tmp_path / "writing"))
     final = tmp_path / "checkpoint-1"
     (final / "part").write_bytes(b"1235")
     assert damaged_files(final) == ["part"]
@@ -216,9 +216,28 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, mo
     (written / "optimizer").mkdir(parents=True)
     for name in ("rng_state.pth", "optimizer/part"):
         (written / name).write_bytes(b"1234")
-    monkeypatch.setattr(files, "sync_file", lambda path: synced.append((path, final.exists())))
-    put_in_place(written, final)
-    assert sorted(synced) == [(written / name, False) for name in (FILES, "optimizer/part", "rng_state.pth")]
+    for kind in ("sync_file", "sync_folder"):
+        monkeypatch.setattr(checkpoints, kind, lambda path: synced.append((path, final.exists())))
+    put_in_place(written, final, written_out(written))
+    before = [written, *(written / name for name in (FILES, "optimizer", "optimizer/part", "rng_state.pth"))]
+    assert sorted(synced) == sorted([(tmp_path, True), *((path, False) for path in before)])
+
+
+def test_each_rank_answers_for_the_files_that_it_wrote(monkeypatch):
+    monkeypatch.setattr(checkpoints, "rank_and_number", lambda: (0, 2))
+    names = ["rng_state_1.pth", "__1_0.distcp", "shard-00002-model-00001-of-00001.safetensors"]
+    assert [writer_of(name) for name in names] == [1, 1, 1]
+    names = ["rng_state_0.pth", "__0_0.distcp", "shard-00001-model.safetensors", "scheduler.pt", "rng_state_7.pth"]
+    assert [writer_of(name) for name in names] == [0] * 5
+
+
+def test_a_list_may_be_missing_only_where_one_process_wrote_the_checkpoint(tmp_path):
+    assert damaged_files(tmp_path) == []
+    (tmp_path / "rng_state_0.pth").touch()
+    assert damaged_files(tmp_path) == [FILES]
+    (tmp_path / "rng_state_0.pth").unlink()
+    (tmp_path / "optimizer").mkdir()
+    assert damaged_files(tmp_path) == [FILES]
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "l
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT isn't set"),
-        ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT isn't set"),
-        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is 0, and WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT isn't set"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({"RANK": "1"}, "RANK is 1, and WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is 0, and WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT are not set"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''; it must be a whole number, 1 or more"),
         (LAUNCHED | {"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; it must be a whole number, 1 or more"),
         (LAUNCHED | {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; it must be a whole number, 1 or more"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK is 'x'; it must be a whole number, 0 or more"),
+        (LAUNCHED | {"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'; it must be a whole number, 0 or more"),
         (LAUNCHED | {"RANK": "-1"}, "RANK is '-1'; it must be a whole number, 0 or more"),
         (LAUNCHED | {"RANK": "2"}, "RANK is 2; it must be less than WORLD_SIZE, 2"),
         (LAUNCHED | {"WORLD_SIZE": "1"}, "RANK is 1; it must be less than WORLD_SIZE, 1"),

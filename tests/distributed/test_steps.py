@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
 
 from model_helpers import cross_entropy, random_tokens, tiny_llama_config, tiny_model
+from query_experts.distributed.layout import copies_of_shards
 from query_experts.distributed.ranks import join_ranks
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 from query_experts.study.callbacks import ZClipCallback
@@ -38,7 +39,7 @@ GQE: dict[str, dict[str, Any]] = {
 LLAMA = {"dense": {"num_attention_heads": 8}, "half": {"num_attention_heads": 4, "intermediate_size": 40}}
 CASES = [*GQE, *LLAMA]
 # ranks that share a layer, ranks that share a copy of the model, and copies of the model
-LAYOUTS = {"ddp": (1, 1, 2), "fsdp": (1, 2, 1), "tp": (2, 1, 1), "fsdp_tp": (2, 2, 1)}
+LAYOUTS = {"ddp": (1, 1, 2), "fsdp": (1, 2, 1), "tp": (2, 1, 1), "fsdp_tp": (2, 2, 1), "two_of_fsdp": (1, 2, 2)}
 IN_FOUR = ("two_of_four", "expert_tied")  # four processes share two cores
 STEPS, ROWS, LENGTH = 4, 8, 12  # ROWS of a step
 ACCUMULATIONS = (1, 2)
@@ -56,11 +57,12 @@ def rows() -> list[dict[str, Tensor]]:
 def loaded(case: str, layout: str | None, folder: Path) -> Any:
     """A case's model with its initial weights, as the ranks of a layout share it."""
     more: dict[str, Any] = {}
-    tp, fsdp, _ = LAYOUTS[layout] if layout else (1, 1, 1)
+    tp, fsdp, copies = LAYOUTS[layout] if layout else (1, 1, 1)
     if tp * fsdp > 1:
         from transformers.distributed import DistributedConfig
 
-        more["distributed_config"] = DistributedConfig(tp_size=tp, fsdp_size=fsdp)
+        of_shards = {"dp_replicate_size": copies} if copies > 1 else {}
+        more["distributed_config"] = DistributedConfig(tp_size=tp, fsdp_size=fsdp, **of_shards)
     model = AutoModelForCausalLM.from_pretrained(folder / case, dtype=torch.float64, **more)
     model.loss_function = cross_entropy
     if case == "lora":
@@ -159,6 +161,9 @@ def assert_same_run(found: dict[str, dict[str, Any]], expected: dict[str, dict[s
 
 def parameter(layout: str, case: str) -> Any:
     skips = [pytest.mark.skipif(layout != "ddp" and not SHARDS_BY_GROUP, reason="needs Transformers 5.20")]
+    if layout == "two_of_fsdp":
+        old = not (SHARDS_BY_GROUP and copies_of_shards())
+        skips += [pytest.mark.full, pytest.mark.skipif(old, reason="needs Transformers 5.23")]
     return pytest.param(layout, case, marks=skips, id=f"{layout}-{case}")
 
 

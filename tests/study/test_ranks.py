@@ -13,6 +13,7 @@ import pytest
 
 from query_experts import GQEForCausalLM
 from query_experts.cli import main
+from query_experts.distributed.layout import copies_of_shards
 from query_experts.model.configuration_gqe import SHARDS_BY_GROUP
 from rank_helpers import outcomes, start_ranks
 from study_helpers import write_text
@@ -34,6 +35,7 @@ resuming = pytest.mark.skipif(
     not SHARDS_BY_GROUP, reason="Transformers below 5.20 can't load an optimizer in several processes on a CPU"
 )
 SLOW = pytest.mark.full
+COPIES = SHARDS_BY_GROUP and copies_of_shards()
 SHARED = [
     pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=[sharded, SLOW]),
 ]  # fmt: skip
@@ -135,9 +137,8 @@ def test_the_launchers_themselves_start_and_stop_a_run(launcher, folder):
     """SIGTERM goes to the launcher, as a job's time limit sends it."""
     out = launcher.replace(" ", "_")
     command = words("train", folder, out, **LAYOUTS["ddp"])
-    stopped = launch(launcher, [*command, "--steps", "100000"])
-    wait_for(folder / out / "checkpoints", [stopped])
-    time.sleep(0.5)
+    stopped = launch(launcher, [*command, "--steps", "100000", "--evaluations", "5000"])
+    wait_for(folder / out / "checkpoints" / "checkpoint-20", [stopped])
     stopped.send_signal(signal.SIGTERM)
     ((status, _, err),) = outcomes([stopped])
     assert status
@@ -152,10 +153,16 @@ def test_the_launchers_themselves_start_and_stop_a_run(launcher, folder):
 
 @sharded
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("float32", 2e-5), pytest.param("bfloat16", 5e-3, marks=SLOW)], ids=str
+    ("layout", "dtype", "tolerance"),
+    [
+        ("fsdp", "float32", 2e-5),
+        pytest.param("tp", "float32", 2e-5, marks=SLOW),
+        pytest.param("fsdp", "bfloat16", 5e-3, marks=SLOW),
+        pytest.param("ddp", "bfloat16", 2e-5, marks=SLOW),
+    ],
 )
-def test_two_ranks_share_student_and_teacher_and_distill_as_one_process(dtype, tolerance, folder):
-    """In bfloat16 the ranks' teacher has its weights in bfloat16, and that of one process in float32."""
+def test_two_ranks_share_student_and_teacher_and_distill_as_one_process(layout, dtype, tolerance, folder):
+    """In bfloat16 a shared teacher has its weights in bfloat16; that of one process or of copies in float32."""
     fixtures = Path(__file__).resolve().parents[1] / "fixtures"
     changes = {
         "init": fixtures / "converted", "teacher": fixtures / "dense", "data": fixtures / "text.txt", "seq_len": 16,
@@ -167,10 +174,12 @@ def test_two_ranks_share_student_and_teacher_and_distill_as_one_process(dtype, t
         given = changes | {"out": folder / out} | more
         return ["distill", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
 
-    assert main(command(f"distilled_one_{dtype}", batch_size=4)) == 0
-    ended = on_two_ranks(command(f"distilled_{dtype}", batch_size=2, fsdp_size=2))
+    one, out = f"distilled_one_{dtype}", f"distilled_{layout}_{dtype}"
+    if not (folder / one).exists():
+        assert main(command(one, batch_size=2)) == 0
+    ended = on_two_ranks(command(out, **LAYOUTS[layout]))
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
-    losses = [result(folder, out)["teacher_loss"] for out in (f"distilled_{dtype}", f"distilled_one_{dtype}")]
+    losses = [result(folder, out)["teacher_loss"] for out in (out, one)]
     assert losses[0] == pytest.approx(losses[1], abs=tolerance)
     for mine, whole in zip(
         curves(folder, f"distilled_{dtype}")[:2], curves(folder, f"distilled_one_{dtype}")[:2], strict=True
@@ -224,9 +233,10 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(kill, folder):
 def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(layout, folder):
     long = {"steps": 100_000, "evaluations": 1, "log_every": 100_000}  # its first log would come after minutes
     command = words("train", folder, "terminated", **LAYOUTS[layout] | long)
-    processes = start(command)
-    wait_for(folder / "terminated" / "checkpoints", processes)
-    time.sleep(0.5)
+    begun = folder / f"begun_{layout}"
+    what = f"open({str(begun)!r}, 'w').close()"
+    processes = start_ranks(["-c", FROM_STEP.format(ranks=(1,), step=3, what=what), *command], 2)
+    wait_for(begun, processes)
     for _ in range(2):  # a launcher passes on what the rank got already
         processes[1].send_signal(signal.SIGTERM)
         time.sleep(0.02)
@@ -324,18 +334,67 @@ HANGS += [pytest.param(*hang, marks=[sharded, SLOW]) for hang in [("fsdp", 0), (
 
 @pytest.mark.parametrize(("layout", "hangs"), HANGS)
 def test_a_rank_that_hangs_is_named(folder, layout, hangs):
-    command = words("train", folder, f"hanging_{layout}_{hangs}", **LAYOUTS[layout], rank_timeout_minutes=0.05)
+    command = words("train", folder, f"hanging_{layout}_{hangs}", **LAYOUTS[layout], rank_timeout_minutes=0.2)
     what = FROM_STEP.format(ranks=(hangs,), step=5, what="time.sleep(600)")
     processes = start_ranks(["-c", what, *command], 2)
     waits = processes[1 - hangs]
     try:
-        _, err = waits.communicate(timeout=60)
+        _, err = waits.communicate(timeout=180)
     finally:
         for process in processes:
             process.kill()
     outcomes(processes)
     assert waits.returncode
     assert f"rank {hangs} didn't answer within" in " ".join(err.split())
+
+
+HANGING_AT = """
+import sys, time
+import query_experts.study.train as train
+from query_experts.distributed.ranks import rank
+from query_experts_command import main
+before = train.{place}
+def hang(*words, **more):
+    if rank() == {rank}:
+        time.sleep(600)
+    return before(*words, **more)
+train.{place} = hang
+sys.exit(main(sys.argv[1:]))
+"""
+PLACES = [
+    ("ddp", "describe", 1),
+    pytest.param("ddp", "last_checkpoint", 0, marks=SLOW),
+    pytest.param("ddp", "build_trainer", 1, marks=SLOW),
+    pytest.param("fsdp", "save_model", 1, marks=[sharded, SLOW]),
+]
+
+
+@pytest.mark.parametrize(("layout", "place", "hangs"), PLACES)
+def test_a_rank_that_hangs_before_or_after_the_steps_is_named(folder, layout, place, hangs):
+    command = words("train", folder, f"hanging_at_{place}", **LAYOUTS[layout], rank_timeout_minutes=0.2)
+    processes = start_ranks(["-c", HANGING_AT.format(place=place, rank=hangs), *command], 2)
+    waits = processes[1 - hangs]
+    try:
+        _, err = waits.communicate(timeout=180)
+    finally:
+        for process in processes:
+            process.kill()
+    outcomes(processes)
+    assert waits.returncode
+    assert f"rank {hangs} didn't answer within" in " ".join(err.split())
+    assert "Traceback" not in err.rpartition("query-experts: ")[2]
+
+
+def test_a_rank_says_for_whom_it_waits(tmp_path):
+    program = (
+        "import query_experts.distributed.ranks as ranks; ranks.SAID_AFTER = 0.1\n"
+        "import threading, os; threading.Timer(3, lambda: os._exit(5)).start(); ranks.join_ranks()"
+    )
+    first, second = start_ranks(["-c", program], 2)
+    second.kill()
+    ((status, _, err), _) = outcomes([first, second])
+    assert status == 5
+    assert "query-experts: rank 0: waiting for 2 processes to meet at localhost:" in err
 
 
 def test_rank_0_gives_others_values_that_are_too_large_for_the_store_at_once():
@@ -367,6 +426,20 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_both(layout
     assert held["validation_loss"] is not None
 
 
+@SLOW
+@pytest.mark.parametrize("layout", EACH_KIND)
+def test_gradients_that_stay_not_finite_on_one_rank_are_divergence_on_both(layout, folder):
+    what = "import torch; more['model'].lm_head.weight.register_hook(lambda g: g * float('nan'))"
+    command = words("train", folder, f"diverged_{layout}", **LAYOUTS[layout])
+    program = FROM_STEP.format(ranks=(1,), step=2, what=what)
+    ended = outcomes(start_ranks(["-c", program, *command], 2), timeout=120)
+    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    held = result(folder, f"diverged_{layout}")
+    assert held["diverged"]
+    assert held["skipped_steps"] >= 6
+    assert "learning" in ended[0][1]
+
+
 ARMS = ["dense", "static", "half", "gqe"]
 
 
@@ -393,16 +466,38 @@ def test_ranks_compare_arms_as_one_process_does(layout, folder):
 @sharded
 def test_keep_may_change_where_a_run_goes_on(folder):
     command = words("train", folder, "kept", **LAYOUTS["fsdp"], evaluations=12)
-    processes = start([*command, "--keep", "2"])
-    wait_for(folder / "kept" / "checkpoints" / "checkpoint-4", processes)
+    listed = folder / "kept.txt"
+    stop = "import os; os._exit(1)"
+    write = (
+        f"import os; open({str(listed)!r}, 'w').write(' '.join(os.listdir({str(folder / 'kept' / 'checkpoints')!r})))"
+    )
+    for keep, step, what in (("2", 5, stop), ("5", 10, write)):
+        program = FROM_STEP.format(ranks=(0, 1), step=step, what=what)
+        outcomes(start_ranks(["-c", program, *command, "--keep", keep], 2))
+    assert result(folder, "kept")["train_tokens"] == 12 * 4 * 16
+    assert sorted(listed.read_text().split()) == ["checkpoint-10", *(f"checkpoint-{step}" for step in range(6, 10))]
+
+
+@SLOW
+@sharded
+@pytest.mark.skipif(not COPIES, reason="Transformers below 5.23 has no copies of models that ranks share")
+def test_four_ranks_go_on_from_two_with_two_copies_of_a_shared_model(folder):
+    command = words("train", folder, "copies", **LAYOUTS["fsdp"])
+    program = FROM_STEP.format(ranks=(0, 1), step=7, what="import os; os._exit(1)")
+    outcomes(start_ranks(["-c", program, *command], 2))
+    four = [*command, "--batch_size", "1"]
+    program = FROM_STEP.format(ranks=(3,), step=10, what="import os; os._exit(1)")
+    processes = start_ranks(["-c", program, *four], 4)
+    processes[3].wait(120)
     for process in processes:
         process.kill()
     outcomes(processes)
-    processes = start([*command, "--keep", "5"])
-    wait_for(folder / "kept" / "checkpoints" / "checkpoint-9", processes)
-    there = sum(path.name.startswith("checkpoint-") for path in (folder / "kept" / "checkpoints").iterdir())
-    assert [status for status, _, _ in outcomes(processes)] == [0, 0]
-    assert there in (5, 6)  # one more while the oldest is deleted
+    assert [path.name for path in (folder / "copies" / "checkpoints").glob("checkpoint-9")]
+    ended = outcomes(start_ranks(["-m", "query_experts.cli", *four], 4))
+    assert [status for status, _, _ in ended] == [0] * 4, ended[0][2]
+    assert "goes on from" in ended[0][2]
+    for mine, whole in zip(curves(folder, "copies")[:2], curves(folder, "one")[:2], strict=True):
+        assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=2e-5)
 
 
 @pytest.mark.parametrize("layout", EACH_KIND)

@@ -38,10 +38,10 @@ def sync_file(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Returns when all files in a folder and its folders are on the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync_file(path)
+    """Returns when the files in a folder, and their names, are on the disk."""
+    for path in folder.iterdir():
+        sync_file(path)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

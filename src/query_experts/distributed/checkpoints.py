@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,8 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from query_experts.common.files import parse_json, sync_files, sync_folder
+from query_experts.common.files import parse_json, sync_file, sync_folder
+from query_experts.distributed.ranks import gathered, rank_and_number
 from query_experts.model.tied import check_tied
 
 WRITING = "writing"  # the folder, beside the checkpoints, of one that isn't finished
@@ -76,10 +78,11 @@ class WholeCheckpoints(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._is_writing = False
-        barrier()  # every rank's files are there
         self._name_best(run / WRITING / name, run / name)
+        barrier()  # every rank's files are there
+        sums = of_all_ranks(written_out(run / WRITING / name))
         if self.args.should_save:
-            put_in_place(run / WRITING / name, run / name)
+            put_in_place(run / WRITING / name, run / name, sums)
             rotate_checkpoints(str(run), self.args.save_total_limit, self.state.best_model_checkpoint)
         barrier()
         if self._to_push is not None:
@@ -191,11 +194,36 @@ def barrier() -> None:
         dist.barrier()
 
 
-def put_in_place(written: Path, final: Path) -> None:
-    """Lists a checkpoint's files in it, and gives it its name, in place of one that has it, when all is on the disk."""
-    listed = {"sizes": sizes(written), "sha256": checksums(written)}
-    (written / FILES).write_text(json.dumps(listed), encoding="utf-8")
-    sync_files(written)
+def written_out(checkpoint: Path) -> dict[str, str]:
+    """Has this rank's files on the disk, and returns their checksums."""
+    own = [path for path in files_of(checkpoint) if writer_of(path.name) == rank_and_number()[0]]
+    for path in own:
+        sync_file(path)
+    return checksums(checkpoint, own)
+
+
+def of_all_ranks(sums: dict[str, str]) -> dict[str, str]:
+    """All ranks' checksums. Every rank must call this."""
+    return {name: value for each in gathered(sums) for name, value in each.items()}
+
+
+def writer_of(name: str) -> int:
+    """The rank that wrote a file of a checkpoint, by the file's name: rank 0 unless it has another's number."""
+    own = re.match(r"rng_state_(\d+)\.pth|__(\d+)_\d+\.distcp", name)
+    counted_from_one = re.match(r"shard-(\d+)-", name)
+    number = int(counted_from_one[1]) - 1 if counted_from_one else int(own[1] or own[2]) if own else 0
+    return number if number < rank_and_number()[1] else 0
+
+
+def put_in_place(written: Path, final: Path, sums: dict[str, str]) -> None:
+    """Lists a checkpoint's files in it, and gives it its name, in place of one that has it, when all is on the disk.
+
+    sums: the checksums of its files, which are on the disk.
+    """
+    (written / FILES).write_text(json.dumps({"sizes": sizes(written), "sha256": sums}), encoding="utf-8")
+    sync_file(written / FILES)
+    for folder in (*(path for path in written.rglob("*") if path.is_dir()), written):
+        sync_folder(folder)
     shutil.rmtree(final, ignore_errors=True)
     written.replace(final)
     sync_folder(final.parent)
@@ -213,9 +241,8 @@ def sizes(checkpoint: Path) -> dict[str, int]:
     return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files_of(checkpoint)}
 
 
-def checksums(checkpoint: Path) -> dict[str, str]:
-    """The files of a checkpoint, with the SHA-256 of each. Files are read side by side."""
-    files = files_of(checkpoint)
+def checksums(checkpoint: Path, files: list[Path]) -> dict[str, str]:
+    """Files of a checkpoint, with the SHA-256 of each. They are read side by side."""
     with ThreadPoolExecutor(MOST_READ_AT_ONCE) as pool:
         found = pool.map(checksum, files)
     return {path.relative_to(checkpoint).as_posix(): digest for path, digest in zip(files, found, strict=True)}
@@ -229,19 +256,24 @@ def checksum(file: Path) -> str:
 def damaged_files(checkpoint: Path) -> list[str]:
     """The files that a checkpoint lists and that are missing or other than listed.
 
-    Earlier versions wrote lists without checksums, or none.
+    Earlier versions wrote lists without checksums, and in one process none.
 
     Raises ValueError for a list that is damaged.
     """
     if not (checkpoint / FILES).exists():
-        return []
+        of_ranks = has_shards(checkpoint) or any(checkpoint.glob("rng_state_*.pth"))
+        return [FILES] if of_ranks else []
     listed = parse_json((checkpoint / FILES).read_text(encoding="utf-8"))
     if not (
         isinstance(listed, dict) and {"sizes"} <= listed.keys() and all(isinstance(v, dict) for v in listed.values())
     ):
         raise ValueError(f"{checkpoint / FILES} is damaged")
     wrong = differing(listed["sizes"], sizes(checkpoint))
-    return wrong if wrong or "sha256" not in listed else differing(listed["sha256"], checksums(checkpoint))
+    return (
+        wrong
+        if wrong or "sha256" not in listed
+        else differing(listed["sha256"], checksums(checkpoint, files_of(checkpoint)))
+    )
 
 
 def differing(listed: dict[str, Any], there: dict[str, Any]) -> list[str]:

@@ -6,17 +6,20 @@ do, or see, is shared by `first_rank` and `agreed`, which every rank must call.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
 import re
 import sys
+import threading
 import time
 import traceback
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,9 +28,15 @@ from query_experts.common.errors import SettingError
 
 T = TypeVar("T")
 
+
+class HungRank(RuntimeError):
+    """A rank doesn't answer in time. The sentence names it."""
+
+
 LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 MOST_IN_STORE = 4 * 2**20  # bytes of a value; torch's store takes 8 MiB
 HEARD_AFTER = 3.0  # seconds in which rank 0 may say an error that several ranks have
+SAID_AFTER = 15.0  # seconds until a rank says for what it waits
 ASKED_AGAIN = 5.0  # seconds that a rank has to answer once it has been waited for
 ERROR, DONE, STOP = "query-experts/error", "query-experts/done", "query-experts/stop"  # keys of the ranks' store
 
@@ -57,13 +66,16 @@ def check_launch() -> None:
     there = [name for name in LAUNCH if name in os.environ]
     missing = [name for name in LAUNCH if name not in os.environ]
     processes = num_processes()
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+        _set_by_launcher(name, least=0, default=0)
     if missing and ("WORLD_SIZE" in missing or processes > 1) and {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & {*there}:
+        verb = "is" if len(missing) == 1 else "are"
         raise SettingError(
-            f"{there[0]} is {os.environ[there[0]]}, and {', '.join(missing)} isn't set; a launcher must set them all "
-            "(torchrun, accelerate launch), or none"
+            f"{there[0]} is {os.environ[there[0]]}, and {', '.join(missing)} {verb} not set; a launcher must set them "
+            "all (torchrun, accelerate launch), or none may be set"
         )
     for name in ("RANK", "LOCAL_RANK"):
-        if _set_by_launcher(name, least=0, default=0) >= processes:
+        if int(os.environ.get(name, "0")) >= processes:
             raise SettingError(f"{name} is {os.environ[name]}; it must be less than WORLD_SIZE, {processes}")
 
 
@@ -83,10 +95,12 @@ def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, 
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     trace, sentence, status = "", None, 0
     try:
-        join_ranks()
+        join_ranks(heard)
         sentence, status = work()
         if not status:
             dist.barrier()  # rank 0 has the store, which others may still read
+    except HungRank as error:
+        sentence, status = str(error), 1
     except Exception as error:  # of any kind: a rank that stays silent leaves the others waiting
         sentence, status, trace = f"{type(error).__name__}: {error}", 1, traceback.format_exc()
     sys.stderr = heard
@@ -100,14 +114,26 @@ def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, 
     return status
 
 
-def join_ranks() -> None:
-    """Joins this launch's process group: gloo on a CPU, and NCCL too where there are GPUs."""
+def join_ranks(said: TextIO | None = None) -> None:
+    """Joins this launch's process group: gloo on a CPU, and NCCL too where there are GPUs.
+
+    said: gets a sentence where others don't come for some seconds; None for stderr.
+    """
     if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():  # else on CPUs
         torch.cuda.set_device(local_rank())
-    dist.init_process_group()
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    waiting = f"query-experts: rank {rank()}: waiting for {num_processes()} processes to meet at {where}\n"
+    timer = threading.Timer(SAID_AFTER, lambda: (said or sys.stderr).write(waiting))
+    timer.daemon = True
+    timer.start()
+    try:
+        dist.init_process_group()
+    finally:
+        timer.cancel()
     _watch.append(dist.new_group(backend="gloo"))
 
 
+_patience = [math.inf]  # seconds that ranks wait for rank 0's work
 _waits: list[float] = []  # the timeout of that group
 _watch: list[dist.ProcessGroup] = []  # a group of its own for the barrier that names missing ranks: it stays usable
 
@@ -130,10 +156,11 @@ def says_it() -> bool:
 
 
 def first_rank(work: Callable[[], T]) -> T:
-    """Runs work on rank 0 alone, and gives its result to every rank, which waits as long as it takes.
+    """Runs work on rank 0 alone, and gives its result to every rank, which waits for it.
 
     Raises:
         RuntimeError: on the other ranks, where it failed on rank 0.
+        HungRank: on the other ranks within `naming_hung_ranks`, where it takes rank 0 longer than its time.
     """
     if num_processes() == 1:
         return work()
@@ -146,9 +173,12 @@ def first_rank(work: Callable[[], T]) -> T:
             store().set(f"{key}/{number}", text[start : start + MOST_IN_STORE])
         store().set(key, str(len(starts)))
         return result
+    began = time.monotonic()
     while not store().check([key]):
         if store().check([ERROR]):
             raise RuntimeError("rank 0 has ended")
+        if time.monotonic() > began + _patience[-1]:
+            raise HungRank(f"rank 0 didn't answer within {_patience[-1]:g} s; it hangs")
         time.sleep(0.05)
     parts = int(store().get(key))
     return pickle.loads(b64decode(b"".join(store().get(f"{key}/{number}") for number in range(parts))))
@@ -160,6 +190,27 @@ _numbers = iter(range(sys.maxsize))
 def next_number() -> int:
     """Counts the calls of `first_rank`, which every rank makes in the same order."""
     return next(_numbers)
+
+
+def rank_and_number() -> tuple[int, int]:
+    """This process's rank and the number of ranks in the process group; 0 and 1 without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, on rank 0; elsewhere only this rank's. Every rank must call this.
+
+    Args:
+        value: What JSON holds.
+    """
+    rank, number = rank_and_number()
+    key = f"{DONE}/{next_number()}"
+    if rank:
+        store().set(f"{key}/{rank}", json.dumps(value))
+        return [value]
+    return [value, *(json.loads(store().get(f"{key}/{other}")) for other in range(1, number))]
 
 
 def agreed(value: T) -> T:
@@ -195,7 +246,7 @@ def require_all_ranks(seconds: float) -> None:
     """Waits until every rank is here.
 
     Raises:
-        RuntimeError: naming the ranks that didn't come in time.
+        HungRank: naming the ranks that didn't come in time.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -206,7 +257,7 @@ def require_all_ranks(seconds: float) -> None:
         missing = re.search(r"[Rr]anks? ([\d, ]+) failed", said) or re.search(r"from rank (\d+)", said)
         if missing is None:  # rank 0 knows
             raise
-        raise RuntimeError(f"rank {missing[1].strip(' ,')} didn't answer within {seconds:g} s; it hangs") from error
+        raise HungRank(f"rank {missing[1].strip(' ,')} didn't answer within {seconds:g} s; it hangs") from error
 
 
 @contextmanager
@@ -217,13 +268,17 @@ def naming_hung_ranks(seconds: float) -> Iterator[None]:
     """
     if num_processes() > 1 and dist.is_initialized():
         if not _waits or _waits[-1] != seconds:  # ranks other than 0 wait as long as the group was made for
+            require_all_ranks(seconds)  # one that is late can't be named while a group is made
             _waits.append(seconds)
             _watch[:] = [dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))]
         for group in dist.distributed_c10d._world.pg_map:  # those of meshes too
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    _patience.append(seconds)
     try:
         yield
     except RuntimeError as error:
         if "imed out" in str(error):
             require_all_ranks(ASKED_AGAIN)
         raise
+    finally:
+        _patience.pop()

@@ -22,6 +22,8 @@ from query_experts.distributed.ranks import greatest, num_processes, require_all
 from query_experts.model.kernel_choice import kernel_choice
 from query_experts.training import GQETrainer, LoggedCallback
 
+WAITS_FOR_LOG = 10  # seconds that a request to stop waits for a log
+
 
 class ZClipCallback(LoggedCallback, ExportableState):
     """ZClip (arXiv 2504.02507): scales gradients down where their norm is an outlier among recent norms.
@@ -269,6 +271,11 @@ class StopRequest:
     def made(self) -> bool:
         return self.signal is not None or time.monotonic() >= self.deadline
 
+    @property
+    def presses(self) -> bool:
+        """Whether it was made so long ago that it can't wait for a log: who asks may soon end the process."""
+        return time.monotonic() >= self.deadline + WAITS_FOR_LOG
+
     def share(self) -> None:
         """Has every rank know of a signal that one has got. Every rank must call this."""
         self.signal = int(greatest(self.signal or 0, torch.device("cpu"))) or None
@@ -293,9 +300,12 @@ class StopRequest:
                 signal.raise_signal(number)
                 return
             self.signal = number
+            self.deadline = min(self.deadline, time.monotonic())
             with suppress(OSError):  # Ctrl-C also ends the program that reads the pipe
-                when = "within 1/40 of the run" if num_processes() == 1 else "after this step or the next"
-                print(f"\nSaving {when}, then stopping; once more stops at once.", file=sys.stderr)
+                alone = f"within {WAITS_FOR_LOG} seconds or after this step"
+                when = alone if num_processes() == 1 else "after this step or the next"
+                more = "" if number == signal.SIGTERM and num_processes() > 1 else "; once more stops at once"
+                print(f"\nSaving {when}, then stopping{more}.", file=sys.stderr)
 
         for number, handler in before.items():
             if handler != signal.SIG_IGN:
@@ -309,8 +319,9 @@ class StopRequest:
 class StopWhenAsked(TrainerCallback):
     """Saves a checkpoint and stops at the first log after the request, on all ranks once it is made on one.
 
-    On several ranks a signal stops all after the step that follows, with a log of its own, since launchers kill a rank
-    that doesn't end soon. A signal that one rank got is then in every rank's request.
+    Where no log comes within `WAITS_FOR_LOG` seconds, it stops after a step, with a log of its own; for a signal on
+    several ranks, after the step that follows. Who asks may kill a process that doesn't end soon. A signal that one
+    rank got is then in every rank's request.
 
     Args:
         request: Of this rank.
@@ -328,7 +339,10 @@ class StopWhenAsked(TrainerCallback):
         if state.global_step >= state.max_steps:
             return control
         if state.global_step % state.logging_steps:
-            if num_processes() > 1 and stops_after(state.global_step, self.request.signal is not None):
+            presses = self.request.presses
+            if num_processes() > 1:
+                presses = stops_after(state.global_step, presses or self.request.signal is not None)
+            if presses:
                 self.request.share()
                 control.should_log = control.should_save = control.should_training_stop = True
             return control

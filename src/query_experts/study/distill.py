@@ -20,7 +20,6 @@ from query_experts.common.checkpoints import (
 )
 from query_experts.common.errors import SettingError
 from query_experts.distributed.layout import check_groups
-from query_experts.distributed.ranks import num_processes
 from query_experts.model.arms import ModelSize
 from query_experts.model.configuration_gqe import GQEConfig
 from query_experts.model.kernel_choice import use_kernels
@@ -80,10 +79,10 @@ def load_matching_teacher(
 def load_teacher(name: str, settings: DistillSettings | None = None) -> PreTrainedModel:
     """A causal language model, which the ranks share as they share the model that is trained.
 
-    In float32 in one process; on several ranks in the dtype that it computes in, bf16 or float32. Raises SettingError
-    for a checkpoint that can't be loaded.
+    In float32 where each process has all of it; where they share it, in the dtype that it computes in, bf16 or float32.
+    Raises SettingError for a checkpoint that can't be loaded.
     """
-    if settings is None or num_processes() == 1:
+    if settings is None or not settings.is_sharded:
         return load_whole(AutoModelForCausalLM, name, torch.float32, "teacher")
     groups = getattr(load_config(name, "teacher"), "num_key_value_heads", settings.tp_size)
     check_groups(settings.tp_size, groups, "teacher's num_key_value_heads")

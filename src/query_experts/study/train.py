@@ -96,14 +96,33 @@ def train_arm(
     Returns:
         The result; None if the run was asked to stop before its end.
     """
-    result_file = folder / "result.json"
-    if (known := first_rank(lambda: read_result(result_file) if result_file.exists() else None)) is not None:
-        return known
+    with naming_hung_ranks(settings.rank_timeout):
+        known = first_rank(lambda: finished(folder))
+        return train_on(settings, arm, seed, corpus, folder, stop, start) if known is None else known
+
+
+def finished(folder: Path) -> RunResult | None:
+    """The result of a run that has ended, without what only an unfinished one needs; None for an unfinished one."""
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    remove_parts(folder)  # which a kill may have left
+    return read_result(file)
+
+
+def remove_parts(folder: Path) -> None:
+    for name in ("checkpoints", INITIAL):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def train_on(
+    settings: RunSettings, arm: str, seed: int, corpus: Corpus, folder: Path, stop: StopRequest,
+    start: StartingPoint | None,
+) -> RunResult | None:  # fmt: skip
+    """As `train_arm`, for a run that hasn't ended."""
     model = initial_model(settings, arm, seed, folder) if start is None else prepared(settings, start.model)
     use_kernels(model, settings.kernels)
-    size = 4 * model.num_parameters()
-    room = size * (1 + 3 * (settings.keep + 1))  # a checkpoint has Adam's moments
-    first_rank(lambda: require_space(folder, room - bytes_in(folder / "checkpoints")))
+    first_rank(lambda: require_space(folder, room_of(settings, model) - bytes_in(folder / "checkpoints")))
     checkpoint = first_rank(lambda: last_checkpoint(folder / "checkpoints"))
     if checkpoint is not None and is_first():
         print(f"{arm} seed {seed} goes on from {checkpoint}", file=sys.stderr)
@@ -114,8 +133,7 @@ def train_arm(
     trainer = build_trainer(settings, model, arguments, corpus, callbacks, start)
     writing = disk_errors_as_os_errors(folder)
     with writing, close_progress_bar(trainer), loggers_of(trainer, folder), stop.listening():
-        with naming_hung_ranks(settings.rank_timeout):
-            train_from(trainer, checkpoint)
+        train_from(trainer, checkpoint)
         if trainer.state.global_step < settings.steps and not diverged_run(trainer):
             return None
         validation = validation_split(settings, corpus)
@@ -126,11 +144,22 @@ def train_arm(
             save_model(model, corpus, folder / "model")
     barrier()
     if is_first():
-        sync_files(folder)  # before the checkpoints go
-        write_result(result_file, result)
-        for name in ("checkpoints", INITIAL):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        if not result.diverged:
+            sync_files(folder / "model")
+        write_result(folder / "result.json", result)
+        remove_parts(folder)
     return agreed(result)
+
+
+def room_of(settings: RunSettings, model: PreTrainedModel) -> int:
+    """Bytes of a run's checkpoints, one more while the oldest is deleted, and of its model.
+
+    A checkpoint has the weights and Adam's moments. Of shards it has a tied head's weights twice.
+    """
+    weights = model.num_parameters()
+    if settings.is_sharded and model.config.tie_word_embeddings:
+        weights += model.config.vocab_size * model.config.hidden_size
+    return 4 * (weights + (weights + 2 * model.num_parameters()) * (settings.keep + 1))
 
 
 def bytes_in(folder: Path) -> int:
@@ -153,10 +182,14 @@ def initial_model(settings: RunSettings, arm: str, seed: int, folder: Path) -> P
 
 
 def write_initial(settings: RunSettings, arm: str, seed: int, folder: Path) -> None:
-    """Writes the checkpoint that ranks read their parts of a new model from."""
+    """Writes the checkpoint that ranks read their parts of a new model from, unless it is there."""
+    if folder.exists():  # of a run that goes on
+        return
     model = built(settings, arm, seed)
     require_space(folder.parent, 4 * model.num_parameters())
-    model.save_pretrained(folder)
+    writing = folder.with_name(f"{folder.name}.writing")
+    model.save_pretrained(writing)
+    writing.replace(folder)
 
 
 def new_model(settings: RunSettings, arm: str, seed: int) -> PreTrainedModel:
