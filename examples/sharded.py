@@ -5,6 +5,7 @@
 Run again, it goes on from its last checkpoint, also with another number of processes.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -40,8 +41,12 @@ def main(folder: Path) -> None:
     before = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(before) if before.exists() else None)
     model.save_pretrained(folder / "model")  # on every process: an ordinary checkpoint
+    if dist.get_rank() == 0:
+        print(f"Trained to step {trainer.state.global_step} of {arguments.max_steps}. Model: {folder / 'model'}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or "RANK" not in os.environ:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]))

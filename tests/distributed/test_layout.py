@@ -129,7 +129,9 @@ def test_a_folder_with_a_global_batch_takes_any_number_of_processes_and_one_with
     before = [fingerprint(settings) for settings in (whole, plain)]
     launched(monkeypatch, 2)
     refuse_change(before[0], fingerprint(whole), tmp_path)
-    with pytest.raises(SettingError, match="processes with data of their own was None, now 2"):
+    with pytest.raises(
+        SettingError, match="processes with data of their own were 1, now 2, which only global_batch_size would allow"
+    ):
         refuse_change(before[1], fingerprint(plain), tmp_path)
     with pytest.raises(SettingError, match=r"\(global_batch_size was 4, now None\)"):
         refuse_change(before[0], fingerprint(plain), tmp_path)

@@ -167,7 +167,7 @@ def test_two_ranks_share_student_and_teacher_and_distill_as_one_process(layout, 
     changes = {
         "init": fixtures / "converted", "teacher": fixtures / "dense", "data": fixtures / "text.txt", "seq_len": 16,
         "device": "cpu", "dtype": dtype, "steps": 4, "evaluations": 2, "validation_sequences": 4,
-        "global_batch_size": 4, "gradient_accumulation_steps": 1,
+        "global_batch_size": 4, "gradient_accumulation_steps": 1, "router_aux_loss_coef": 0.0,
     }  # fmt: skip
 
     def command(out: str, **more) -> list[str]:
@@ -181,9 +181,7 @@ def test_two_ranks_share_student_and_teacher_and_distill_as_one_process(layout, 
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2]
     losses = [result(folder, out)["teacher_loss"] for out in (out, one)]
     assert losses[0] == pytest.approx(losses[1], abs=tolerance)
-    for mine, whole in zip(
-        curves(folder, f"distilled_{dtype}")[:2], curves(folder, f"distilled_one_{dtype}")[:2], strict=True
-    ):
+    for mine, whole in zip(curves(folder, out)[:2], curves(folder, one)[:2], strict=True):
         assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=tolerance)
 
 
@@ -433,11 +431,14 @@ def test_gradients_that_stay_not_finite_on_one_rank_are_divergence_on_both(layou
     command = words("train", folder, f"diverged_{layout}", **LAYOUTS[layout])
     program = FROM_STEP.format(ranks=(1,), step=2, what=what)
     ended = outcomes(start_ranks(["-c", program, *command], 2), timeout=120)
-    assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    assert ended[0][0] == 2
+    assert ended[1][0] > 0
+    assert "in 6 steps gradients weren't finite and were skipped" in " ".join(ended[0][2].split())
+    assert "query-experts" not in ended[1][2]
+    assert "TCPStore" not in ended[1][2]
     held = result(folder, f"diverged_{layout}")
-    assert held["diverged"]
-    assert held["skipped_steps"] >= 6
-    assert "learning" in ended[0][1]
+    assert held["validation_loss"] is None
+    assert held["skipped_steps"] == 6
 
 
 ARMS = ["dense", "static", "half", "gqe"]

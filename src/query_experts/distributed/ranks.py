@@ -36,6 +36,7 @@ class HungRank(RuntimeError):
 LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 MOST_IN_STORE = 4 * 2**20  # bytes of a value; torch's store takes 8 MiB
 HEARD_AFTER = 3.0  # seconds in which rank 0 may say an error that several ranks have
+LINGERS = 0.5  # seconds
 SAID_AFTER = 15.0  # seconds until a rank says for what it waits
 ASKED_AGAIN = 5.0  # seconds that a rank has to answer once it has been waited for
 ERROR, DONE, STOP = "query-experts/error", "query-experts/done", "query-experts/stop"  # keys of the ranks' store
@@ -108,6 +109,8 @@ def run_as_rank(work: Callable[[], tuple[str | None, int]], say: Callable[[str, 
         sys.stderr.write(trace)
         say(f"rank {rank()}: {sentence}", status)
     sys.stderr.flush()
+    if status and is_first():
+        time.sleep(LINGERS)  # it has the store, by which others see that it ends
     if status:
         os._exit(status)  # a group in which ranks are missing can't be left in order
     dist.destroy_process_group()

@@ -59,6 +59,8 @@ def batch_fingerprint(settings: RunSettings) -> dict[str, Any]:
 def _change(name: str, before: Any, now: Any) -> str:
     if name == "data_hash":
         return f"data or validation holds other text, whose tokens' hash was {str(before)[:12]}, now {str(now)[:12]}"
+    if name == RANKS:
+        return f"{name} were {before or 1}, now {now or 1}, which only global_batch_size would allow"
     return f"{name} was {before!r}, now {now!r}"
 
 
