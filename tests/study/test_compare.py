@@ -18,11 +18,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerState, TrainingArguments
 
+from model_helpers import tiny_model
 from query_experts import GQEForCausalLM
 from query_experts.common import environment as environment_module
 from query_experts.common.errors import SettingError
 from query_experts.distributed.checkpoints import FILES
 from query_experts.model import costs
+from query_experts.study import callbacks as callbacks_module
 from query_experts.study import compare as compare_module
 from query_experts.study import measure
 from query_experts.study import prefill as prefill_module
@@ -228,6 +230,59 @@ def test_a_changed_setting_is_refused_where_there_are_only_checkpoints(tmp_path)
     assert (tmp_path / "out" / "checkpoints").exists()
     with pytest.raises(SettingError, match="steps was 6, now 8"):
         train(tiny_train(tmp_path, steps=8), quiet())
+
+
+def test_a_stop_waits_for_a_log_only_so_long_and_the_run_ends_the_same(finished, tmp_path, monkeypatch):
+    shutil.copy(finished / "text.txt", tmp_path)
+    seldom = {"evaluations": 1, "log_every": 6}
+    assert train(tiny_train(tmp_path, **seldom), quiet())
+    whole = json.loads((tmp_path / "out" / "result.json").read_text())
+    weights = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(callbacks_module, "WAITS_FOR_LOG", 0)
+    assert not train(tiny_train(tmp_path, stop_after_minutes=0, **seldom), quiet())
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-1"]
+    monkeypatch.undo()
+    assert train(tiny_train(tmp_path, **seldom), quiet())
+    assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [tokens for tokens, _ in whole["train_curve"]] == [whole["train_tokens"]]
+    assert [tokens for tokens, _ in result["train_curve"]] == [whole["train_tokens"] // 6, whole["train_tokens"]]
+
+
+def test_what_a_kill_after_the_result_leaves_is_removed(finished, tmp_path):
+    shutil.copytree(finished / "out" / "runs" / "gqe-seed0", tmp_path / "run")
+    for name in ("checkpoints/checkpoint-1", "initial"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    assert run_module.finished(tmp_path / "run") is not None
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["model", "result.json"]
+
+
+def test_room_is_asked_for_a_tied_head_twice_where_ranks_share_a_model():
+    """4 bytes of a weight and 8 of its moments in each checkpoint, one more than are kept; and the model."""
+    model = tiny_model(tie_word_embeddings=True)
+    weights, head = model.num_parameters(), model.config.vocab_size * model.config.hidden_size
+    rooms = [run_module.room_of(SimpleNamespace(is_sharded=shared, keep=2), model) for shared in (False, True)]
+    assert rooms == [4 * weights * (1 + 3 * 3), 4 * (weights * (1 + 3 * 3) + head * (1 + 3))]
+
+
+def test_initial_weights_are_written_once(tmp_path):
+    settings = tiny_train(tmp_path)
+    run_module.write_initial(settings, "gqe", 0, tmp_path / "initial")
+    stamp = (tmp_path / "initial" / "model.safetensors").stat().st_mtime_ns
+    run_module.write_initial(settings, "gqe", 0, tmp_path / "initial")
+    assert (tmp_path / "initial" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert not (tmp_path / "initial.writing").exists()
+
+
+def test_a_model_is_on_the_disk_before_its_result_and_checkpoints_go_after_it(tmp_path, monkeypatch):
+    done = []
+    for name in ("sync_files", "write_result", "remove_parts"):
+        before = getattr(run_module, name)
+        spy = lambda *words, n=name, work=before: (done.append((n, str(words[0].name))), work(*words))[1]  # noqa: E731
+        monkeypatch.setattr(run_module, name, spy)
+    assert train(tiny_train(tmp_path), quiet())
+    assert done == [("sync_files", "model"), ("write_result", "result.json"), ("remove_parts", "out")]
 
 
 def flip_a_bit(file: Path) -> None:

@@ -54,7 +54,7 @@ def load_fast_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer `name`, from a folder or the hub. Raises SettingError if it can't be used or has no eos token."""
     folder = Path(name).expanduser()
     allowed = (
-        "a folder that holds a tokenizer, the name of one on the Hugging Face hub, or None to train one on the data"
+        "a folder that holds a tokenizer, the name of one on the Hugging Face hub, or none to train one on the data"
     )
     if not name:
         raise SettingError(f"tokenizer is {name!r}; it must be {allowed}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -54,6 +55,8 @@ class WholeCheckpoints(Trainer):
         if is_sharded(self.model):
             check_tied(self.model)
             warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # of writes in place to outputs; there are none
+            # it warns of the gradients' norm over two meshes
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         if arguments is not None:
             arguments.save_strategy = strategy
 
@@ -133,6 +136,7 @@ class WholeCheckpoints(Trainer):
             return load_whole_weights(model, Path(resume_from_checkpoint))
         from transformers.distributed.checkpoint import _load_model_checkpoint_distributed
 
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read shards
         _load_model_checkpoint_distributed(model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

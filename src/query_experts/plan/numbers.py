@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 
 from query_experts.model import costs
 from query_experts.model.arms import arm_config, build
@@ -90,7 +91,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         tokens=tokens,
         room=room,
         measured=bool(settings.tokens_per_s),
-        arms=[plan_arm(settings, arm, tokens, room) for arm in settings.arms],
+        arms=[plan_arm(settings, arm, tokens, room) for arm in tqdm(settings.arms, "tracking memory", leave=False)],
         speeds=speeds,
     )
 

@@ -98,9 +98,11 @@ class PlanSettings(RunSettings):
         if self.arm is not None and "arms" in self.given:
             raise SettingError(f"arm is {self.arm!r}, and arms is set too; one of them must be left out")
         check_arms(self.arms, self.model_size())
-        if self.gpu not in GPUS and None in (self.gpu_memory, self.gpu_tflops):
+        lacks = [name for name in ("gpu_memory", "gpu_tflops") if getattr(self, name) is None]
+        if self.gpu not in GPUS and lacks:
             raise SettingError(
-                f"gpu is {self.gpu!r}; it must be one of {', '.join(GPUS)}, or have gpu_memory and gpu_tflops"
+                f"gpu is {self.gpu!r}, without {' and '.join(lacks)}; it must be one of {', '.join(GPUS)}, or have "
+                "gpu_memory and gpu_tflops"
             )
         if self.tp_size != 1:
             raise SettingError(f"tp_size is {self.tp_size}; the memory of shared layers isn't planned: it must be 1")

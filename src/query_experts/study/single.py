@@ -35,6 +35,7 @@ def train_one(
     with own_folder(Path(settings.out)) as out:
         stop = stop_after(settings.stop_after_minutes)
         corpus = first_rank(lambda: open_corpus(settings, out, console))
+        before = ", finished before" if (out / "result.json").exists() else ""
         run = train_arm(settings, arm, settings.seed, corpus, out, stop, start)
     if run is None:
         return report_stop(settings, stop, console)
@@ -45,7 +46,7 @@ def train_one(
     beside = f" ({'; '.join(others)})" if others else ""
     console.print(
         Text(
-            f"{arm} seed {settings.seed}: validation loss {run.validation_loss:.4f}{beside} after "
+            f"{arm} seed {settings.seed}{before}: validation loss {run.validation_loss:.4f}{beside} after "
             f"{run.train_tokens:,} tokens, trained at {run.tokens_per_s:,.0f} tokens/s without validation. "
             f"Model: {out / 'model'}"
         )

@@ -126,6 +126,8 @@ def train_on(
     checkpoint = first_rank(lambda: last_checkpoint(folder / "checkpoints"))
     if checkpoint is not None and is_first():
         print(f"{arm} seed {seed} goes on from {checkpoint}", file=sys.stderr)
+    if settings.compile and is_first():
+        print("The first step compiles the model, half a minute or more without progress.", file=sys.stderr)
     arguments = training_arguments(settings, seed, folder / "checkpoints")
     arguments.eval_on_start = start is not None and checkpoint is None
     arguments.run_name = f"{arm} seed {seed}"
