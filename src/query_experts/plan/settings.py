@@ -101,8 +101,8 @@ class PlanSettings(RunSettings):
         lacks = [name for name in ("gpu_memory", "gpu_tflops") if getattr(self, name) is None]
         if self.gpu not in GPUS and lacks:
             raise SettingError(
-                f"gpu is {self.gpu!r}, without {' and '.join(lacks)}; it must be one of {', '.join(GPUS)}, or have "
-                "gpu_memory and gpu_tflops"
+                f"gpu is {self.gpu!r}; it must be one of {', '.join(GPUS)}, or have gpu_memory and gpu_tflops "
+                f"(missing: {', '.join(lacks)})"
             )
         if self.tp_size != 1:
             raise SettingError(f"tp_size is {self.tp_size}; the memory of shared layers isn't planned: it must be 1")
