@@ -11,6 +11,7 @@ import pytest
 
 from launched_runs import (
     EACH_KIND,
+    FROM_STEP,
     LAYOUTS,
     PARAMETERS,
     SLOW,
@@ -53,13 +54,30 @@ def test_two_ranks_train_as_one_process_and_rank_0_alone_speaks_and_writes(layou
     ]  # fmt: skip
 
 
+RECORDS_DTYPES = """
+        kind = next(type(module) for module in more["model"].modules() if hasattr(module, "combine"))
+        combine = kind.combine
+        def recorded(self, routed, shared, routing):
+            with open({file!r}, "a") as file:
+                file.write(f"{{rank()}} {{routing.logits.dtype}} {{routed.dtype}}\\n")
+            return combine(self, routed, shared, routing)
+        kind.combine = recorded"""
+
+
 @pytest.mark.parametrize("layout", EACH_KIND)
 def test_in_bfloat16_ranks_train_as_one_process_with_the_same_micro_batches(layout, folder):
-    """Copies and shards multiply the same numbers. Ranks that share a layer round parts of its sums to bfloat16."""
+    """Copies and shards multiply the same numbers. Ranks that share a layer round parts of its sums to bfloat16.
+
+    Routers stay in float32 on every rank.
+    """
     if not (folder / "half_one").exists():
         assert main(words("train", folder, "half_one", batch_size=2, **HALF_PRECISION)) == 0
-    ended = on_two_ranks(words("train", folder, f"half_{layout}", **LAYOUTS[layout], **HALF_PRECISION))
+    dtypes = folder / f"dtypes_{layout}"
+    command = words("train", folder, f"half_{layout}", **LAYOUTS[layout], **HALF_PRECISION)
+    program = FROM_STEP.format(ranks=(0, 1), step=2, what=RECORDS_DTYPES.format(file=str(dtypes)))
+    ended = outcomes(start_ranks(["-c", program, *command], 2))
     assert [status for status, _, _ in ended] == [0, 0], ended[0][2] + ended[1][2]
+    assert {*dtypes.read_text().splitlines()} == {f"{rank} torch.float32 torch.bfloat16" for rank in (0, 1)}
     tolerance = 2e-3 if layout == "tp" else 2e-5
     for mine, whole in zip(curves(folder, f"half_{layout}")[:2], curves(folder, "half_one")[:2], strict=True):
         assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=tolerance)
