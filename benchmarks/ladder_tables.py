@@ -12,7 +12,7 @@ from page_tables import markdown, with_tables
 from query_experts.common import formatting as text
 from query_experts.study.ladder.fit import Fit, fit_ladder
 from query_experts.study.ladder.gaps import Cell
-from query_experts.study.ladder.rates import best_rate
+from query_experts.study.ladder.rates import best_rate, excess
 from query_experts.study.ladder.read import at_own_settings
 from query_experts.study.ladder.results import LadderResult, read_results
 from query_experts.study.ladder.settings import Ladder, parameters_without_embeddings, read_ladder
@@ -70,14 +70,18 @@ def shapes() -> str:
 
 
 def rates() -> str:
-    """The best learning rate of each arm, and the loss at every rate."""
+    """The best learning rate of each arm, the loss at every rate, and what the ladder's own rate costs."""
     found = best_rate(ladder_of("rates")[1])
+    rungs = ladder_of("cpu")[0].rungs
     grid = sorted({rate for each in found for rate in each.rates})
-    rows = [["rung", "arm", *(f"{rate:g}" for rate in grid), "optimum", "by seed"]]
+    rows = [["rung", "arm", *(f"{rate:g}" for rate in grid), "optimum", "by seed", "the ladder's rate"]]
     for each in found:
         losses = [f"{each.losses[rate]:.3f}" if rate in each.losses else text.MISSING for rate in grid]
         seeds = ", ".join(optimum(rate) for rate in each.by_seed.values())
-        rows.append([each.rung, f"`{each.arm}`", *losses, optimum(each.optimum), seeds])
+        own = rungs[each.rung]["learning_rate"]
+        above = excess(each, own)
+        cost = text.MISSING if above is None else f"{own:g}: +{above:.3f}"
+        rows.append([each.rung, f"`{each.arm}`", *losses, optimum(each.optimum), seeds, cost])
     return markdown(rows)
 
 

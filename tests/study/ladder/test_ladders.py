@@ -27,7 +27,7 @@ def test_rungs_follow_the_rule(name, rung):
     assert (settings.num_attention_heads, settings.num_key_value_heads) == (8, 4)
     assert settings.head_dim == max(16, width // 8)
     assert settings.initializer_range == pytest.approx(0.02 * (768 / width) ** 0.5, rel=0.03)
-    assert settings.learning_rate == pytest.approx(0.003 * ratio ** (-1 / 3), rel=0.03)
+    assert settings.learning_rate == pytest.approx(0.007 * ratio ** (-1 / 3), rel=0.03)
     assert settings.tokens_per_step == pytest.approx(2048 * ratio ** (2 / 3), rel=0.08)
     assert ladder.tokens_per_parameter == 20
     assert ladder.budgets == [0.25, 0.5, 1]

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from ladder_helpers import run
-from query_experts.study.ladder.rates import best_rate, rates_table
+from query_experts.study.ladder.rates import best_rate, excess, rates_table
 from query_experts.study.report.table import print_table
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
@@ -31,6 +31,15 @@ def test_the_vertex_of_the_parabola_is_found():
     assert found.inside
     assert found.by_seed == pytest.approx({0: 2.6e-3, 1: 2.6e-3}, rel=1e-3)
     assert found.spread == pytest.approx(0, abs=1e-6)
+
+
+def test_what_another_rate_costs_is_read_from_the_parabola():
+    (found,) = best_rate(sweep([2e-3, 2e-3], curvature=0.05))
+    assert excess(found, 4e-3) == pytest.approx(0.05)
+    assert excess(found, 1e-3) == pytest.approx(0.05)
+    assert excess(found, 2e-3) == pytest.approx(0, abs=1e-9)
+    (outside,) = best_rate(sweep([2e-4, 2e-4]))
+    assert excess(outside, 1e-3) is None
 
 
 def test_the_spread_of_the_optimum_is_that_of_its_seeds():

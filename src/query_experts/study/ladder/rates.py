@@ -95,8 +95,22 @@ def _best(rung: str, arm: str, results: Sequence[LadderResult]) -> BestRate:
     return BestRate(rung, arm, budget, means, dict(sorted(diverged.items())), rates, optimum, by_seed)
 
 
+def excess(best: BestRate, rate: float) -> float | None:
+    """What the loss at a rate lies above that at the optimum, by the parabola; None without an optimum."""
+    found = _parabola({rate: loss for rate, loss in best.losses.items() if rate not in best.diverged})
+    if found is None or best.optimum is None:
+        return None
+    return found[1] * math.log2(rate / best.optimum) ** 2
+
+
 def _vertex(losses: Mapping[float, float]) -> float | None:
     """The rate at the vertex of the parabola; None where the lowest loss is at an end."""
+    found = _parabola(losses)
+    return None if found is None else found[0]
+
+
+def _parabola(losses: Mapping[float, float]) -> tuple[float, float] | None:
+    """The rate at the vertex of the parabola, and its curvature in nats a squared doubling."""
     rates = sorted(losses)
     best = min(range(len(rates)), key=lambda position: losses[rates[position]], default=0)
     if not 0 < best < len(rates) - 1:
@@ -104,7 +118,8 @@ def _vertex(losses: Mapping[float, float]) -> float | None:
     near = rates[best - 1 : best + 2]
     logs = np.log2(near) - math.log2(near[1])
     curvature, slope, _ = np.polyfit(logs, [losses[rate] for rate in near], 2)
-    return float(near[1] * 2 ** (-slope / (2 * curvature))) if curvature > 0 else near[1]
+    vertex = near[1] * 2 ** (-slope / (2 * curvature)) if curvature > 0 else near[1]
+    return float(vertex), float(curvature)
 
 
 def rates_table(found: Sequence[BestRate]) -> Table:
