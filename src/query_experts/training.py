@@ -128,17 +128,17 @@ class GQETrainer(WholeCheckpoints):
         rows = self._evaluation.next_rows(labels.shape[0])
         own = without_repeats(inputs, rows.here)
         predicted = super().prediction_step(model, own, *args, **kwargs)
-        own_labels = own["labels"][..., 1:].ne(-100).sum()
-        self._evaluation.add(self._mean_over_ranks(predicted[0].detach(), own_labels), rows.together)
+        self._evaluation.add(self._mean_over_ranks(predicted[0].detach(), own["labels"]), rows.together)
         return predicted
 
-    def _mean_over_ranks(self, loss: Tensor, own_labels: Tensor) -> Tensor:
-        """A batch's loss over all ranks, from a rank's: its share of it, or the mean over its own labels."""
+    def _mean_over_ranks(self, loss: Tensor, labels: Tensor) -> Tensor:
+        """A batch's loss over all ranks, from a rank's: its share of it, or the mean over its own labels [B, T]."""
         if self.args.average_tokens_across_devices:
             return self.accelerator.reduce(loss, "mean")
-        own = torch.stack([loss * own_labels if own_labels else torch.zeros_like(loss), own_labels.to(loss)])
-        total, labels = self.accelerator.reduce(own, "sum")
-        return total / labels
+        own = labels[..., 1:].ne(-100).sum().to(loss)
+        total = torch.where(own > 0, loss * own, 0)  # the mean over no label is NaN
+        total, labelled = self.accelerator.reduce(torch.stack([total, own]), "sum")
+        return total / labelled
 
     def add_up(self, names: tuple[str, ...], losses: Tensor, num_items_in_batch: Any) -> None:
         """Adds a micro-batch's losses, in the scale of `lm_loss`, to the means that are logged under their names."""

@@ -4,6 +4,7 @@ import contextlib
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -154,11 +155,8 @@ HANGS = [("ddp", 0), pytest.param("fsdp", 1, marks=sharded), pytest.param("ddp",
 HANGS += [pytest.param(*hang, marks=[sharded, SLOW]) for hang in [("fsdp", 0), ("tp", 1), ("tp", 0)]]
 
 
-@pytest.mark.parametrize(("layout", "hangs"), HANGS)
-def test_a_rank_that_hangs_is_named(folder, layout, hangs):
-    command = words("train", folder, f"hanging_{layout}_{hangs}", **LAYOUTS[layout], rank_timeout_minutes=0.2)
-    what = FROM_STEP.format(ranks=(hangs,), step=5, what="time.sleep(600)")
-    processes = start_ranks(["-c", what, *command], 2)
+def said_by_the_other(processes: list[subprocess.Popen], hangs: int) -> str:
+    """What the rank that doesn't hang says on stderr before it ends, which it must, with an error."""
     waits = processes[1 - hangs]
     try:
         _, err = waits.communicate(timeout=180)
@@ -167,6 +165,15 @@ def test_a_rank_that_hangs_is_named(folder, layout, hangs):
             process.kill()
     outcomes(processes)
     assert waits.returncode
+    return err
+
+
+@pytest.mark.parametrize(("layout", "hangs"), HANGS)
+def test_a_rank_that_hangs_is_named(folder, layout, hangs):
+    command = words("train", folder, f"hanging_{layout}_{hangs}", **LAYOUTS[layout], rank_timeout_minutes=0.2)
+    what = FROM_STEP.format(ranks=(hangs,), step=5, what="time.sleep(600)")
+    processes = start_ranks(["-c", what, *command], 2)
+    err = said_by_the_other(processes, hangs)
     assert f"rank {hangs} didn't answer within" in " ".join(err.split())
 
 
@@ -195,14 +202,7 @@ PLACES = [
 def test_a_rank_that_hangs_before_or_after_the_steps_is_named(folder, layout, place, hangs):
     command = words("train", folder, f"hanging_at_{place}", **LAYOUTS[layout], rank_timeout_minutes=0.2)
     processes = start_ranks(["-c", HANGING_AT.format(place=place, rank=hangs), *command], 2)
-    waits = processes[1 - hangs]
-    try:
-        _, err = waits.communicate(timeout=180)
-    finally:
-        for process in processes:
-            process.kill()
-    outcomes(processes)
-    assert waits.returncode
+    err = said_by_the_other(processes, hangs)
     assert f"rank {hangs} didn't answer within" in " ".join(err.split())
     assert "Traceback" not in err.rpartition("query-experts: ")[2]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 from query_experts.common.errors import SettingError
 
+_READ_BYTES = 1 << 20
 PART = ".part"  # ending of a file that is being written
 
 
@@ -52,6 +54,17 @@ def sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def checksum_of(paths: Iterable[Path], seen: Callable[[int], Any] = lambda size: None) -> str:
+    """The SHA-256 of the content of files, one after another, in hex. seen: called with the bytes of each part."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+                seen(len(block))
+    return digest.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from tqdm import tqdm
 
 from query_experts.common.errors import SettingError
+from query_experts.common.files import checksum_of
 from query_experts.common.formatting import plural
 from query_experts.data.documents import SPLITS
-from query_experts.data.folder import TokenFolder, checksum_of, data_hash, missing_files, read_meta
+from query_experts.data.folder import TokenFolder, data_hash, missing_files, read_meta
 
 _NAMED = 3  # files in a sentence
 

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from query_experts.common.files import parse_json, write_text
+from query_experts.common.files import checksum_of, parse_json, write_text
 from query_experts.data.documents import SPLITS, Split
 from query_experts.data.facts import TokensInfo, ValidationFile
 from query_experts.data.shards import ShardWriter, token_dtype
@@ -15,7 +14,6 @@ from query_experts.data.shards import ShardWriter, token_dtype
 META = "meta.json"
 SOURCE = "source.json"  # what `data prepare` made the tokens of
 UNFINISHED = ".preparing.json"  # how far `data prepare` is
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,17 +78,6 @@ def write_folder(folder: Path, info: TokensInfo, writers: Mapping[Split, ShardWr
         del meta["info"]["validation_files"]
     write_text(folder / META, json.dumps(meta, indent=1) + "\n")
     return tokens
-
-
-def checksum_of(paths: Iterable[Path], seen: Callable[[int], Any] = lambda size: None) -> str:
-    """The SHA-256 of the content of files, one after another, in hex. seen: called with the bytes of each part."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
-                seen(len(block))
-    return digest.hexdigest()
 
 
 def hash_of(writers: Mapping[Split, ShardWriter], vocab_size: int, files: Sequence[ValidationFile]) -> str:

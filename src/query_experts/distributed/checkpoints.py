@@ -8,7 +8,6 @@ is read by either kind of model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
-from query_experts.common.files import parse_json, sync_file, sync_folder
+from query_experts.common.files import checksum_of, parse_json, sync_file, sync_folder
 from query_experts.distributed.ranks import gathered, rank_and_number
 from query_experts.model.tied import check_tied
 
@@ -248,13 +247,8 @@ def sizes(checkpoint: Path) -> dict[str, int]:
 def checksums(checkpoint: Path, files: list[Path]) -> dict[str, str]:
     """Files of a checkpoint, with the SHA-256 of each. They are read side by side."""
     with ThreadPoolExecutor(MOST_READ_AT_ONCE) as pool:
-        found = pool.map(checksum, files)
+        found = pool.map(lambda path: checksum_of([path]), files)
     return {path.relative_to(checkpoint).as_posix(): digest for path, digest in zip(files, found, strict=True)}
-
-
-def checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def damaged_files(checkpoint: Path) -> list[str]:
@@ -268,9 +262,7 @@ def damaged_files(checkpoint: Path) -> list[str]:
         of_ranks = has_shards(checkpoint) or any(checkpoint.glob("rng_state_*.pth"))
         return [FILES] if of_ranks else []
     listed = parse_json((checkpoint / FILES).read_text(encoding="utf-8"))
-    if not (
-        isinstance(listed, dict) and {"sizes"} <= listed.keys() and all(isinstance(v, dict) for v in listed.values())
-    ):
+    if not (isinstance(listed, dict) and "sizes" in listed and all(isinstance(v, dict) for v in listed.values())):
         raise ValueError(f"{checkpoint / FILES} is damaged")
     wrong = differing(listed["sizes"], sizes(checkpoint))
     return (

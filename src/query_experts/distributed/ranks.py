@@ -63,13 +63,13 @@ def _set_by_launcher(name: str, least: int, default: int) -> int:
 
 
 def check_launch() -> None:
-    """Raises SettingError for variables of a launcher that aren't all there, or that contradict one another."""
+    """Raises SettingError where some of a launcher's variables are set and not all, or contradict one another."""
     there = [name for name in LAUNCH if name in os.environ]
     missing = [name for name in LAUNCH if name not in os.environ]
     processes = num_processes()
     for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
         _set_by_launcher(name, least=0, default=0)
-    if missing and ("WORLD_SIZE" in missing or processes > 1) and {"WORLD_SIZE", "RANK", "LOCAL_RANK"} & {*there}:
+    if missing and ("WORLD_SIZE" in missing or processes > 1):
         verb = "is" if len(missing) == 1 else "are"
         raise SettingError(
             f"{there[0]} is {os.environ[there[0]]}, and {', '.join(missing)} {verb} not set; a launcher must set them "

@@ -191,6 +191,7 @@ def write_initial(settings: RunSettings, arm: str, seed: int, folder: Path) -> N
     require_space(folder.parent, 4 * model.num_parameters())
     writing = folder.with_name(f"{folder.name}.writing")
     model.save_pretrained(writing)
+    sync_files(writing)
     writing.replace(folder)
 
 
@@ -314,10 +315,10 @@ def last_checkpoint(folder: Path, most: float = math.inf) -> Path | None:
     numbers = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     found = [path for path, number in numbers.items() if number.isdecimal() and int(number) <= most]
     for path in sorted(found, key=lambda path: int(numbers[path]), reverse=True):
-        if is_complete(path):
+        if (faults := faults_of(path)) is None:
             return path
         print(
-            f"{path} is damaged or lacks files{named(lacking(path))}, and is deleted; the run goes on from the last "
+            f"{path} is damaged or lacks files{named(faults)}, and is deleted; the run goes on from the last "
             "complete checkpoint.",
             file=sys.stderr,
         )
@@ -325,8 +326,8 @@ def last_checkpoint(folder: Path, most: float = math.inf) -> Path | None:
     return None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer finished this checkpoint, and none of its files, of any rank, is missing or cut short.
+def faults_of(checkpoint: Path) -> list[str] | None:
+    """The files of a checkpoint that are missing or damaged, of any rank, as far as they can be named; None for none.
 
     Raises OSError for a file that is there and can't be read.
     """
@@ -334,8 +335,11 @@ def is_complete(checkpoint: Path) -> bool:
     if not has_shards(checkpoint):
         archives.add(checkpoint / OPTIMIZER_NAME)
     try:
-        if damaged_files(checkpoint):
-            return False
+        if damaged := damaged_files(checkpoint):
+            return damaged
+    except ValueError:
+        return [FILES]
+    try:
         parse_json((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written last
         for weights in [*checkpoint.glob("*.safetensors")] or [checkpoint / SAFE_WEIGHTS_NAME]:
             with safe_open(weights, framework="pt"):
@@ -343,18 +347,10 @@ def is_complete(checkpoint: Path) -> bool:
         for path in archives:
             with path.open("rb") as file:
                 if not zipfile.is_zipfile(file):
-                    return False
+                    return [path.name]
     except (FileNotFoundError, ValueError, SafetensorError):
-        return False
-    return True
-
-
-def lacking(checkpoint: Path) -> list[str]:
-    """The files that a checkpoint lists and that aren't there as listed, as far as its list can be read."""
-    try:
-        return damaged_files(checkpoint)
-    except ValueError:
-        return [FILES]
+        return []
+    return None
 
 
 def named(files: list[str]) -> str:
