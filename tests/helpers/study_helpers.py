@@ -57,6 +57,13 @@ def write_text(path: Path, lines: int = 600, seed: int = 0) -> str:
     return str(path)
 
 
+def flip_a_bit(file: Path) -> None:
+    """Damages a file in its middle, at its full size."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def tiny_train(tmp_path: Path, **changes: Any) -> TrainSettings:
     text = tmp_path / "text.txt"
     data = [str(text) if text.exists() else write_text(text)]

@@ -37,7 +37,7 @@ from query_experts.study.results import read_comparison
 from query_experts.study.settings import CompareSettings, TrainSettings
 from query_experts.study.single import train
 from query_experts.study.workspace import FREE_TO_CHANGE, fingerprint
-from study_helpers import SIZE, quiet, said, tiny_compare, tiny_train, write_text
+from study_helpers import SIZE, flip_a_bit, quiet, said, tiny_compare, tiny_train, write_text
 
 RUN_KEYS = {
     "arm", "seed", "parameters", "active_attention_heads", "dense_attention_heads", "intermediate_size",
@@ -283,13 +283,6 @@ def test_a_model_is_on_the_disk_before_its_result_and_checkpoints_go_after_it(tm
         monkeypatch.setattr(run_module, name, spy)
     assert train(tiny_train(tmp_path), quiet())
     assert done == [("sync_files", "model"), ("write_result", "result.json"), ("remove_parts", "out")]
-
-
-def flip_a_bit(file: Path) -> None:
-    """Damages a file in its middle, at its full size."""
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, flip_a_bit], ids=["lost", "damaged"])

@@ -29,6 +29,7 @@ from launched_runs import (
     words,
 )
 from rank_helpers import outcomes, start_ranks
+from study_helpers import flip_a_bit
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +121,9 @@ def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(la
     shutil.rmtree(folder / "terminated")
 
 
-def damage(file: Path) -> None:
-    """At its full size."""
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 BAD_FILES = [
     pytest.param("ddp", "rng_state_1.pth", Path.unlink, marks=resuming),
-    pytest.param("fsdp", "optimizer/__1_0.distcp", damage, marks=sharded),
+    pytest.param("fsdp", "optimizer/__1_0.distcp", flip_a_bit, marks=sharded),
 ]
 
 
