@@ -2,9 +2,9 @@
 
     python benchmarks/decode_compiled.py    # on an idle machine, some minutes; writes results/decode-compiled.json
 
-A step over a short cache is made of calls, which a compiler fuses. But compiled stock Llama copies a long cache in every
-step and is then several times slower than eager. So every arm has both modes, in one process and in turn, and is
-compared with dense in dense's faster mode.
+A step over a short cache is made of calls, which a compiler fuses. But compiled stock Llama copies a long cache in
+every step, and is then several times slower than eager. So every arm has both modes, in one process and in turn, and
+is compared with dense in dense's faster mode.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def steps(batch: int, cached: int) -> dict[tuple[str, str], Call]:
             calls[arm, mode] = Layer(settings(mode), arm, "cpu", cached + 1).cached("static", batch, cached, 1)
     for arm in ARMS:
         eager, compiled = (calls[arm, mode]() for mode in MODES)
-        assert isinstance(eager, torch.Tensor) and isinstance(compiled, torch.Tensor)
+        assert isinstance(eager, torch.Tensor)
+        assert isinstance(compiled, torch.Tensor)
         if not torch.allclose(eager, compiled, rtol=CLOSE, atol=CLOSE):
             raise RuntimeError(f"{arm}, compiled, differs from eager by {(eager - compiled).abs().max():.3g}")
     return calls

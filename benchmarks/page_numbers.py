@@ -84,6 +84,16 @@ def decode_speed(result: Any, arm: str, batch: str, *lengths: str) -> list[str]:
     return [median_ratio(point["seconds"]["dense"], point["seconds"][arm]) for point in chosen]
 
 
+def compiled_speed(result: Any, arm: str, batch: str) -> list[str]:
+    """Median speed of a compiled arm over dense in dense's faster mode, at each length of the cache."""
+    speeds = []
+    for point in result["points"]:
+        if str(point["batch"]) == batch:
+            dense = min(point["seconds"]["dense"].values(), key=statistics.median)
+            speeds.append(median_ratio(dense, point["seconds"][arm]["compiled"]))
+    return speeds
+
+
 def microseconds(result: Any, arm: str, *batches: str) -> list[str]:
     """Of routing within a step and alone, at each batch."""
     steps = [result["steps"][batch][arm] for batch in batches]
@@ -200,6 +210,7 @@ FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "flipped": flipped,
     "gqe-behind-static": gqe_behind_static,
     "loss-by-kernels": loss_by_kernels,
+    "compiled-speed": compiled_speed,
     "microseconds": microseconds,
     "one-loss": one_loss,
     "operators": operators,

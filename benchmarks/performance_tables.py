@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from transformers import LlamaConfig
 
+import decode_compiled
 import decode_profile
 import sparse_projection
 from page_tables import markdown, with_tables
@@ -205,7 +206,21 @@ def profiled() -> str:
     return markdown(rows)
 
 
+def compiled() -> str:
+    """A step of each arm, eager and compiled: median times, and speed over dense in dense's faster mode."""
+    modes, arms = decode_compiled.MODES, decode_compiled.ARMS
+    times = [f"`{arm}`, {mode}" for arm in arms for mode in modes]
+    speed = [f"speed of `gqe`, {mode} (range of repeats)" for mode in modes]
+    rows = [["cached tokens", *times, *speed]]
+    for point in decode_compiled.read_decode_compiled().points:
+        place = f"{text.length_name(point.cached)}, batch {point.batch}"
+        medians = [text.duration(statistics.median(point.seconds[arm][mode])) for arm in arms for mode in modes]
+        rows.append([place, *medians, *(with_range(point.speed("gqe", mode)) for mode in modes)])
+    return markdown(rows)
+
+
 TABLES = {
+    "decode-compiled": compiled,
     "decode-profile": profiled,
     "parts": lambda: parts(PARTS),
     "gpu-parts": lambda: parts(GPU_PARTS),

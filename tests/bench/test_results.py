@@ -54,7 +54,7 @@ def test_a_committed_result_is_read_and_written_with_the_same_keys_in_the_same_o
 )
 def test_a_file_of_another_kind_is_refused_in_one_sentence(path):
     with pytest.raises(
-        SettingError, match=r"^result is .*\.json, which isn't a bench.json: .* is no field of BenchResult$"
+        SettingError, match=r"^result is .*\.json, which isn't a bench.json: .* is no field of (Bench|Point)Result$"
     ):
         read_bench(path)
 

@@ -320,3 +320,21 @@ def test_generation_with_a_compiled_step_over_a_static_cache_is_greedy_decoding(
     )
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     assert_same_generation(compiled, expected)
+
+
+@pytest.mark.full
+def test_generation_by_a_compiled_forward_is_greedy_decoding_and_other_prompts_compile_nothing_more():
+    model = tiny_model()
+    ids, mask = left_padded()
+    expected = generate(model, ids, attention_mask=mask)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = torch._dynamo.utils.counters["stats"]
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+    options = {"cache_implementation": "static"}
+    assert_same_generation(generate(model, ids, attention_mask=mask, **options), expected)
+    assert graphs["unique_graphs"] > 0, "nothing was compiled"
+    generate(model, ids[:, 1:], attention_mask=mask[:, 1:], **options)
+    compiled = graphs["unique_graphs"]
+    generate(model, ids[:, 2:], attention_mask=mask[:, 2:], **options)
+    assert graphs["unique_graphs"] == compiled
