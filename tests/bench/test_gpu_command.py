@@ -4,17 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import gpu
 import gpu_kernels
+from query_experts.bench import correctness
 from query_experts.bench import settings as bench_settings
 from query_experts.bench.results import GpuResult, PartOutcome, PytestOutcome, read_bench, read_gpu, write_gpu
 from query_experts.bench.run import points_of
 from query_experts.bench.settings import SUITES
 from query_experts.common import timing
+from query_experts.common.errors import SettingError
 from query_experts.model import kernel_choice
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +50,9 @@ def test_every_part_of_the_gpu_command_asks_for_what_bench_takes(monkeypatch):
 
 def test_the_gpu_command_has_its_most_wanted_steps_within_its_minutes():
     names = list(gpu.PARTS)
-    assert [name for name in names if gpu.PARTS[name].settings is None] == list(gpu_kernels.STEPS) == names[:3]
-    wanted = names[: names.index("decode") + 1]
+    assert [name for name in names if gpu.PARTS[name].settings is None] == list(gpu_kernels.STEPS)
+    assert names[: len(gpu.REQUIRED)] == list(gpu.REQUIRED)
+    wanted = names[: names.index("train-cudnn") + 1]
     assert gpu.TEST_SECONDS + sum(gpu.PARTS[name].seconds for name in wanted) <= 60 * gpu.MINUTES + 60
 
 
@@ -70,16 +75,71 @@ def test_a_step_s_numbers_are_in_its_outcome_and_a_failure_keeps_them(tmp_path, 
     assert read_gpu(tmp_path / "gpu.json").parts["kernels"] == outcome
 
 
-@pytest.mark.parametrize(("bandwidth", "parts"), [(1.7e12, ["ceilings", "kernels"]), (1.9e12, [*gpu.PARTS][:4])])
-def test_nothing_more_is_timed_once_a_kernel_is_far_below_the_memory(tmp_path, monkeypatch, bandwidth, parts):
+def suite(**changes) -> GpuResult:
+    """A green one, but for the changes: parts by name, the tests, or dry."""
     numbers = {
-        "prepare_4096_bytes_per_s": 1e12,
-        "prepare_32768_bytes_per_s": 2e12,
-        "combine_32768_bytes_per_s": bandwidth,
+        "ceilings": {"copy_bytes_per_s": 4e12},
+        "kernels": {f"{name}_{n}_bytes_per_s": 2e12 for name in ("prepare", "combine") for n in (4096, 32768)},
     }
-    monkeypatch.setattr(gpu, "run_part", lambda *args: PartOutcome(0, None, None, numbers))
+    bench = read_bench(ROOT / "benchmarks" / "results" / "bench-h100-train.json")
+    parts = {name: PartOutcome(0, None if name in numbers else bench, None, numbers.get(name)) for name in gpu.REQUIRED}
+    green = GpuResult(False, PytestOutcome(0, ["2 passed"]), parts)
+    return replace(green, **{"parts": parts | changes.pop("parts", {}), **changes})
+
+
+def test_a_suite_is_green_where_all_that_is_required_passed_and_is_fast_enough():
+    assert gpu.is_green(suite())
+    out_of_time = replace(suite().parts["train"], status=None)
+    assert gpu.is_green(suite(parts={"decode": out_of_time}))
+    slow = PartOutcome(0, None, None, suite().parts["kernels"].numbers | {"combine_32768_bytes_per_s": 1.7e12})
+    for change in (
+        {"dry": True}, {"tests": PytestOutcome(None, [])}, {"tests": PytestOutcome(1, [])},
+        {"parts": {"kernels": slow}}, {"parts": {"kernels": PartOutcome(0, None, None, {"prepare_4096_x": 9e12})}},
+        {"parts": {"ceilings": PartOutcome(0, None, None, {"launch_s": 1e-6})}},
+        {"parts": {"train": PartOutcome(None, None)}}, {"parts": {"train-cudnn": PartOutcome(2, None, "wrong")}},
+    ):  # fmt: skip
+        assert not gpu.is_green(suite(**change)), change
+    for name in gpu.REQUIRED:
+        without = suite()
+        del without.parts[name]
+        assert not gpu.is_green(without), name
+
+
+def test_a_part_is_not_begun_where_too_little_time_is_left(tmp_path, monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(gpu, "run_part", lambda name, *_: begun.append(name) or PartOutcome(0, None, None, {"a": 1.0}))
     monkeypatch.setattr(gpu, "run_tests", lambda dry: PytestOutcome(0, ["2 passed"]))
-    assert list(gpu.run_all([*gpu.PARTS][:4], tmp_path, 9.0, False).parts) == parts
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: float(next(clock)))
+    result = gpu.run_all([*gpu.PARTS][:4], tmp_path, 1.5, False)
+    assert begun == [*result.parts] == [*gpu.PARTS][:2]
+    assert "No time was left for prefill-graph train; --no_tests --parts takes them." in capsys.readouterr().out
+
+
+def test_a_test_that_fails_is_named_and_tests_that_run_out_of_time_leave_their_words(monkeypatch, tmp_path):
+    test = tmp_path / "test_it.py"
+    test.write_text("import time\ndef test_one(): pass\ndef test_two(): assert 1 == 2\ndef test_three(): time.sleep(9)")
+    monkeypatch.setattr(gpu, "TESTS", [str(test)])
+    monkeypatch.setattr(gpu, "TEST_SECONDS", 5.0)
+    outcome = gpu.run_tests(True)
+    assert outcome.status is None
+    assert outcome.last[-1] == "out of time"
+    assert any("test_two FAILED" in line for line in outcome.last)
+    test.write_text(test.read_text().replace("sleep(9)", "sleep(0)"))
+    outcome = gpu.run_tests(True)
+    assert outcome.status == 1
+    assert any(line.startswith("E ") and "1 == 2" in line for line in outcome.last)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_part_with_a_wrong_arm_is_timed_and_then_fails(monkeypatch, tmp_path, wrong):
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0.0)
+    if wrong:
+        monkeypatch.setattr(correctness, "ALLOWED", 0.0)
+        monkeypatch.setattr(correctness, "LEAST", 0)
+    with pytest.raises(SettingError, match=r"arms holds .*, which is wrong in") if wrong else nullcontext():
+        gpu.measure_part("train-torch", tmp_path, True)
+    assert read_bench(tmp_path / "train-torch" / "bench.json").points
 
 
 @pytest.mark.full

@@ -144,10 +144,11 @@ def layer_kernels(
     slots = {**sizes, **triton_operators._combine_sizes(G, M, d), "BY_EXPERT": by_expert}
     slots |= {"WEIGHTED_SLOT": gqe, "SCALED": variant == "weighted_concat"}
     parts = 0 if not learned else 2 if dtype == "bf16" else 1
+    packed_step = triton_operators.aligned(triton_operators.packed_width(G, M, d, copies, parts))
     kernels = [
         (triton_prepare.prepare, {**heads, "GIVEN": given, "SHARED_KEY": gqe, "CACHED": False}),
         (triton_prepare.prepare, {**heads, "GIVEN": False, "SHARED_KEY": False, "CACHED": True, "C": min(copies, 1)}),
-        (triton_prepare.prepare_back, {**heads, "SHARED_KEY": gqe, "LOGIT_PARTS": parts}),
+        (triton_prepare.prepare_back, {**heads, "SHARED_KEY": gqe, "LOGIT_PARTS": parts, "STEP": packed_step}),
         (triton_combine.combine, slots),
         (triton_combine.combine_back, {**slots, "C": copies}),
     ]

@@ -102,6 +102,13 @@ def test_it_equals_the_plain_path_over_random_shapes():
     check()
 
 
+def test_experts_whose_probabilities_all_underflow_have_the_weights_of_their_logarithms():
+    """As replayed ones may: exp(-200) is 0 in float32."""
+    query, key, value, logits, indices = draw(dtype=torch.float32)
+    low = logits.scatter(-1, indices, logits.gather(-1, indices) - 200)
+    assert_as_plain(query, key, value, None, low, indices)
+
+
 @pytest.mark.parametrize("programs", [1, 3, 1000])
 def test_any_number_of_pieces_gives_the_same(monkeypatch, programs):
     monkeypatch.setattr(module, "PROGRAMS_OF_ALL_GROUPS", programs)

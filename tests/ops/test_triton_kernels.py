@@ -140,6 +140,7 @@ class Prepared:
             *self.layout, self.case.shared, self.case.mean, logit_parts,
         )  # fmt: skip
         widths = [t.shape[1] for t in self.inputs] + [self.logits.shape[1]] * logit_parts
+        assert packed.stride(0) % 8 == 0, "rows of bf16 must begin at 16 bytes"
         return list(packed.split(widths, 1)), partial
 
 

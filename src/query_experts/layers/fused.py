@@ -206,8 +206,8 @@ def prepare(
     projections = (layer.q_proj, layer.k_proj, layer.v_proj, layer.q_shared)
     plain = all(_is_plain(module, rows) for module in (*projections, layer.router))
     keys = values = None
-    in_one = plain and not norms_apart and torch.is_grad_enabled()
-    if in_one and x.dtype != torch.float16:  # in which a logit's small gradient would be 0
+    in_one = plain and not norms_apart and x.dtype != torch.float16  # in which a logit's small gradient would be 0
+    if in_one and torch.is_grad_enabled():
         weights, biases = (_of_each(projections, name) for name in ("weight", "bias"))
         router = None if layer.router is None else layer.router.weight
         heads, keys, values, logits, chosen = ProjectAndPrepare.apply(rows, *weights, *biases, router, *rest, layout)
@@ -215,7 +215,9 @@ def prepare(
         readable = plain and not torch.is_grad_enabled()
         logits = None
         if layer.router is not None:
-            logits = wide_product(rows, layer.router.weight) if readable else layer.router(x)
+            # checkpointing runs a training layer without gradients first, and must select the same experts
+            by_product = readable and (in_one or not layer.training)
+            logits = wide_product(rows, layer.router.weight) if by_product else layer.router(x)
         projected = _project(layer, x, projections, layout.widths, readable, norms_apart)
         inputs = (*projected, None if logits is None else logits.detach(), *rest)
         if static is None:
@@ -239,7 +241,7 @@ def _project(
     readable: whether the weights can be read past their modules. norms_apart: whether to call the norms' modules here.
     """
     projected = None
-    if readable and not layer.training:  # checkpointing runs a training layer without gradients first, and must agree
+    if readable and not layer.training:  # for checkpointing, as above
         projected = _in_one_product(projections, x.flatten(0, 1), widths)
     if projected is None:
         projected = [None if module is None else module(x).flatten(0, 1) for module in projections]

@@ -4,7 +4,8 @@
 `_join` adds the pieces up and makes the slots, which for the plain path are `shared_decode` and `GQEAttention.combine`.
 
 The shared head reads the mean over groups, so a program holds all groups of its keys. Each lane of a tile [keys, d]
-keeps softmax sums of its own keys, and nothing is reduced over lanes before the loop's end: no barrier stands in it.
+keeps softmax sums of its own keys, and nothing is reduced over lanes before the loop's end: no barrier stands in it
+(but for 16 groups of head dim 128, where a key takes more than a warp's threads).
 
 Lengths and strides are arguments on whose value nothing is specialised: no length compiles anew. The number of pieces
 follows from shapes alone, as a CUDA graph requires. The pieces take tiles of keys in turn, so that the filled part of a
@@ -153,15 +154,15 @@ def _piece(
 
 
 @triton.jit
-def _probabilities(logits, expert, group, real, M: tl.constexpr, M_pad: tl.constexpr, accumulator: tl.constexpr):
-    """Probability of each head's expert among the M of its group, anew from the logits [G, M]; zero where not real."""
+def _log_probabilities(logits, expert, group, real, M: tl.constexpr, M_pad: tl.constexpr, accumulator: tl.constexpr):
+    """log2 of the probability of each head's expert in its group, from the logits [G, M]; -inf where not real."""
     m = tl.arange(0, M_pad)
     there = real[:, None] & (m < M)[None, :]
     all_logits = tl.load(logits + group[:, None] * M + m[None, :], there, float("-inf")).to(accumulator)  # [H, M]
     top = tl.where(real, tl.max(all_logits, 1), 0.0)
     own = tl.load(logits + group * M + expert, real, float("-inf")).to(accumulator)
     total = tl.sum(tl.exp2((all_logits - top[:, None]) * LOG2_E), 1)
-    return tl.exp2((own - top) * LOG2_E) / tl.where(real, total, 1.0)
+    return (own - top) * LOG2_E - tl.log2(tl.where(real, total, 1.0))
 
 
 @triton.jit(do_not_specialize=["num_pieces"])
@@ -206,19 +207,20 @@ def _join(
     expert = h % k
     if learned or by_expert:  # clamped, so that indices from NaN logits stay in bounds
         expert = tl.minimum(tl.maximum(tl.load(indices + b * routed + h, is_routed, 0), 0), M - 1)
-    probability = tl.full([H_pad], 1 / M, accumulator)
     if learned:
-        probability = _probabilities(logits + b * (G * M), expert, group, is_routed, M, M_pad, accumulator)
+        log_probability = _log_probabilities(logits + b * (G * M), expert, group, is_routed, M, M_pad, accumulator)
+    else:
+        log_probability = tl.where(is_routed, tl.log2(tl.full([H_pad], 1 / M, accumulator)), float("-inf"))
     output += b * ((hard + 2 * has_shared) * d)
     kind = output.dtype.element_ty
     inside = column < d
     if has_shared:
-        weight = tl.where(is_routed, probability, 0.0)
+        weight = tl.exp2(log_probability - tl.max(log_probability, 0))  # right too where every probability underflows
         weight = weight / tl.sum(weight, 0)
         weighted = tl.sum(tl.where(is_routed[:, None], out * weight[:, None], 0.0), 0)
         tl.store(output + hard * d + column, weighted.to(kind), inside)
     if scaled:
-        out = tl.where(is_routed[:, None], out * probability[:, None], out)
+        out = tl.where(is_routed[:, None], out * tl.exp2(log_probability)[:, None], out)
     slot = group * M + expert if by_expert else h
     slot = tl.where(is_routed, slot, hard + 1)
     tl.store(output + slot[:, None] * d + column[None, :], out.to(kind), (h < heads)[:, None] & inside[None, :])

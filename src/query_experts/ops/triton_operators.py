@@ -24,6 +24,7 @@ from query_experts.ops.kernels import interpreted
 TILE = 4096  # numbers of a [tokens, groups, d] tile that a program holds at once: no register spills up to there
 TILE_NORM = 2048  # with norms, whose backward pass holds more tiles
 MOST_TOKENS = 16  # of a program
+ALIGNED = 8  # numbers, 16 bytes in bf16: the most that a GPU's thread writes at once, and what fast products ask for
 # without the second, the assembler spills a few bytes of some layouts to fit one more program into a processor
 OPTIONS = {"num_warps": 4, "maxnreg": 255}
 
@@ -175,8 +176,17 @@ def _prepare_cached_fake(
     )
 
 
-def _packed_width(G: int, M: int, d: int, copies: int, logit_parts: int) -> int:
+def packed_width(G: int, M: int, d: int, copies: int, logit_parts: int) -> int:
+    """Numbers in a row of what `prepare_back` gives: of all projections, then of the logits' parts."""
     return (G * M + 2 * G + (copies > 0)) * d + logit_parts * G * M
+
+
+def aligned(width: int) -> int:
+    return triton.cdiv(width, ALIGNED) * ALIGNED
+
+
+def _packed(like: Tensor, num_rows: int, width: int) -> Tensor:
+    return like.new_empty(num_rows, aligned(width))[:, :width]
 
 
 def _prepare_back(
@@ -194,7 +204,7 @@ def _prepare_back(
     cos, sin, cos_batch, r = _angles(cos, sin)
     sizes = _sizes(G, M, d, r, query_norm is not None)
     programs = triton.cdiv(num_rows, sizes["BLOCK"])
-    packed = heads.new_empty(num_rows, _packed_width(G, M, d, copies, logit_parts))
+    packed = _packed(heads, num_rows, packed_width(G, M, d, copies, logit_parts))
     norms = heads.new_empty(programs if query_norm is not None else 0, 2, d, dtype=wide(heads.dtype))
     launch(
         triton_prepare.prepare_back, (programs,), heads,
@@ -203,7 +213,8 @@ def _prepare_back(
         packed, norms, *heads.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
         *(0 if t is None else t.stride(0) for t in (logits, query, key, shared)), cos_batch, num_tokens, num_rows, eps,
         G, M, k, copies, d, r, **sizes, NORM=query_norm is not None, ROUTED=indices is not None,
-        SHARED_KEY=shared_key, MEAN=mean, LOGIT_PARTS=logit_parts, WIDE=accumulator_of(heads), **OPTIONS,
+        SHARED_KEY=shared_key, MEAN=mean, LOGIT_PARTS=logit_parts, STEP=packed.stride(0), WIDE=accumulator_of(heads),
+        **OPTIONS,
     )  # fmt: skip
     return packed, norms
 
@@ -218,7 +229,7 @@ def _prepare_back_fake(
     block = tokens_a_program(G, M, d, norm=True)
     programs = (num_rows + block - 1) // block if query_norm is not None else 0
     return (
-        heads.new_empty(num_rows, _packed_width(G, M, d, copies, logit_parts)),
+        _packed(heads, num_rows, packed_width(G, M, d, copies, logit_parts)),
         heads.new_empty(programs, 2, d, dtype=wide(heads.dtype)),
     )
 

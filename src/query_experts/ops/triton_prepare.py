@@ -266,22 +266,21 @@ def prepare_back(
     G: tl.constexpr, M: tl.constexpr, k: tl.constexpr, C: tl.constexpr, d: tl.constexpr, r: tl.constexpr,
     G_PAD: tl.constexpr, M_PAD: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, D_PAD: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ROUTED: tl.constexpr, SHARED_KEY: tl.constexpr, MEAN: tl.constexpr,
-    LOGIT_PARTS: tl.constexpr, WIDE: tl.constexpr,
+    LOGIT_PARTS: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of `prepare`: heads [B, T, H, d], keys, values [B, T, GK, d] -> packed [R, all projections' widths].
 
     Packed holds query, key, value, shared side by side, every number written once, zeros included. Behind them come
     LOGIT_PARTS parts of the logits' gradient [R, G*M]: one, or one rounded to packed's dtype and one of what that lost.
-    norms [programs, 2, d] gets this program's part of the norm weights' gradients.
+    Its rows are STEP numbers apart. norms [programs, 2, d] gets this program's part of the norm weights' gradients.
     """
-    width: tl.constexpr = (G * M + 2 * G + (1 if C > 0 else 0)) * d + LOGIT_PARTS * G * M
     row, batch, token, live = _rows(num_rows, num_tokens, BLOCK)
     g, e = tl.arange(0, G_PAD), tl.arange(0, M_PAD)
     alive = live[:, None]
     in_group = alive & (g < G)[None, :]
     head = g.to(tl.int64)[None, :]  # times a step between heads, which may be as long as a sequence
     behind = tl.zeros([1, 1], tl.int64) + G
-    out = row[:, None] * width  # [tokens, 1]
+    out = row[:, None] * STEP  # [tokens, 1]
     if r > 0:
         cosine, sine = _load_angles(cos, sin, batch, token, live, cos_batch, r, HALF, WIDE)
     else:
@@ -360,7 +359,7 @@ def prepare_back(
     if LOGIT_PARTS > 0:
         experts = (g * M)[None, :, None] + e[None, None, :]
         real = in_group[:, :, None] & (e < M)[None, None, :]
-        at = row[:, None, None] * width + (G * M + 2 * G + (1 if C > 0 else 0)) * d + experts
+        at = row[:, None, None] * STEP + (G * M + 2 * G + (1 if C > 0 else 0)) * d + experts
         gradient = tl.load(logits + row[:, None, None] * logits_row + experts, real, 0.0)
         rounded = gradient.to(packed.dtype.element_ty)
         tl.store(packed + at, rounded, real)
