@@ -38,9 +38,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 KILLS = [
-    ("ddp", "checkpoint-3", (0, 1)),
-    ("fsdp", "checkpoint-6", (1,)),
     ("tp", "writing", (0,)),  # between two ranks' files, or before the name
+    pytest.param(("ddp", "checkpoint-3", (0, 1)), marks=SLOW),
+    pytest.param(("fsdp", "checkpoint-6", (1,)), marks=SLOW),
     pytest.param(("fsdp", "writing", (0, 1)), marks=SLOW),
     pytest.param(("fsdp", "writing/checkpoint-6/optimizer", (1,)), marks=SLOW),
     pytest.param(("ddp", "writing/checkpoint-9", (1,)), marks=SLOW),
@@ -122,7 +122,7 @@ def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(la
 
 
 BAD_FILES = [
-    pytest.param("ddp", "rng_state_1.pth", Path.unlink, marks=resuming),
+    pytest.param("ddp", "rng_state_1.pth", Path.unlink, marks=[resuming, SLOW]),
     pytest.param("fsdp", "optimizer/__1_0.distcp", flip_a_bit, marks=sharded),
 ]
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_with_a_rank_s_file_bad_is_named_and_the_one_before_is_used
     assert losses == pytest.approx(whole, abs=2e-5)
 
 
-HANGS = [("ddp", 0), pytest.param("fsdp", 1, marks=sharded), pytest.param("ddp", 1, marks=SLOW)]
+HANGS = [pytest.param("fsdp", 1, marks=sharded), *(pytest.param("ddp", rank, marks=SLOW) for rank in (0, 1))]
 HANGS += [pytest.param(*hang, marks=[sharded, SLOW]) for hang in [("fsdp", 0), ("tp", 1), ("tp", 0)]]
 
 
