@@ -11,7 +11,7 @@ from pathlib import Path
 from page_tables import markdown, with_tables
 from query_experts.common import formatting as text
 from query_experts.study.ladder.fit import Fit, fit_ladder
-from query_experts.study.ladder.gaps import Cell
+from query_experts.study.ladder.gaps import BASELINES, Cell
 from query_experts.study.ladder.rates import best_rate, excess
 from query_experts.study.ladder.read import at_own_settings
 from query_experts.study.ladder.results import LadderResult, read_results
@@ -31,6 +31,12 @@ PAIRS = (
     ("static", "dense"),
     ("half", "dense"),
 )
+NOTHING = "No rung is complete yet, so nothing is known."
+VERDICTS = {
+    "lower": "**At this size routing wins:** `gqe` is below `static`, and the interval excludes zero.",
+    "higher": "**At this size routing loses:** `gqe` is above `static`, and the interval excludes zero.",
+    "not known": "**At this size no effect of routing is known:** the interval of `gqe` against `static` holds zero.",
+}
 
 
 def ladder_of(name: str) -> tuple[Ladder, list[LadderResult]]:
@@ -131,7 +137,7 @@ def gaps() -> str:
     """Paired differences at every complete rung and budget."""
     cells = complete_cells()
     if not cells:
-        return "No rung is complete yet, so nothing is known."
+        return NOTHING
     rows = [["rung", "tokens", *(f"`{arm}` - `{base}`" for arm, base in PAIRS)]]
     for cell in cells:
         found = [line(difference_text(cell.gap(arm, base))) for arm, base in PAIRS]
@@ -139,7 +145,32 @@ def gaps() -> str:
     return markdown(rows)
 
 
-TABLES = {"shapes": shapes, "rates": rates, "balance": balance, "done": done, "gaps": gaps}
+def largest() -> str:
+    """The arms of the largest complete rung, trained on all of its tokens, and what their differences say."""
+    whole = [cell for cell in complete_cells() if cell.budget == 1]
+    if not whole:
+        return NOTHING
+    cell, results = whole[-1], ladder_of("cpu")[1]
+    head = ["arm", "active heads", "active parameters", "training FLOPs", "validation loss (range)"]
+    rows = [[*head, *(f"against `{base}`" for base in BASELINES)]]
+    for arm in ladder_of("cpu")[0].plan[0].arms:
+        own = cell.arms[arm]
+        first = next(result for result in results if (result.rung, result.arm) == (cell.rung, arm))
+        counts = [str(own.active_heads), text.short(first.active_parameters), text.short(own.active_flops)]
+        gaps = [line(difference_text(cell.gap(arm, base))) for base in BASELINES]
+        rows.append([f"`{arm}`", *counts, loss([*own.losses.values()], own.mean), *gaps])
+    parameters, tokens = cell.size
+    size = f"Rung {cell.rung}: {text.short(parameters)} parameters without embeddings, {text.short(tokens)} tokens."
+    gap, weak = cell.gap("gqe", "static"), cell.gap("half", "dense")
+    assert gap is not None
+    assert weak is not None
+    says = VERDICTS[gap.known]
+    if weak.known == "lower":
+        says += " `dense` is a weak baseline here, as `half` is below it."
+    return f"{markdown(rows)}\n\n{size} {says}"
+
+
+TABLES = {"largest": largest, "shapes": shapes, "rates": rates, "balance": balance, "done": done, "gaps": gaps}
 
 
 def filled(page: str) -> str:

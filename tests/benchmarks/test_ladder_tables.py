@@ -52,3 +52,34 @@ def test_a_rung_that_lacks_a_run_at_a_budget_is_not_shown_there(results):
 def test_other_arms_need_not_be_complete(results):
     results.remove(next(result for result in results if result.arm == "gqe-m8"))
     assert len(rows(ladder_tables.gaps())) == 2 + 3
+
+
+def test_the_largest_complete_rung_is_shown_with_what_it_says(results):
+    table, says = ladder_tables.largest().split("\n\n")
+    head, _, *found = rows(table)
+    assert head[4:] == ["validation loss (range)", "against `dense`", "against `static`", "against `half`"]
+    assert [row[0] for row in found] == ["`dense`", "`static`", "`half`", "`gqe`", "`gqe-m4`"]
+    assert found[3][4] == "4.045 (4.000 to 4.090)"
+    assert found[3][6].startswith("+3.0000 [+3.0000, +3.0000] 10 pairs")
+    assert "Rung d64: 117k parameters without embeddings" in says
+    assert "At this size routing loses" in says
+    assert "weak baseline" not in says
+    lower = {"gqe": -9.0, "half": -9.0}
+    results[:] = [
+        dataclasses.replace(result, validation_loss=result.validation_loss + lower.get(result.arm, 0.0))
+        for result in results
+    ]
+    says = ladder_tables.largest().split("\n\n")[1]
+    assert "At this size routing wins" in says
+    assert "`dense` is a weak baseline here" in says
+    results.remove(next(result for result in results if (result.arm, result.seed, result.budget) == ("half", 3, 1)))
+    assert ladder_tables.largest() == ladder_tables.NOTHING
+
+
+def test_an_interval_that_holds_zero_tells_no_effect(results):
+    wide = {("gqe", seed): (-1) ** seed - 3 for seed in range(10)}
+    results[:] = [
+        dataclasses.replace(result, validation_loss=result.validation_loss + wide.get((result.arm, result.seed), 0.0))
+        for result in results
+    ]
+    assert "At this size no effect of routing is known" in ladder_tables.largest()

@@ -11,7 +11,6 @@ import yaml
 
 import page_numbers
 import page_tables
-from query_experts.study.results import parse_comparison
 from query_experts.study.settings import CompareSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +21,8 @@ PAGES = [README, NOTEBOOK, *sorted((ROOT / "docs").glob("*.md"))]
 TABLE_SCRIPTS = {  # and their number of tables, at least
     "benchmarks/conversion_tables.py": 5,
     "benchmarks/demo_spread.py": 1,
-    "benchmarks/ladder_tables.py": 5,
+    "benchmarks/demo_table.py": 1,
+    "benchmarks/ladder_tables.py": 6,
     "benchmarks/performance_tables.py": 5,
     "benchmarks/plan_tables.py": 2,
     "benchmarks/predict_kernels.py": 2,
@@ -95,13 +95,7 @@ def markers(page):
     return [" ".join(marker.split()) for _, marker, *_ in found]
 
 
-def test_the_table_in_the_readme_is_that_of_the_committed_result():
-    tables = script("readme_table")
-    readme = README.read_text(encoding="utf-8")
-    assert readme == tables.with_table(readme, parse_comparison(tables.RESULT.read_text(encoding="utf-8")))
-
-
-def test_the_table_in_the_readme_is_of_what_make_compare_runs():
+def test_the_table_of_the_demo_is_of_what_make_compare_runs():
     demo = yaml.safe_load((ROOT / "src" / "query_experts" / "recipes" / "demo.yaml").read_text(encoding="utf-8"))
     settings = dataclasses.asdict(CompareSettings()) | result("compare-demo")["settings"]  # newer ones have defaults
     for name, value in dataclasses.asdict(CompareSettings(**demo)).items():
@@ -123,7 +117,7 @@ def test_every_table_of_a_page_belongs_to_a_script_that_fills_it():
         held = page.read_text(encoding="utf-8")
         named = {script for _, script, *_ in page_tables.MARKED.findall(held)}
         assert named <= set(TABLE_SCRIPTS), page.name
-        whole = len(page_tables.MARKED.findall(held)) + (page == README)
+        whole = len(page_tables.MARKED.findall(held))
         assert held.count("<!-- table: ") == held.count("<!-- end of table -->") == whole, page.name
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import html
-import importlib.util
 import io
 import json
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import demo_table
 from query_experts.common.errors import SettingError
 from query_experts.study.report import print_summary, write_plots, write_report
 from query_experts.study.report.charts import loss_figure, smooth
@@ -221,12 +221,8 @@ def test_a_seed_that_is_still_to_be_run_has_a_dash_in_its_place():
     assert cells(of)["gqe"][1].endswith(f"{MINUS}0.0100 {DASH} {MINUS}0.0300")
 
 
-def test_the_readme_table_says_seed_by_seed_what_diverged():
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "readme_table.py"
-    spec = importlib.util.spec_from_file_location("readme_table", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    markdown = script.table(read(comparison(DIVERGED)))
+def test_the_table_of_the_demo_says_seed_by_seed_what_diverged():
+    markdown = demo_table.table(read(comparison(DIVERGED)))
     assert f"| 4.290 / diverged / 4.260 | {MINUS}0.010 / diverged / {MINUS}0.030 | {DASH} |" in markdown
     assert "| diverged / diverged / diverged |" in markdown
 

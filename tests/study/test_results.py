@@ -188,7 +188,7 @@ LOOK_UPS = {  # allowed in a file; a larger number needs a reason
     "conversion_tables.py": 2,  # a case by its name, and a setting that few cases have
 }
 OTHERS = {"distill.py", "settings.py", "workspace.py"}  # settings, which are checked elsewhere
-SCRIPTS = ("readme_table", "page_tables", "conversion", "conversion_tables", "demo_kernels")
+SCRIPTS = ("demo_table", "page_tables", "conversion", "conversion_tables", "demo_kernels")
 
 
 def look_ups(file):

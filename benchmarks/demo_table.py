@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from page_tables import markdown, with_tables
 from query_experts.common import formatting as text
 from query_experts.study.report import write_plots
 from query_experts.study.report.rows import BASELINES, Row, by_seed, prefill_lengths, seeds_of, summary_rows
@@ -11,20 +12,19 @@ from query_experts.study.results import Comparison, parse_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compare-demo.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- table: benchmarks/readme_table.py -->", "<!-- end of table -->"
+PAGE = ROOT / "README.md"
+SCRIPT = "benchmarks/demo_table.py"  # in the marker of its table
 
 
 def table(comparison: Comparison) -> str:
-    """The table in Markdown: losses and differences by seed, and the median speed at the longest prompt."""
+    """Losses and differences by seed, and the median speed at the longest prompt."""
     longest = prefill_lengths(comparison)[-1]
     head = [
         "arm", "active heads", "active parameters", "FLOPs a token", "KV bytes a token", "validation loss, by seed",
         "against `dense`", "against `static`", f"prefill of {text.length_name(longest)} tokens",
     ]  # fmt: skip
     rows = {row.arm: row for row in summary_rows(comparison)}
-    lines = [head, ["---"] * len(head), *(cells(rows, arm, longest, seeds_of(comparison)) for arm in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([head, *(cells(rows, arm, longest, seeds_of(comparison)) for arm in rows)])
 
 
 def cells(rows: dict[str, Row], arm: str, longest: int, asked: list[int]) -> list[str]:
@@ -49,15 +49,18 @@ def difference(row: Row, base: Row | None, asked: list[int]) -> str:
     return " / ".join(by_seed(paired.differences, diverged, asked, lambda value: text.signed(value, 3)))
 
 
-def with_table(readme: str, comparison: Comparison) -> str:
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(comparison)}\n{END}{rest.split(END)[1]}"
+def demo() -> Comparison:
+    return parse_comparison(RESULT.read_text(encoding="utf-8"))
+
+
+def filled(page: str) -> str:
+    """The page with the table made anew."""
+    return with_tables(page, SCRIPT, lambda _: table(demo()))
 
 
 def main() -> None:
-    comparison = parse_comparison(RESULT.read_text(encoding="utf-8"))
-    README.write_text(with_table(README.read_text(encoding="utf-8"), comparison), encoding="utf-8")
-    write_plots(comparison, ROOT / "docs" / "plots")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    write_plots(demo(), ROOT / "docs" / "plots")
 
 
 if __name__ == "__main__":
