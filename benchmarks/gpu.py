@@ -8,8 +8,9 @@ wanted first, so a failure doesn't affect the other steps. A step that runs out 
 one for which too little time is left isn't begun: --no_tests --parts takes it in another run. OUT/gpu.json holds all
 results and the last lines of the tests. OUT/STEP holds the result of one step, and its plot if matplotlib is there.
 
-The exit status is 0 where the tests and all steps passed. The suite is green where moreover no step of REQUIRED is
-missing and no fused kernel is far below the memory's bandwidth. Then `MEASURED` of ops/kernels.py may name the GPU.
+The exit status is 0 where the tests and all steps passed. The suite is green where moreover all steps of REQUIRED
+came to their end and no fused kernel is far below the memory's bandwidth. Then `MEASURED` of ops/kernels.py may name
+the GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
 
 import gpu_kernels
@@ -73,10 +75,10 @@ class Part(NamedTuple):
 
 PARTS = {  # the most wanted first, since time may run out; a part's time that is left is that of the next ones
     "ceilings": Part(25),
-    "kernels": Part(45),
-    "prefill-graph": Part(40, replace(PREFILL, cuda_graph=True)),
-    "train": Part(40, TRAIN),
-    "decode": Part(45, DECODE),
+    "kernels": Part(60),
+    "prefill-graph": Part(60, replace(PREFILL, cuda_graph=True)),
+    "train": Part(70, TRAIN),
+    "decode": Part(70, DECODE),
     "model-train": Part(35, STEP_250M),
     "attention": Part(50),
     "prefill-eager": Part(30, PREFILL),
@@ -177,9 +179,11 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool, tests: bool 
             continue
         outcome = run_part(name, out, min(PARTS[name].seconds * (3 if dry else 1), end - started), dry)
         result = replace(result, parts=result.parts | {name: outcome})
-        measured = len(outcome.bench.points) if outcome.bench else len(outcome.numbers or {})
+        count = len(outcome.bench.points) if outcome.bench else len(outcome.numbers or {})
         took = time.monotonic() - started
-        print(f"{name}: status {outcome.status}, {measured} measured, {took:.0f} s", flush=True)
+        print(f"{name}: status {outcome.status}, {count} measured, {took:.0f} s", flush=True)
+        if outcome.last:
+            print(outcome.last.strip().splitlines()[-1], flush=True)
         if number == 0 and tests:
             result = replace(result, tests=run_tests(dry))
             print(*result.tests.last, sep="\n", flush=True)
@@ -190,16 +194,20 @@ def run_all(names: list[str], out: Path, minutes: float, dry: bool, tests: bool 
 
 
 def measured(result: GpuResult) -> bool:
-    """Whether every part that was begun measured something without an error; its time may have run out."""
-    return all(
-        part.status in (0, None) and bool(part.numbers or (part.bench and part.bench.points))
-        for part in result.parts.values()
-    )
+    """Whether every part that was begun measured something, of arms that are right; its time may have run out."""
+    return all(passed(part) for part in result.parts.values())
+
+
+def passed(part: PartOutcome) -> bool:
+    some = bool(part.numbers or (part.bench and part.bench.points))
+    right = part.bench is None or all(check.passed for check in part.bench.checks)
+    return part.status in (0, None) and some and right
 
 
 def is_green(result: GpuResult) -> bool:
     """Whether layers may run by the fused kernels on this GPU unasked."""
-    if result.dry or result.tests.status != 0 or not set(REQUIRED) <= set(result.parts) or not measured(result):
+    complete = [name for name, part in result.parts.items() if part.status == 0]
+    if result.dry or result.tests.status != 0 or not set(REQUIRED) <= set(complete) or not measured(result):
         return False
     return not gpu_kernels.too_slow(result.parts["ceilings"].numbers, result.parts["kernels"].numbers)
 
@@ -210,10 +218,11 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder for the results")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="time limit of the whole suite")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time limit of all, by default {MINUTES:g}")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"parts to measure, of {' '.join(PARTS)}")  # fmt: skip
     parser.add_argument("--no_tests", action="store_true", help="leave the tests out")
-    parser.add_argument("--part", choices=PARTS, help="measure one part in this process, without the tests")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in this process, without the tests
     options = parser.parse_args()
     if options.part:
         try:
@@ -222,6 +231,8 @@ def main() -> int:
             print(f"{options.part}: {error}", file=sys.stderr)
             return 2
         return 0
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --dry runs on a CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     if any(options.out.iterdir()):
         parser.error(f"out is {options.out}, which holds files; it must be a new or empty folder")

@@ -1,6 +1,6 @@
 """Counts the kernels of one attention layer on a CPU: aten operators and Triton launches, for each arm.
 
-    TRITON_INTERPRET=1 python benchmarks/operator_counts.py    # writes benchmarks/results/operator-counts.json
+    python benchmarks/operator_counts.py    # writes benchmarks/results/operator-counts.json
 
 Counted is every operator that reaches a backend, those inside registered operators (query_experts::...) too, and every
 launch of a Triton kernel. Views and allocations are counted apart, since a launch they are not;
@@ -13,6 +13,7 @@ casts both factors first. On the plain path the casts are counted, as a GPU does
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,6 +199,7 @@ def table(counts: dict[str, dict[str, Count]]) -> str:
 
 
 def main() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"  # nothing has imported Triton yet
     counts = measure()
     print(table(counts))
     ran_in = environment("cpu", "bfloat16")

@@ -238,11 +238,11 @@ def read_prediction() -> Prediction:
 
 
 def rounded(value: object) -> object:
-    """Numbers to four digits, which fits of other libraries share."""
+    """Numbers to four digits, which fits of other libraries share; measured speeds stay, as tables round them."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
+        return {name: item if name == "measured_speed" else rounded(item) for name, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
 
 

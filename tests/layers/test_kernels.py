@@ -438,8 +438,21 @@ def test_an_exported_layer_takes_the_plain_path_and_triton_is_refused():
 def test_a_second_derivative_is_refused():
     layer, (x, _) = by_triton(build("gqe")), inputs()
     x.requires_grad_()
-    with pytest.raises(RuntimeError, match="gives no second derivative; kernels='torch' does"):
+    with pytest.raises(RuntimeError, match="gives no second derivative; kernels='torch' does where attention does"):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    plain = build("gqe", attn_implementation="eager")  # the way out
+    (first,) = torch.autograd.grad(plain(x).sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.sum(), x)[0].isfinite().all()
+
+
+def test_forward_mode_differentiation_is_refused():
+    layer, (x, _) = by_triton(build("gqe", attn_implementation="eager")), inputs()
+    way_out = "kernels is 'triton', which doesn't support forward-mode differentiation; kernels='torch' runs here"
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(ValueError, match=way_out):
+            layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        layer.set_kernels("torch")
+        layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_a_subclass_of_the_router_or_of_a_linear_map_with_its_own_forward_is_called():

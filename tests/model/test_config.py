@@ -247,6 +247,12 @@ def test_the_layer_s_names_of_the_configuration_s_fields_are_refused_naming_thos
             GQEConfig(**{name: 2})
 
 
+@pytest.mark.parametrize(("name", "value"), [("kernels", "triton"), ("fused_decode", True)])
+def test_kernels_are_no_field_of_the_configuration(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; it is no field: a model's set_kernels chooses the ker"):
+        GQEConfig(**{name: value})
+
+
 @pytest.mark.parametrize(("setting", "said"), REFUSED, ids=[str(s) for s, _ in REFUSED])
 def test_the_layer_refuses_the_same_settings_with_a_value_error(setting, said):
     names = {

@@ -21,7 +21,10 @@ NOTE = (
     "same by costs.py, from bytes in decoding and from FLOPs elsewhere, and the share of it that was attained; peak: "
     "the most memory that the tensors of one call take."
 )
-FUSED_NOTE = f"{text.TIMES} fused: speed relative to dense-fused, dense attention by the kernels that gqe runs."
+FUSED_NOTE = (
+    f"{text.TIMES} fused: speed relative to dense-fused, dense attention by the kernels that gqe runs, which only "
+    "triton fuses."
+)
 
 
 def place_of(point: Point) -> str:

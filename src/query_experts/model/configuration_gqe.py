@@ -77,6 +77,11 @@ class GQEConfig(LlamaConfig):
         for name, field in CONFIG_NAMES.items():
             if name in kwargs:  # would be kept as a field without effect
                 raise ValueError(f"{name} is {kwargs[name]!r}; in GQEConfig this field is called {field}")
+        for name in ("kernels", "fused_decode"):
+            if name in kwargs:
+                raise ValueError(
+                    f"{name} is {kwargs[name]!r}; it is no field: a model's set_kernels chooses the kernels"
+                )
         for name in ("hidden_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")

@@ -28,7 +28,10 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def checked(ctx: Any, *gradients: Tensor | None) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True
-            raise RuntimeError("kernels is 'triton', which gives no second derivative; kernels='torch' does")
+            raise RuntimeError(
+                "kernels is 'triton', which gives no second derivative; kernels='torch' does where attention does "
+                "(attn_implementation='eager')"
+            )
         return once(ctx, *gradients)
 
     return checked

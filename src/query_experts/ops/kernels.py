@@ -98,6 +98,8 @@ def not_taken(x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> str | None:
     if not torch.compiler.is_compiling():
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "doesn't support the transforms of torch.func (vmap, grad, jvp)"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "doesn't support forward-mode differentiation"
         if type(x) not in (Tensor, torch.nn.Parameter) and not _is_fake(x):
             return f"takes plain tensors, where x is a {type(x).__name__}"
     if cos_sin is not None and torch.is_grad_enabled() and any(t.requires_grad for t in cos_sin):
