@@ -10,7 +10,6 @@ is compared with dense in dense's faster mode.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -57,8 +56,8 @@ class DecodeCompiled:
     points: list[Point]
 
 
-def read_decode_compiled(file: Path = RESULT) -> DecodeCompiled:
-    return read_result(file, DecodeCompiled, "a result of decode_compiled.py")
+def read_decode_compiled() -> DecodeCompiled:
+    return read_result(RESULT, DecodeCompiled, "a result of decode_compiled.py")
 
 
 def settings(mode: str) -> BenchSettings:
@@ -86,13 +85,13 @@ def measure(batch: int, cached: int, repeats: int) -> Point:
     return Point(batch, cached, {arm: {mode: seconds[f"{arm} {mode}"] for mode in MODES} for arm in ARMS})
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cached_lengths", type=int, nargs="+", default=[16, 1024, 4096], help="tokens in the cache")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--out", type=Path, default=RESULT)
-    chosen = parser.parse_args(arguments)
+    chosen = parser.parse_args()
     points = []
     for batch in chosen.batch_sizes:
         for cached in chosen.cached_lengths:
