@@ -67,12 +67,25 @@ def test_tokens_follow_the_parameters_of_dense_without_embeddings(tmp_path):
         ({"surprise": 1}, "surprise"),
         ({"tokens_per_parameter": 0}, "tokens_per_parameter"),
         ({"threads": 0}, "threads"),
+        ({"warmup": 0.9}, "warmup"),
+        ({"warmup": -0.1}, "warmup"),
         ({"tag": "one"}, "tag is 'one' and commit None; both must be given, or neither"),
         ({"validation": []}, "validation"),
     ],
 )  # fmt: skip
 def test_a_ladder_that_can_not_be_run_is_refused_in_a_sentence(tmp_path, changes, words):
     assert words in refusal(write_ladder(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("warmup", [0, 0.1, 0.2, 0.8])
+def test_all_budgets_of_a_run_warm_up_for_a_share_of_the_smallest(tmp_path, warmup):
+    ladder = read_ladder(write_ladder(tmp_path, warmup=warmup, tokens_per_parameter=20))
+    for run in ladder.runs():
+        whole = ladder.run_settings(run)
+        branches = [ladder.branch_settings(whole, budget) for budget in (0.25, 0.5, 1.0)]
+        assert {branch.warmup_steps for branch in branches} == {round(warmup * branches[0].steps)}
+        for branch in branches:
+            branch.check()
 
 
 def test_a_file_that_is_no_ladder_is_refused_in_a_sentence(tmp_path):

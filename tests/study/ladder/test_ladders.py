@@ -30,12 +30,12 @@ def test_rungs_follow_the_rule(name, rung):
     assert settings.learning_rate == pytest.approx(0.007 * ratio ** (-1 / 3), rel=0.03)
     assert settings.tokens_per_step == pytest.approx(2048 * ratio ** (2 / 3), rel=0.08)
     assert ladder.tokens_per_parameter == 20
-    assert ladder.budgets == [0.25, 0.5, 1]
+    assert (ladder.budgets, ladder.warmup) == ([0.25, 0.5, 1], 0.4)
 
 
 def test_all_ladders_have_the_same_text_and_tokenizer():
     ladders = [read_ladder(file) for file in FILES]
-    assert len(FILES) == 4
+    assert len(FILES) == 5
     assert len({(*ladder.data, *ladder.validation, ladder.settings["vocab_size"]) for ladder in ladders}) == 1
 
 

@@ -33,7 +33,7 @@ from query_experts.model.arms import ARMS, ModelSize, arm_config, build, check_a
 from query_experts.study.results import first_fault
 from query_experts.study.settings import RunSettings
 
-WARMUP, DECAY = 0.1, 0.2  # of the smallest budget; of each budget
+DECAY = 0.2  # of each budget
 LOGS = 40  # in a whole run, whose steps are a multiple of it
 LEAST_BUDGET = 0.125  # a budget's end and the start of its decay then fall on logs
 MOST_STEPS = 10_000_000
@@ -180,6 +180,7 @@ class Ladder:
         learning_rate_factors: Arm -> what its learning rate is of its rung's; 1 for other arms. A rate that `vary` sets
             stays as it is.
         budgets: Shares of a rung's tokens for which there are results, rising, the last is 1.
+        warmup: Share of the smallest budget's steps that warm up, in the runs of all budgets.
         threads: Threads of a worker on a CPU.
         settings: Settings of every run, as `query-experts train` has them. `device` is cpu by default, and the
             validation loss takes all held-out text. `dtype` must be given, here or by each rung.
@@ -198,6 +199,7 @@ class Ladder:
     rungs: dict[str, dict[str, Any]]
     plan: list[Entry]
     learning_rate_factors: dict[str, Annotated[float, Bounds(above=0, most=1000)]] = field(default_factory=dict)
+    warmup: Annotated[float, Bounds(least=0, most=1 - DECAY)] = 0.1
     threads: Count = 1
     data_hash: str | None = None
     tag: str | None = None
@@ -284,10 +286,10 @@ class Ladder:
     def branch_settings(self, settings: RunSettings, budget: float) -> RunSettings:
         """The settings of a straight run of a share of the tokens.
 
-        Warm-up takes a tenth of the smallest budget's steps in all of them, decay a fifth of each budget's.
+        Warm-up takes `warmup` of the smallest budget's steps in all of them, decay a fifth of each budget's.
         """
         steps = round(budget * settings.steps)
-        warmup = round(WARMUP * self.budgets[0] * settings.steps)
+        warmup = round(self.warmup * self.budgets[0] * settings.steps)
         return dataclasses.replace(
             settings, steps=steps, warmup_fraction=warmup / steps, decay_fraction=round(DECAY * steps) / steps
         )
