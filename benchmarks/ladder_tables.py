@@ -5,13 +5,13 @@ python benchmarks/ladder_tables.py    # dev/ladder.sh harvest runs it too
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from page_tables import markdown, with_tables
 from query_experts.common import formatting as text
 from query_experts.study.ladder.fit import Fit, fit_ladder
-from query_experts.study.ladder.gaps import BASELINES, Cell
+from query_experts.study.ladder.gaps import BASELINES, RANDOM, Cell, Gap
 from query_experts.study.ladder.rates import best_rate, excess
 from query_experts.study.ladder.read import at_own_settings
 from query_experts.study.ladder.results import LadderResult, read_results
@@ -23,19 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 LADDERS = ROOT / "benchmarks" / "ladder"
 PAGE = ROOT / "docs" / "results.md"
 SCRIPT = "benchmarks/ladder_tables.py"  # in the markers of its tables
-PAIRS = (
-    ("gqe", "static"),
-    ("gqe", "dense"),
-    ("gqe", "half"),
-    ("gqe-m4", "static"),
-    ("static", "dense"),
-    ("half", "dense"),
-)
+PAIRS = (  # without and with routing
+    ("static", "dense"), ("half", "dense"), ("half", "static"),
+    ("gqe", "dense"), ("gqe", "static"), ("gqe", "half"), ("gqe-m4", "static"), ("gqe-m4", "half"),
+)  # fmt: skip
+FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against gqe's baselines, where their fewer seeds have finished
 NOTHING = "No rung is complete yet, so nothing is known."
+OF_ROUTING = (("gqe", "static"), ("gqe", "half"), ("gqe-m4", "static"), ("gqe-m4", "half"))
 VERDICTS = {
-    "lower": "**At this size routing wins:** `gqe` is below `static`, and the interval excludes zero.",
-    "higher": "**At this size routing loses:** `gqe` is above `static`, and the interval excludes zero.",
-    "not known": "**At this size no effect of routing is known:** the interval of `gqe` against `static` holds zero.",
+    "lower": "wins by {0} to {1}",
+    "higher": "loses by {0} to {1}",
+    "not known": "not known: {0} to {1}",
 }
 
 
@@ -56,11 +54,12 @@ def line(cell: str) -> str:
     return " ".join(cell.splitlines())
 
 
-def loss(losses: Sequence[float], mean: float | None) -> str:
-    """The mean, and the range over seeds."""
+def loss(losses: Sequence[float], mean: float | None, diverged: int = 0) -> str:
+    """The mean, and the range over seeds; how many diverged and are left out."""
+    left_out = f", {diverged} diverged" if diverged else ""
     if mean is None:
-        return text.MISSING
-    return f"{mean:.3f} ({min(losses):.3f} to {max(losses):.3f})"
+        return text.MISSING + left_out
+    return f"{mean:.3f} ({min(losses):.3f} to {max(losses):.3f}){left_out}"
 
 
 def shapes() -> str:
@@ -103,10 +102,14 @@ def balance() -> str:
     return markdown(rows)
 
 
+def planned(ladder: Ladder, rung: str, arm: str) -> set[int]:
+    """The seeds of an arm at a rung."""
+    return {run.seed for run in ladder.runs() if (run.rung, run.arm) == (rung, arm) and not run.varied}
+
+
 def done() -> str:
     """How many seeds of each rung and arm have finished, of those that are planned."""
     ladder, results = ladder_of("cpu")
-    finished = {(result.rung, result.arm, result.seed) for result in results if result.budget == 1}
     arms = ladder.arms()
     rows = [["rung", "parameters", "tokens", *(f"`{arm}`" for arm in arms)]]
     for rung in ladder.rungs:
@@ -114,63 +117,128 @@ def done() -> str:
         tokens = settings.steps * settings.tokens_per_step
         counts = []
         for arm in arms:
-            planned = {(run.rung, run.arm, run.seed) for run in ladder.runs() if (run.rung, run.arm) == (rung, arm)}
-            counts.append(f"{len(planned & finished)} of {len(planned)}" if planned else text.DASH)
+            own = {r.seed: r for r in results if (r.rung, r.arm, r.variant, r.budget) == (rung, arm, "", 1)}
+            seeds = planned(ladder, rung, arm)
+            diverged = sum(own[seed].diverged for seed in seeds & {*own})
+            count = f"{len(seeds & {*own})} of {len(seeds)}" + (f", {diverged} diverged" if diverged else "")
+            counts.append(count if seeds else text.DASH)
         parameters = parameters_without_embeddings(settings.model_size())
         rows.append([rung, text.short(parameters), text.short(tokens), *counts])
     return markdown(rows)
 
 
 def complete_cells() -> list[Cell]:
-    """Rungs and budgets at which every planned seed of the five main arms has finished, the smallest first."""
-    ladder, results = ladder_of("cpu")
+    """Rungs and budgets at which every planned seed of the main arms has finished, the smallest first."""
+    ladder, _ = ladder_of("cpu")
     main = ladder.plan[0].arms
-    finished = {(result.rung, result.arm, result.seed, result.budget) for result in results}
     return [
         cell for cell in fit_of("cpu").cells
-        if all((run.rung, run.arm, run.seed, cell.budget) in finished for run in ladder.runs()
-               if run.rung == cell.rung and run.arm in main and not run.varied)
+        if cell.rung in ladder.rungs and all(is_complete(ladder, cell, arm) for arm in main)
     ]  # fmt: skip
 
 
+def is_complete(ladder: Ladder, cell: Cell, arm: str) -> bool:
+    """Whether every planned seed of an arm has finished there, diverged ones among them."""
+    own = cell.arms.get(arm)
+    return own is not None and planned(ladder, cell.rung, arm) <= {*own.losses, *own.diverged}
+
+
 def gaps() -> str:
-    """Paired differences at every complete rung and budget."""
+    """Paired differences at every complete rung, a column for each budget."""
     cells = complete_cells()
     if not cells:
         return NOTHING
-    rows = [["rung", "tokens", *(f"`{arm}` - `{base}`" for arm, base in PAIRS)]]
-    for cell in cells:
-        found = [line(difference_text(cell.gap(arm, base))) for arm, base in PAIRS]
-        rows.append([cell.rung, text.short(cell.size[1]), *found])
+    budgets = ladder_of("cpu")[0].budgets
+    rows = [["rung", "difference", *(f"{budget:.0%} of the tokens" for budget in budgets)]]
+    for rung in dict.fromkeys(cell.rung for cell in cells):
+        own = {cell.budget: cell for cell in cells if cell.rung == rung}
+        for arm, base in [*PAIRS, *further_pairs(own)]:
+            found = [line(difference_text(own[at].gap(arm, base) if at in own else None)) for at in budgets]
+            rows.append([rung, f"`{arm}` - `{base}`", *found])
     return markdown(rows)
 
 
+def further_pairs(cells: Mapping[float, Cell]) -> list[tuple[str, str]]:
+    """The pairs of arms that have fewer seeds, once these have finished."""
+    ladder, _ = ladder_of("cpu")
+    pairs = [("gqe", RANDOM), *((arm, "static") for arm in FURTHER)]
+    return [(arm, base) for arm, base in pairs
+            if all(is_complete(ladder, cell, name) for cell in cells.values() for name in (arm, base))]  # fmt: skip
+
+
 def largest() -> str:
-    """The arms of the largest complete rung, trained on all of its tokens, and what their differences say."""
+    """The arms of the largest complete rung, trained on all of its tokens."""
     whole = [cell for cell in complete_cells() if cell.budget == 1]
     if not whole:
         return NOTHING
     cell, results = whole[-1], ladder_of("cpu")[1]
-    head = ["arm", "active heads", "active parameters", "training FLOPs", "validation loss (range)"]
+    head = ["arm", "active heads", "active parameters", "FLOPs", "validation loss (range)"]
     rows = [[*head, *(f"against `{base}`" for base in BASELINES)]]
     for arm in ladder_of("cpu")[0].plan[0].arms:
         own = cell.arms[arm]
         first = next(result for result in results if (result.rung, result.arm) == (cell.rung, arm))
-        counts = [str(own.active_heads), text.short(first.active_parameters), text.short(own.active_flops)]
+        active = text.short(first.active_parameters - first.embedding_parameters)
+        counts = [str(own.active_heads), active, f"{text.short(own.flops)} ({text.short(own.active_flops)})"]
         gaps = [line(difference_text(cell.gap(arm, base))) for base in BASELINES]
-        rows.append([f"`{arm}`", *counts, loss([*own.losses.values()], own.mean), *gaps])
+        rows.append([f"`{arm}`", *counts, loss([*own.losses.values()], own.mean, len(own.diverged)), *gaps])
     parameters, tokens = cell.size
-    size = f"Rung {cell.rung}: {text.short(parameters)} parameters without embeddings, {text.short(tokens)} tokens."
-    gap, weak = cell.gap("gqe", "static"), cell.gap("half", "dense")
-    assert gap is not None
-    assert weak is not None
-    says = VERDICTS[gap.known]
-    if weak.known == "lower":
-        says += " `dense` is a weak baseline here, as `half` is below it."
-    return f"{markdown(rows)}\n\n{size} {says}"
+    return (
+        f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
+        "Parameters are without embeddings. FLOPs: of training as run, and in brackets of what a token uses."
+    )
 
 
-TABLES = {"largest": largest, "shapes": shapes, "rates": rates, "balance": balance, "done": done, "gaps": gaps}
+def verdicts() -> str:
+    """What is known of routing at every complete rung, trained on all of its tokens."""
+    whole = [cell for cell in complete_cells() if cell.budget == 1]
+    if not whole:
+        return NOTHING
+    rows = [["rung", "parameters", *(f"`{arm}` against `{base}`" for arm, base in OF_ROUTING)]]
+    for cell in whole:
+        found = [verdict(cell.gap(arm, base)) for arm, base in OF_ROUTING]
+        rows.append([cell.rung, text.short(cell.size[0]), *found])
+    return markdown(rows)
+
+
+def verdict(gap: Gap | None) -> str:
+    """What a difference says, in words."""
+    difference = gap.difference if gap is not None else None
+    if gap is None or difference is None or difference.low is None or difference.high is None:
+        return "too few pairs"
+    ends = [text.signed(end, 3) for end in (difference.low, difference.high)]
+    if gap.known != "not known":
+        ends = [f"{end:.3f}" for end in sorted((abs(difference.low), abs(difference.high)))]
+    return VERDICTS[gap.known].format(*ends)
+
+
+def warmup() -> str:
+    """The smallest rung with the warm-up that the ladder began with, and with the one that it has."""
+    ladder, _ = ladder_of("warmup")
+    short = next(cell for cell in fit_of("warmup").cells if cell.budget == 1)
+    now = next((cell for cell in fit_of("cpu").cells if (cell.rung, cell.budget) == (short.rung, 1)), None)
+    steps = [warmup_steps(ladder, short.rung), warmup_steps(ladder_of("cpu")[0], short.rung)]
+    rows = [["arm", *(f"{count} steps" for count in steps)]]
+    for arm in ladder.plan[0].arms:
+        rows.append([f"`{arm}`", *(seeds_and_loss(cell, arm) for cell in (short, now))])
+    return markdown(rows)
+
+
+def warmup_steps(ladder: Ladder, rung: str) -> int:
+    run = next(run for run in ladder.runs() if run.rung == rung)
+    return ladder.branch_settings(ladder.run_settings(run), 1.0).warmup_steps
+
+
+def seeds_and_loss(cell: Cell | None, arm: str) -> str:
+    own = cell.arms.get(arm) if cell is not None else None
+    if own is None:
+        return text.MISSING
+    return f"{loss([*own.losses.values()], own.mean, len(own.diverged))}, {text.plural(len(own.losses), 'seed')}"
+
+
+TABLES = {
+    "largest": largest, "verdicts": verdicts, "shapes": shapes, "rates": rates, "balance": balance, "warmup": warmup,
+    "done": done, "gaps": gaps,
+}  # fmt: skip
 
 
 def filled(page: str) -> str:

@@ -26,11 +26,11 @@ PUBLIC = [
     "from query_experts.replay import replayed_routing",
     "from query_experts.cli import main",
 ]
-ROOMS = [
+PACKAGES = [
     "common", "ops", "layers", "model", "distributed", "data", "convert", "study", "plan", "bench", "evaluate",
     "serving",
 ]  # fmt: skip
-# a room imports only rooms before it in this order, but study, bench and evaluate don't import one another
+# a package imports only packages before it in this order, but study, bench and evaluate don't import one another
 BELOW = {
     "common": set(),
     "ops": {"common"},
@@ -45,7 +45,7 @@ BELOW = {
     "evaluate": {"common", "model"},
     "serving": {"common", "ops", "layers", "model"},
 }
-USED_BY_STUDY = {"training", "distillation", "telemetry"}  # public files that rooms may import
+USED_BY_STUDY = {"training", "distillation", "telemetry"}  # public files that packages may import
 
 
 @pytest.mark.parametrize("statement", PUBLIC)
@@ -86,14 +86,14 @@ def imported(path):
     return found
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_rooms_below_it(room):
-    files = sorted((SOURCE / room).rglob("*.py"))
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_packages_below_it(package):
+    files = sorted((SOURCE / package).rglob("*.py"))
     assert files
     for path in files:
-        assert imported(path) - {room} <= BELOW[room] | USED_BY_STUDY, path.relative_to(SOURCE)
+        assert imported(path) - {package} <= BELOW[package] | USED_BY_STUDY, path.relative_to(SOURCE)
 
 
 def test_every_folder_of_the_package_is_a_room_with_rules():
     folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == {*ROOMS, "recipes"}
+    assert folders == {*PACKAGES, "recipes"}

@@ -24,8 +24,8 @@ class DataSettings(Settings):
         "prepare: text files or folders, or hub datasets, owner/name or owner/name:config; check: a folder of tokens"
     )
     validation: list[str] = option(
-        [], "text files or folders that are held out whole, up to 400,000 tokens of each file; data is then trained on "
-            "in full; default: a share of data is held out", "data", metavar="PATH",
+        [], "text files or folders that are held out whole, up to 400,000 tokens of each file, in place of a share of "
+            "data", "data", metavar="PATH",
     )  # fmt: skip
     validation_fraction: Annotated[float, Bounds(above=0, below=1)] = option(
         0.02, "share of data that is held out, without --validation", "data"

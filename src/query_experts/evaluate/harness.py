@@ -1,6 +1,6 @@
 """`query-experts evaluate`: scores a checkpoint with lm-evaluation-harness, on questions of the hub or of local files.
 
-The tasks, the model's wrapper and the scores are lm-eval's. This room adds local files as a source of questions
+The tasks, the model's wrapper and the scores are lm-eval's. This package adds local files as a source of questions
 (local_tasks.py), error sentences, and the results (results.py).
 """
 

@@ -17,7 +17,7 @@ from query_experts.model.configuration_gqe import GQEConfig
 
 ARMS = {
     "dense": "stock Llama: every query head attends, for every token",
-    "static": "as many always-on heads as gqe has active, and no router",
+    "static": "gqe without the router: as many heads as it has active, always the same",
     "half": "stock Llama with fewer query heads, MLP widened to gqe's parameters",
     "frozen": "gqe with a random router that never trains",
     "gqe": "grouped query experts, as in the paper",

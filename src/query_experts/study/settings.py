@@ -74,8 +74,8 @@ class RunSettings(Settings):
             "source code of Python's standard library", "data", metavar="PATH",
     )  # fmt: skip
     validation: list[str] = option(
-        [], "text files or folders that are held out whole, up to 400,000 tokens of each file; data is then trained on "
-            "in full; default: 2% of data is held out", "data", metavar="PATH",
+        [], "text files or folders that are held out whole, up to 400,000 tokens of each file, in place of the 2% of "
+            "data that are held out without it", "data", metavar="PATH",
     )  # fmt: skip
     cache_dir: str | None = option(None, "folder for tokenised data; default: cache/ in out", "data", metavar="FOLDER")
     text_field: str = option("text", "field of a jsonl line or parquet column that holds the text", "data")

@@ -185,11 +185,11 @@ def test_where_the_loss_goes_up_and_down_there_is_no_law():
 @pytest.mark.parametrize(
     ("results", "why"),
     [
-        (ladder(FLAT, rungs={"d64": 5, "d96": 5}), "needs three rungs where an arm has three seeds; there are 2."),
-        (ladder(FLAT, rungs={**THREE, "d128": 2}), "needs three rungs where an arm has three seeds; there are 2."),
+        (ladder(FLAT, rungs={"d64": 5, "d96": 5}), "need three rungs where an arm has three seeds; there are 2."),
+        (ladder(FLAT, rungs={**THREE, "d128": 2}), "need three rungs where an arm has three seeds; there are 2."),
         (ladder(FLAT, budgets=(1.0,)), "needs two budgets"),
-        ([], "needs three rungs"),
-        ([run()], "needs three rungs"),
+        ([], "need three rungs"),
+        ([run()], "need three rungs"),
     ],
     ids=["two rungs", "too few seeds", "one budget", "nothing", "one run"],
 )

@@ -132,3 +132,35 @@ def test_a_gap_of_known_size_lies_in_about_nineteen_of_twenty_intervals():
     held = sum(gap.difference.low <= -0.02 <= gap.difference.high for gap in gaps)
     assert len(gaps) == 40
     assert held >= 34
+
+
+def test_learned_routing_is_compared_with_a_random_router_and_the_other_arms_are_not():
+    assert ("gqe", "frozen") in compared(["dense", "frozen", "gqe", "gqe-m4"])
+    assert {arm for arm, base in compared(["dense", "frozen", "gqe", "gqe-m4"]) if base == "frozen"} == {"gqe"}
+    (cell,) = cells_of([run(arm, seed=seed, loss=4.0 + 0.1 * seed + (arm == "frozen") * 0.03)
+                        for arm in ("dense", "frozen", "gqe") for seed in range(3)])  # fmt: skip
+    assert cell.gap("gqe", "frozen").difference.mean == pytest.approx(-0.03)
+    assert cell.gap("gqe", "frozen").known == "lower"
+
+
+def runs_of(losses, rung="d64"):
+    """Three seeds of each arm around its loss."""
+    return [run(arm, rung, seed, loss=loss + width * (seed - 1))
+            for arm, (loss, width) in losses.items() for seed in range(3)]  # fmt: skip
+
+
+def test_a_weak_dense_arm_is_named_where_fewer_heads_without_routing_beat_it():
+    even = {"dense": (4.0, 0.001), "static": (4.0005, 0.0013), "half": (3.9995, 0.0008), "gqe": (3.9, 0.001)}
+    assert "dense's says nothing" not in " ".join(limits(fit_ladder(runs_of(even))))
+    lines = limits(fit_ladder([*runs_of(even | {"half": (3.9, 0.001)}), *runs_of(even, "d96")]))
+    (weak,) = [line for line in lines if "says nothing about routing" in line]
+    assert weak.startswith("At d64, 100% of its tokens, half without routing has a lower loss than dense:")
+    lines = limits(fit_ladder(runs_of(even | {"half": (3.9, 0.001), "static": (3.8, 0.001)})))
+    assert any("static and half without routing have a lower loss than dense" in line for line in lines)
+
+
+def test_an_arm_whose_seeds_lie_far_apart_is_named():
+    even = {"dense": (4.0, 0.01), "static": (4.0, 0.011), "half": (4.0, 0.012), "gqe": (4.0, 0.03)}
+    assert "range over" not in " ".join(limits(fit_ladder(runs_of(even))))
+    (wide,) = [line for line in limits(fit_ladder(runs_of(even | {"dense": (4.0, 0.09)}))) if "range over" in line]
+    assert wide.startswith("The losses of dense at d64, 100% of its tokens, range over 0.180 nats")

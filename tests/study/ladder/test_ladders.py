@@ -1,5 +1,6 @@
 """The committed ladders: their rungs follow one rule, and their results hold no paths."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,3 +46,14 @@ def test_committed_results_hold_no_paths_and_no_key_twice(folder):
     for file in files:
         assert absolute_paths(json.loads(file.read_text())) == []
     assert len(read_results(folder)) >= len(files)
+
+
+@pytest.mark.parametrize("rung", ["d64", "d96"])
+def test_rates_were_swept_in_runs_that_differ_from_the_ladder_s_in_nothing_else(rung):
+    whole = []
+    for name in ("rates", "cpu"):
+        ladder = read_ladder(LADDERS / f"{name}.yaml")
+        whole.append(ladder.branch_settings(ladder.run_settings(Run(rung, "dense", 0)), 1.0))
+    swept = {"learning_rate", "validation_sequences"}
+    differ = {f.name for f in dataclasses.fields(whole[0]) if getattr(whole[0], f.name) != getattr(whole[1], f.name)}
+    assert differ == swept

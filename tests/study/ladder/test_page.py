@@ -15,8 +15,9 @@ from query_experts.study.ladder import charts
 from query_experts.study.ladder.fit import fit_ladder
 from query_experts.study.ladder.limits import limits
 from query_experts.study.ladder.page import page_of, write_page
-from query_experts.study.ladder.tables import cost_table, findings_table, gap_table, tables
+from query_experts.study.ladder.tables import cost_table, findings_table, further_tables, gap_table, tables
 from query_experts.study.ladder.terminal import print_fit
+from query_experts.study.results import PartLoss
 
 ARMS_SHOWN = {"dense": 0.0, "static": 0.01, "half": -0.01, "gqe": -0.06, "gqe-m4": 0.0}
 FEW = {
@@ -267,3 +268,32 @@ def test_routing_over_training_is_the_mean_over_seeds():
 
 def test_without_routers_there_is_no_chart_of_routing():
     assert charts.routing_figure([run("dense")], ["d64"]) is None
+
+
+def test_learned_against_random_routing_and_held_out_files_have_tables():
+    def made(arm, seed, loss):
+        parts = [PartLoss(name=name, loss=loss, bits_per_byte=loss / 2 + more, predicted_tokens=10)
+                 for name, more in (("books.valid", 0.0), ("wiki.valid", 0.25))]  # fmt: skip
+        return run(arm, seed=seed, loss=loss, parts=parts)
+
+    results = [made(arm, seed, 4 + seed + more) for arm, more in (("dense", 0), ("frozen", 0.5), ("gqe", 0.25))
+               for seed in range(3)]  # fmt: skip
+    random, parts = further_tables(fit_ladder(results))
+    assert random.body == [
+        ["d64", "100%", "\N{MINUS SIGN}0.2500\n[\N{MINUS SIGN}0.2500, \N{MINUS SIGN}0.2500]\n3 pairs"]
+    ]
+    assert parts.head == ["arm", "rung", "books.valid", "wiki.valid"]
+    assert parts.body[0] == ["dense", "d64", "2.5000", "2.7500"]
+    out = " ".join(printed(fit_ladder(results)).split())
+    assert "Learned against random routing" in out
+    assert "By held-out file" in out
+    assert page_of(results, fit_ladder(results)).further == [random, parts]
+    assert further_tables(fit_ladder([run("dense"), run("gqe")])) == []
+
+
+def test_means_over_other_seeds_are_said_not_to_compare():
+    results = [run(arm, seed=seed, loss=4.0) for arm in ("dense", "gqe") for seed in range(3)]
+    (cell,) = fit_ladder(results).cells
+    assert "don't compare" not in gap_table(cell).note
+    (cell,) = fit_ladder(results[1:]).cells
+    assert "Means of different seeds don't compare" in gap_table(cell).note

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 LINE_POINTS = 30
 NUDGE = 1.035  # ratio of the positions of neighbouring arms, so that intervals don't cover one another
 Axis = Literal["compute", "tokens"]
-AXIS_NAMES: dict[Axis, str] = {"compute": "training compute, 6 N D (FLOPs)", "tokens": "training tokens"}
+AXIS_NAMES: dict[Axis, str] = {
+    "compute": "6 N D, without embeddings and attention (FLOPs)",
+    "tokens": "training tokens",
+}
 
 
 def law_figure(fit: Fit) -> Figure | None:
@@ -48,7 +51,7 @@ def law_figure(fit: Fit) -> Figure | None:
             expected = law.best.loss(reference, own.size, own.train_tokens)
             panels[1].plot([own.flops], [mean - expected], linestyle="none", **look)
     panels[0].set_ylabel("validation loss")
-    panels[-1].set_xlabel("training FLOPs")
+    panels[-1].set_xlabel("FLOPs of training, as run")
     if law is not None:
         _draw_law(panels, fit, law)
         panels[1].axhline(0, color=INK, linewidth=1)

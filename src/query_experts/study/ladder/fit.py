@@ -39,10 +39,14 @@ class Prediction:
     seeds_alone: bool
 
     @property
+    def allowed(self) -> float:
+        """The difference that both intervals together allow."""
+        return math.hypot(self.predicted.half_width, self.measured.half_width)
+
+    @property
     def held(self) -> bool:
-        """Whether the two differ by no more than both intervals together allow."""
-        allowed = math.hypot(self.predicted.half_width, self.measured.half_width)
-        return abs(self.predicted.value - self.measured.value) <= allowed
+        """Whether the two differ by no more than that."""
+        return abs(self.predicted.value - self.measured.value) <= self.allowed
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from query_experts.study.ladder.results import MIXED, LadderResult
 from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDifference, paired_difference, sign
 
 BASELINES = ("dense", "static", "half")
+RANDOM = "frozen"  # gqe's further baseline: a router that never trains
 FLOPS_PER_PARAMETER = 6  # a token, forward and backward
-CONTROLS = (*BASELINES, "frozen")  # all other arms are studied
+CONTROLS = (*BASELINES, RANDOM)  # all other arms are studied
 
 Known = Literal["lower", "higher", "not known"]
 
@@ -77,6 +78,7 @@ class ArmCell:
         losses: Validation loss by seed, without the runs that diverged.
         diverged: Seeds of the runs that diverged.
         bits_per_byte: Mean over seeds; None where every run diverged.
+        parts: The same by validation file.
         parameters: All parameters.
         size: Parameters of the rung's dense arm without embeddings, of which a budget is so many tokens each; the
             arm's own where the rung has no dense arm.
@@ -94,6 +96,7 @@ class ArmCell:
     losses: dict[int, float]
     diverged: list[int]
     bits_per_byte: float | None
+    parts: dict[str, float]
     parameters: int
     size: int
     active_heads: int
@@ -144,7 +147,9 @@ def compared(arms: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _bases_of(arm: str) -> Sequence[str]:
-    return BASELINES[: BASELINES.index(arm)] if arm in BASELINES else BASELINES
+    if arm in BASELINES:
+        return BASELINES[: BASELINES.index(arm)]
+    return (*BASELINES, RANDOM) if arm == "gqe" else BASELINES
 
 
 def rungs_by_size(results: Sequence[LadderResult]) -> list[str]:
@@ -187,6 +192,7 @@ def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]], dense: L
         losses=_losses(runs[arm]),
         diverged=[run.seed for run in own if run.diverged],
         bits_per_byte=statistics.fmean(bits) if bits else None,
+        parts=_parts(finished),
         parameters=first.parameters,
         size=_size(dense or first),
         active_heads=first.active_heads,
@@ -198,6 +204,13 @@ def _arm_cell(arm: str, runs: Mapping[str, Mapping[int, LadderResult]], dense: L
         gaps={base: gap_between(arm, base, runs[arm], runs[base]) for base in _bases_of(arm) if base in runs},
         learning_rate=max(filter(None, (run.settings.get("learning_rate") for run in own)), default=None),
     )
+
+
+def _parts(runs: Sequence[LadderResult]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for part in (part for run in runs for part in run.parts):
+        found.setdefault(part.name, []).append(part.bits_per_byte)
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def _routing(runs: Sequence[LadderResult]) -> ArmRouting | None:

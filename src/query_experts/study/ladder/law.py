@@ -107,7 +107,8 @@ def fit_law(cells: Sequence[Cell]) -> Law | NoLaw:
     """
     used, most = _used(cells)
     if most < MIN_RUNGS:
-        return NoLaw(f"A law needs three rungs where an arm has three seeds; there are {most}.")
+        there = f"there {'is' if most == 1 else 'are'} {most}"
+        return NoLaw(f"A law, lines and predictions need three rungs where an arm has three seeds; {there}.")
     rungs, seeds_alone = list(dict.fromkeys(cell.rung for cell, _ in used)), most < MIN_RUNGS_TO_LEAVE_OUT
     if len({cell.budget for cell, _ in used}) < 2:
         return NoLaw("A law needs two budgets: with one, tokens grow as parameters do, and their terms can't be told "

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 from query_experts.common import formatting as text
 from query_experts.study.ladder.fit import LARGE_SIZES, Fit
-from query_experts.study.ladder.gaps import BASELINES, Gap
+from query_experts.study.ladder.gaps import BASELINES, Cell, Gap
 from query_experts.study.ladder.law import Law
+
+WIDE = 3  # an arm whose seeds range over so many times as much as the median arm's is named
 
 
 def limits(fit: Fit) -> list[str]:
-    return [*_absent(fit), *_divergences(fit), *_pairs(fit), *_chance(fit), *_law(fit), *_scale(fit)]
+    return [
+        *_absent(fit),
+        *_divergences(fit),
+        *_weak_dense(fit),
+        *_spread(fit),
+        *_pairs(fit),
+        *_chance(fit),
+        *_law(fit),
+        *_scale(fit),
+    ]
 
 
 def _gaps(fit: Fit) -> list[Gap]:
@@ -35,6 +47,36 @@ def _divergences(fit: Fit) -> Iterator[str]:
             f"{text.plural(fit.diverged, 'result')} of runs that diverged, left out of means and fits: "
             f"{'; '.join(named)}."
         )
+
+
+def _weak_dense(fit: Fit) -> Iterator[str]:
+    """Where fewer heads are better than dense, as then a lower loss than dense's isn't routing's."""
+    for cell in _last_cells(fit):
+        lower = [arm for arm in ("static", "half") if (gap := cell.gap(arm, "dense")) and gap.known == "lower"]
+        if lower:
+            yield (
+                f"At {cell.rung}, {cell.budget:.0%} of its tokens, {text.join_words(lower)} without routing "
+                f"{'has' if len(lower) == 1 else 'have'} a lower loss than dense: a lower loss than dense's says "
+                "nothing about routing there."
+            )
+
+
+def _spread(fit: Fit) -> Iterator[str]:
+    """Arms whose seeds lie far apart, as where some learn late: a mean and its interval describe them badly."""
+    for cell in _last_cells(fit):
+        ranges = {arm: max(own.losses.values()) - min(own.losses.values())
+                  for arm, own in cell.arms.items() if own.counts}  # fmt: skip
+        for arm, own in ranges.items():
+            if len(ranges) > 2 and own > WIDE * statistics.median(ranges.values()):
+                yield (
+                    f"The losses of {arm} at {cell.rung}, {cell.budget:.0%} of its tokens, range over {own:.3f} nats, "
+                    f"more than {WIDE} times as far as most arms': their mean and interval describe them badly."
+                )
+
+
+def _last_cells(fit: Fit) -> list[Cell]:
+    """The largest budget of each rung."""
+    return [*{cell.rung: cell for cell in fit.cells}.values()]
 
 
 def _pairs(fit: Fit) -> Iterator[str]:

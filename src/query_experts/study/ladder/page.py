@@ -14,7 +14,7 @@ from query_experts.study.ladder.fit import Fit
 from query_experts.study.ladder.law import NoLaw
 from query_experts.study.ladder.limits import limits
 from query_experts.study.ladder.results import LadderResult
-from query_experts.study.ladder.tables import cost_table, findings_table, gap_table, runs_table, tables
+from query_experts.study.ladder.tables import cost_table, findings_table, further_tables, gap_table, runs_table, tables
 from query_experts.study.report import template
 from query_experts.study.report.page import Arm
 from query_experts.study.report.svg import colour_variable, inline_svg
@@ -55,6 +55,7 @@ class Page:
     arms: list[Arm]
     colours: dict[str, str]
     rungs: list[RungTables]
+    further: list[Table]
     no_law: str | None
     fits: list[Table]
     sweeps: list[Table]
@@ -91,6 +92,7 @@ def page_of(
         arms=[Arm(arm, ARMS[arm], colour_variable(arm)) for arm in fit.arms],
         colours={arm: colour_variable(arm) for arm in fit.arms},
         rungs=[_rung_tables(fit, rung) for rung in reversed(fit.rungs)],
+        further=further_tables(fit),
         no_law=fit.law.why if isinstance(fit.law, NoLaw) else None,
         fits=tables(fit),
         sweeps=list(sweeps),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from query_experts.common import formatting as text
 from query_experts.study.ladder.estimates import Estimate
 from query_experts.study.ladder.fit import TOKENS_PER_PARAMETER, Extrapolation, Fit, Prediction
-from query_experts.study.ladder.gaps import BASELINES, CONTROLS, ArmCell, Cell, Gap
+from query_experts.study.ladder.gaps import BASELINES, CONTROLS, RANDOM, ArmCell, Cell, Gap
 from query_experts.study.ladder.law import Law, NoLaw
 from query_experts.study.ladder.line import GapLine
 from query_experts.study.report.table import Table
@@ -30,6 +30,11 @@ def tables(fit: Fit) -> list[Table]:
     found = [_law_table(fit.law), _line_table(fit.lines), _prediction_table(fit.predictions),
              _extrapolation_table(fit.extrapolations)]  # fmt: skip
     return [table for table in found if table.body]
+
+
+def further_tables(fit: Fit) -> list[Table]:
+    """Learned against random routing, and the loss by held-out file, where they have a row."""
+    return [table for table in (_random_router_table(fit), _parts_table(fit)) if table.body]
 
 
 def findings_table(fit: Fit) -> Table:
@@ -151,7 +156,13 @@ def _seeds(own: ArmCell) -> str:
 
 
 def _warnings(cell: Cell) -> str:
-    return " ".join(gap_warnings([gap for own in cell.arms.values() for gap in own.gaps.values()]))
+    other_seeds = len({frozenset(own.losses) for own in cell.arms.values()}) > 1
+    return " ".join(
+        [
+            *(["Means of different seeds don't compare; the differences do."] if other_seeds else []),
+            *gap_warnings([gap for own in cell.arms.values() for gap in own.gaps.values()]),
+        ]
+    )
 
 
 def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
@@ -167,6 +178,31 @@ def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
     if any(gap.other_tokens for gap in gaps):
         lines.append("Other tokens: the two runs used tokens of different hashes, so they make no pair.")
     return lines
+
+
+def _random_router_table(fit: Fit) -> Table:
+    found = [(cell, gap) for cell in fit.cells if (gap := cell.gap("gqe", RANDOM)) is not None]
+    return Table(
+        title="Learned against random routing",
+        note=" ".join(
+            [f"gqe from {RANDOM}, whose router never trains. {PAIRED}", *gap_warnings([g for _, g in found])]
+        ),
+        head=["rung", "tokens", f"gqe from {RANDOM}"],
+        body=[[cell.rung, f"{cell.budget:.0%}", difference_text(gap)] for cell, gap in found],
+    )
+
+
+def _parts_table(fit: Fit) -> Table:
+    last = {cell.rung: cell for cell in fit.cells}
+    rows = [(cell.rung, own) for cell in last.values() for own in cell.arms.values() if own.parts]
+    names = list(dict.fromkeys(name for _, own in rows for name in own.parts))
+    return Table(
+        title="By held-out file",
+        note="Bits per byte at each rung's largest budget, mean over an arm's seeds.",
+        head=["arm", "rung", *names],
+        body=[[own.arm, rung, *(text.fixed(own.parts.get(name)) for name in names)] for rung, own in rows],
+        left=(0, 1),
+    )
 
 
 def cost_table(fit: Fit) -> Table:
@@ -257,10 +293,11 @@ def _plain(estimate: Estimate) -> str:
 def _line_table(lines: Sequence[GapLine]) -> Table:
     return Table(
         title="Difference against compute",
-        note="A straight line through the differences of all rungs at all of their tokens over log10 of the training "
-        "compute, 6 N D. Change: with ten times the compute. Rungs: their number, and the standard deviation of a "
+        note="A straight line through the differences of all rungs at all of their tokens over log10 of 6 N D, which "
+        "counts neither embeddings nor attention and so grows faster than the FLOPs of small models. Change: with ten "
+        "times 6 N D. Rungs: their number, and the standard deviation of a "
         "rung's own distance from the line, beyond what seeds explain. Brackets: 95% intervals that hold both "
-        f"(Student's t on rungs {text.MINUS} 2). Middle: the line at the geometric mean of the compute.",
+        f"(Student's t on rungs {text.MINUS} 2). Middle: the line at the geometric mean of 6 N D.",
         head=["arm", "baseline", "rungs", "in the middle", "change", "trend"],
         body=[
             [
@@ -278,13 +315,15 @@ def _prediction_table(predictions: Sequence[Prediction]) -> Table:
     return Table(
         title=f"{rung}, left out and predicted",
         note="The law's loss and the line's differences from the smaller rungs alone, with the distance that a rung "
-        "has from them, beside what was measured. Held: they differ by no more than both 95% intervals together allow."
+        "has from them, beside what was measured. Held: they differ by no more than both 95% intervals together "
+        "allow, which is the number below; where that is large, a yes says little."
         + (_SEEDS_ALONE if any(each.seeds_alone for each in predictions) else ""),
         head=["arm", "what", "by", "predicted", "measured", "held"],
         body=[
             [
                 each.arm, "loss" if each.base is None else f"from {each.base}", each.by,
-                _predicted(each, each.predicted), _predicted(each, each.measured), "yes" if each.held else "no",
+                _predicted(each, each.predicted), _predicted(each, each.measured),
+                f"{'yes' if each.held else 'no'}\n{text.fixed(each.allowed)}",
             ]
             for each in predictions
         ],
