@@ -94,6 +94,6 @@ def test_a_package_imports_only_packages_below_it(package):
         assert imported(path) - {package} <= BELOW[package] | USED_BY_STUDY, path.relative_to(SOURCE)
 
 
-def test_every_folder_of_the_package_is_a_room_with_rules():
+def test_every_folder_is_a_package_with_rules():
     folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == {*PACKAGES, "recipes"}
