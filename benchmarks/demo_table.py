@@ -1,4 +1,4 @@
-"""Writes the table of benchmarks/results/compare-demo.json into the README, and its plots into docs/plots/."""
+"""Writes the table of benchmarks/results/compare-demo.json into docs/comparing.md, and its plots into docs/plots/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from query_experts.study.results import Comparison, parse_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compare-demo.json"
-PAGE = ROOT / "README.md"
+PAGE = ROOT / "docs" / "comparing.md"
 SCRIPT = "benchmarks/demo_table.py"  # in the marker of its table
 
 

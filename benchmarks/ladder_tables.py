@@ -1,4 +1,4 @@
-"""Fills the tables of docs/results.md from the results of the ladder and of its sweeps.
+"""Fills the tables of README.md and docs/results.md from the results of the ladder and of its sweeps.
 
 python benchmarks/ladder_tables.py    # dev/ladder.sh harvest runs it too
 """
@@ -21,7 +21,7 @@ from query_experts.study.ladder.tables import difference_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDERS = ROOT / "benchmarks" / "ladder"
-PAGE = ROOT / "docs" / "results.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 SCRIPT = "benchmarks/ladder_tables.py"  # in the markers of its tables
 PAIRS = (  # without and with routing
     ("static", "dense"), ("half", "dense"), ("half", "static"),
@@ -247,7 +247,8 @@ def filled(page: str) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

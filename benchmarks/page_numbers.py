@@ -59,11 +59,6 @@ def differences(result: Any, candidate: str) -> list[float]:
     return [found["gqe"][seed] - found["static"][seed] for seed in found["static"]]
 
 
-def spread(result: Any, candidate: str) -> list[str]:
-    """The standard deviation of these differences."""
-    return [f"{statistics.stdev(differences(result, candidate)):.3f}"]
-
-
 def reach(result: Any, candidate: str, seeds: str) -> list[str]:
     """How far the 95% interval of their mean over so many seeds reaches to either side."""
     count = int(seeds)
@@ -218,7 +213,6 @@ FUNCTIONS: dict[str, Callable[..., list[str]]] = {
     "selected-only": selected_only,
     "share-of-layer": share_of_layer,
     "speed": speed,
-    "spread": spread,
     "spread-by-kernels": spread_by_kernels,
     "telemetry-share": telemetry_share,
     "tokens": tokens,

@@ -4,7 +4,7 @@
 #   dev/ladder.sh pause | resume                             before and after anything is timed
 #   dev/ladder.sh stop                                       save and end; returns when all have
 #   dev/ladder.sh status | fit | report [options]
-#   dev/ladder.sh harvest                                    commit finished results, and the tables of docs/results.md
+#   dev/ladder.sh harvest                                    commit finished results, and the tables of README and docs/
 # LADDER is the ladder's file; by default benchmarks/ladder/cpu.yaml. On a machine with a GPU, add --device cuda.
 # Without a tag in the ladder, the code is that of this working tree.
 set -euo pipefail
@@ -90,7 +90,7 @@ harvest() {
     git add "$results"
     if git diff --cached --quiet -- "$results"; then echo "No new results."; return; fi
     .venv/bin/python benchmarks/ladder_tables.py
-    git commit --quiet --message "Results of the ladder" -- "$results" docs/results.md
+    git commit --quiet --message "Results of the ladder" -- "$results" README.md docs/results.md
     git log -1 --oneline
 }
 

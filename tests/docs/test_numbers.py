@@ -22,7 +22,7 @@ TABLE_SCRIPTS = {  # and their number of tables, at least
     "benchmarks/conversion_tables.py": 5,
     "benchmarks/demo_spread.py": 1,
     "benchmarks/demo_table.py": 1,
-    "benchmarks/ladder_tables.py": 6,
+    "benchmarks/ladder_tables.py": 9,
     "benchmarks/performance_tables.py": 5,
     "benchmarks/plan_tables.py": 2,
     "benchmarks/predict_kernels.py": 2,
@@ -30,8 +30,8 @@ TABLE_SCRIPTS = {  # and their number of tables, at least
 }
 NUMBERS = {  # page -> what its sentences must tell
     README: [
-        "demo-spread.json spread d64-v1024-batch4",
         "demo-spread.json reach d64-v1024-batch4 3",
+        "bench-h100-decode-graph.json decode-speed gqe 1 65536",
         "bench-h100-prefill-flash.json speed prefill gqe 4096 16384 262144",
         "serve-cpu.json faster gqe seconds_to_first_token 12288",
     ],

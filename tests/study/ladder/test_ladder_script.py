@@ -20,7 +20,8 @@ echo "nice $(nice), by $0: $*"
 while [ "$2" = run ]; do sleep 0.05; done
 """
 TABLES = """from pathlib import Path
-Path("docs/results.md").write_text(str([*Path("results").iterdir()]))
+for page in ("README.md", "docs/results.md"):
+    Path(page).write_text(str([*Path("results").iterdir()]))
 """
 MAKEFILE = f""".venv/.installed-study:
 	mkdir -p .venv/bin
@@ -46,6 +47,7 @@ class Tree:
         (folder / "benchmarks" / "ladder_tables.py").write_text(TABLES)
         (folder / "docs").mkdir()
         (folder / "docs" / "results.md").write_text("none")
+        (folder / "README.md").write_text("none")
         self.git("init", "--quiet")
         self.git("add", ".")
         self.git("commit", "--quiet", "--message", "One")
@@ -168,5 +170,5 @@ def test_harvest_commits_results_once(tree):
     (tree.folder / "results" / "a.json").write_text("{}")
     assert "Results of the ladder" in tree.call("harvest")
     assert tree.call("harvest") == "No new results.\n"
-    assert tree.git("show", "--name-only", "--format=").split() == ["docs/results.md", "results/a.json"]
+    assert tree.git("show", "--name-only", "--format=").split() == ["README.md", "docs/results.md", "results/a.json"]
     assert tree.git("show", "HEAD:docs/results.md") == "[PosixPath('results/a.json')]"
