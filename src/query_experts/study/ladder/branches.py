@@ -209,7 +209,7 @@ class Branch:
 def curve_at_logs(logs: Sequence[dict[str, Any]], every: int, tokens_per_step: int) -> Curve:
     """The training loss at each log of a run that nobody stopped, at most `LOGS` points.
 
-    A stop has a log of its own, which takes its steps out of the mean of the log that follows: they come together again.
+    A stop has a log of its own, which takes its steps out of the mean of the log that follows: they are joined again.
     """
     spans: dict[int, list[tuple[int, float]]] = {}
     last: dict[int, int] = {}
