@@ -218,7 +218,7 @@ def warmup() -> str:
     now = next((cell for cell in fit_of("cpu").cells if (cell.rung, cell.budget) == (short.rung, 1)), None)
     steps = [warmup_steps(ladder, short.rung), warmup_steps(ladder_of("cpu")[0], short.rung)]
     rows = [["arm", *(f"{count} steps" for count in steps)]]
-    for arm in ladder.plan[0].arms:
+    for arm in ladder.arms():
         rows.append([f"`{arm}`", *(seeds_and_loss(cell, arm) for cell in (short, now))])
     return markdown(rows)
 

@@ -35,11 +35,11 @@ workers() {
 
 signal() { local pid; for pid in $(workers); do kill "-$1" -- "-$pid" || true; done; }  # and the processes of each
 
-prepare() {  # sets code to the folder of the code that runs, with its environment
+prepare() {  # sets code to the folder of the code that runs, with its environment, and commit to its commit or nothing
     make --silent .venv/.installed-study
     [ -f "$ladder" ] || fail "LADDER is $ladder, which doesn't exist; it must be a ladder's file"
     ladder=$(realpath "$ladder")
-    local tag commit
+    local tag
     tag=$(field tag)
     commit=$(field commit)
     code=$PWD
@@ -47,6 +47,7 @@ prepare() {  # sets code to the folder of the code that runs, with its environme
     code=$out/code-$tag
     git cat-file -e "$commit^{commit}" 2>/dev/null || fail "commit of $ladder is '$commit', which this repository lacks"
     [ -e "$code/.git" ] || git worktree add --quiet --force --detach "$code" "$commit"
+    if [ -z "$(workers)" ]; then git -C "$code" checkout --quiet --detach "$commit"; fi  # the tag may have moved
     make --silent -C "$code" .venv/.installed-study
 }
 
@@ -57,6 +58,9 @@ start() {
     if [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then count=$1; shift; fi
     [[ ${1:---} == -* ]] || fail "WORKERS is $1; it must be a number of workers, 1 or more"
     prepare
+    if [ -n "${commit:-}" ] && [ "$(git -C "$code" rev-parse HEAD)" != "$(git rev-parse "$commit^{commit}")" ]; then
+        fail "commit of $ladder is '$commit', and workers run another; dev/ladder.sh stop ends them"
+    fi
     mkdir -p "$out"
     workers >/dev/null  # removes what dead ones left
     for _ in $(seq "$count"); do

@@ -118,5 +118,5 @@ def test_runs_that_diverged_are_counted_and_too_few_pairs_say_nothing(results):
 def test_the_warm_up_of_the_ladder_stands_beside_the_one_that_it_began_with(results):
     head, _, *found = rows(ladder_tables.warmup())
     assert head == ["arm", "29 steps", "116 steps"]
-    assert [row[0] for row in found] == ["`dense`", "`static`", "`half`", "`gqe`"]
+    assert [row[0] for row in found] == ["`dense`", "`static`", "`half`", "`gqe`", "`gqe-m4`"]
     assert found[0][1:] == ["4.595 (4.487 to 4.625), 7 seeds", "0.045 (0.000 to 0.090), 10 seeds"]

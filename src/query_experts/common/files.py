@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError
@@ -101,6 +102,23 @@ def no_empty_folders(path: Path) -> Iterator[None]:
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def require_writable(folder: Path, name: str = "out") -> None:
+    """Raises SettingError, naming the setting, for a folder that nothing can be written to. Leaves no file."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"{name} is {folder}, which is a file; it must be a folder")
+    try:
+        with no_empty_folders(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise SettingError(
+            f"{name} is {folder}, which can't be written to ({error.strerror}); it must be a folder that can be"
+        ) from error
 
 
 def require_space(folder: Path, num_bytes: int, out: str | None = None) -> None:

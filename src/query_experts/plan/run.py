@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
-from query_experts.common.errors import SettingError
-from query_experts.common.files import no_empty_folders, write_json
+from query_experts.common.files import require_writable, write_json
 from query_experts.plan.numbers import make_plan
 from query_experts.plan.report import print_plan, write_plot
 from query_experts.plan.settings import PlanSettings
@@ -28,27 +25,10 @@ def plan(settings: PlanSettings, console: Console) -> None:
 
     settings.check()
     folder = Path(settings.out)
-    require_writable(folder)
+    require_writable(folder)  # before memory is tracked
     made = make_plan(settings)
     file = folder / "plan.json"
     write_json(file, dataclasses.asdict(made))
     print_plan(settings, made, console)
     plots = write_plot(made, folder)
     console.print(Text(f"Numbers: {file}   Plot: {plots[-1]}"))
-
-
-def require_writable(folder: Path) -> None:
-    """Raises SettingError for an `out` that nothing can be written to, before memory is tracked. Leaves no file."""
-    if folder.exists() and not folder.is_dir():
-        raise SettingError(f"out is {folder}, which is a file; it must be a folder")
-    try:
-        with no_empty_folders(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise SettingError(
-            f"out is {folder}, which can't be written to ({error.strerror}); it must be a folder that can be"
-        ) from error

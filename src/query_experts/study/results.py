@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from query_experts.common.environment import Environment
 from query_experts.common.errors import SettingError
-from query_experts.common.fields import OutOfLimits
+from query_experts.common.faults import first_fault
 from query_experts.common.files import read_json, write_json
 from query_experts.model.arms import ARMS
 from query_experts.model.kernel_choice import KernelChoice
@@ -278,17 +278,6 @@ class Comparison:
     environment: Environment | None = None
     runs: list[RunResult]
     prefill: PrefillTimes | None = None
-
-
-def first_fault(error: ValueError) -> str:
-    """The first fault that a reader found: the place in the file, and what is wrong there."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    fault = error.errors()[0]
-    place, held, cause = ".".join(map(str, fault["loc"])), fault["input"], fault.get("ctx", {}).get("error")
-    if isinstance(cause, OutOfLimits):
-        return cause.limit.sentence(place, held, held)
-    return ": ".join(filter(None, [place, fault["msg"]]))
 
 
 _RUN = TypeAdapter(RunResult)

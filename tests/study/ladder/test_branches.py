@@ -15,7 +15,7 @@ from query_experts.data import prepare
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.ladder import branches
 from query_experts.study.ladder.branches import Branch
-from query_experts.study.ladder.settings import Run, read_ladder
+from query_experts.study.ladder.settings import LOGS, Run, read_ladder
 from query_experts.study.train import new_model, train_arm
 from queue_helpers import write_ladder
 
@@ -112,6 +112,40 @@ class StopAfterLogs(StopRequest):
     def made(self) -> bool:
         self.left -= 1
         return self.left < 0
+
+
+class StopBetweenLogs(StopRequest):
+    """A request that has waited too long for a log after some steps of each piece."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.left = steps
+
+    @property
+    def made(self) -> bool:
+        return False
+
+    @property
+    def presses(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_stops_between_logs_leave_the_curve_as_it_is_without_them(place, tmp_path):
+    folder, ladder = place
+    longer = folder, dataclasses.replace(ladder, tokens_per_parameter=3 * ladder.tokens_per_parameter)
+    corpus = corpus_of(folder)
+    whole, weights = trained(branch(longer, tmp_path / "whole", 1.0), corpus)
+    pieces, stopped = 0, None
+    while stopped is None:
+        stopped, other = trained(branch(longer, tmp_path / "pieces", 1.0), corpus, stop=StopBetweenLogs(13))
+        pieces += 1
+    assert pieces > 3
+    assert len(whole.curve) == len(stopped.curve) == LOGS
+    assert [tokens for tokens, _ in whole.curve] == [tokens for tokens, _ in stopped.curve]
+    assert [loss for _, loss in stopped.curve] == pytest.approx([loss for _, loss in whole.curve], abs=2e-5)
+    assert facts(stopped) | {"curve": 0} == facts(whole) | {"curve": 0}
+    assert all(torch.equal(value, other[name]) for name, value in weights.items())
 
 
 @pytest.mark.full

@@ -164,3 +164,14 @@ def test_an_arm_whose_seeds_lie_far_apart_is_named():
     assert "range over" not in " ".join(limits(fit_ladder(runs_of(even))))
     (wide,) = [line for line in limits(fit_ladder(runs_of(even | {"dense": (4.0, 0.09)}))) if "range over" in line]
     assert wide.startswith("The losses of dense at d64, 100% of its tokens, range over 0.180 nats")
+
+
+def test_without_a_tag_a_pair_of_different_commits_is_marked_and_with_one_it_is_not():
+    def of(tag, *commits):
+        pieces = [[Piece(first_step=0, **HERE | {"commit": commit})] for commit in commits]
+        return [run(arm, seed=seed, loss=4.0, tag=tag, pieces=own)
+                for arm, own in zip(("dense", "gqe"), pieces, strict=True) for seed in range(3)]  # fmt: skip
+
+    assert gap_of(of(None, "abc", "def")).marked == [0, 1, 2]
+    assert gap_of(of(None, "abc", "abc")).marked == []
+    assert gap_of(of("one", "abc", "def")).marked == []

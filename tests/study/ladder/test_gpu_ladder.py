@@ -14,6 +14,7 @@ from transformers import TrainerControl, TrainerState
 from ladder_helpers import HERE, run
 from query_experts.common.device import peak_flops
 from query_experts.common.errors import SettingError
+from query_experts.common.settings import parse_settings
 from query_experts.data import portion, read_meta
 from query_experts.study.callbacks import StopRequest
 from query_experts.study.ladder import callbacks, worker
@@ -21,7 +22,7 @@ from query_experts.study.ladder.beside import run_beside
 from query_experts.study.ladder.callbacks import EndInTime
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.results import collect_result, read_files
-from query_experts.study.ladder.settings import Run, read_ladder
+from query_experts.study.ladder.settings import Run, ScalingSettings, read_ladder
 from query_experts.study.ladder.speed import assumed_seconds, flops_per_s, speed_text
 from query_experts.study.ladder.tokens import write_tokens
 from query_experts.study.ladder.worker import processes, run_queue
@@ -355,3 +356,16 @@ def test_a_signal_goes_on_to_the_processes_which_save(tmp_path):
 def test_a_process_that_cannot_work_says_so(capfd):
     assert run_beside(refuse, (), 2, StopRequest()) == [2, 2]
     assert capfd.readouterr().err.count("steps is 0; it must be 1 or more") == 2
+
+
+def test_make_gpu_ladder_asks_for_the_rungs_of_a_gpu_and_one_file():
+    command = ["make", "--dry-run", "--silent", "gpu-ladder", "VENV=none", "ARGS=--only d256"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = done.stdout.replace("\\\n", " ").splitlines()[-1].split()
+    assert words[:2] == ["none/bin/query-experts", "scaling"]
+    settings = parse_settings(ScalingSettings, words[2:], prog="scaling", about="")
+    settings.check()
+    assert (settings.action, settings.device, settings.minutes) == ("run", "cuda", 8.5)
+    assert Path(settings.collect).parent == Path(settings.out)
+    queue = Queue.read(ROOT / settings.ladder, settings.only, "cuda")
+    assert {run.rung for run in queue.runs} == {"d256"}

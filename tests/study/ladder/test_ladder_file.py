@@ -7,6 +7,7 @@ import torch
 
 from query_experts.common.errors import SettingError
 from query_experts.model import costs
+from query_experts.study.ladder.queue import Queue
 from query_experts.study.ladder.settings import LOGS, parameters_without_embeddings, read_ladder
 from query_experts.study.settings import RunSettings
 from query_experts.study.train import new_model
@@ -100,7 +101,8 @@ def test_a_file_that_is_no_ladder_is_refused_in_a_sentence(tmp_path):
     [
         ("status", {"data": "x"}, "data is 'x', which belongs to scaling run"),
         ("fit", {"hours": 1.0}, "hours is 1.0, which belongs to scaling run"),
-        ("report", {"only": ["small"]}, "only is ['small'], which belongs to scaling run and status"),
+        ("report", {"only": ["small"]}, "only is ['small'], which belongs to scaling run, status and tokens"),
+        ("status", {"device": "cuda"}, "device is 'cuda', which belongs to scaling run"),
         ("walk", {}, "action is 'walk'"),
     ],
 )
@@ -249,3 +251,33 @@ def test_results_that_are_a_file_are_refused_before_training(tmp_path, results):
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "ladder").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_committed_ladders_can_be_read(file):
     assert read_ladder(file).runs()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"warmup": "fast"}, "warmup is 'fast'; it must be a number"),
+        ({"warmup": "0.1"}, "warmup is '0.1'; it must be a number"),
+        ({"threads": True}, "threads is True; it must be a whole number"),
+        ({"tokens_per_parameter": True}, "tokens_per_parameter is True; it must be a number"),
+        ({"budgets": 1}, "budgets is 1; it must be a list"),
+        ({"rungs": ["small"]}, "rungs is ['small']; it must be lines of `field: value`"),
+        ({"plan": [3]}, "plan.0 is 3; it must be lines of `field: value`"),
+        ({"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": True}]}, "seeds is True; it must be a whole"),
+        ({"plan": [{"rungs": ["small"], "arms": ["dense"], "seeds": "3"}]}, "seeds is '3'; it must be a whole"),
+        ({"plan": [{"rungs": ["small"], "arms": ["dense"]}]}, "plan.0.seeds isn't given; it must be"),
+        ({"results": ""}, "results is empty; it must be a folder"),
+        ({"data": [""]}, "data.0 is empty; it must be the name of a text file"),
+        ({"data_hash": ""}, "data_hash is empty; it must be the hash"),
+        ({"surprise": 1}, "surprise is not known; it must be left out"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused_with_what_it_held_and_what_is_allowed(tmp_path, changes, words):
+    assert words in refusal(write_ladder(tmp_path, **changes))
+
+
+def test_an_only_that_leaves_no_run_is_refused(tmp_path):
+    file = write_ladder(tmp_path)
+    assert len(Queue.read(file, ["small", "gqe"]).runs) == 2
+    with pytest.raises(SettingError, match=r"only is \['hard'\]; it must leave a run of the plan"):
+        Queue.read(file, ["hard"])

@@ -157,6 +157,22 @@ def test_a_tag_is_read_as_yaml_and_its_code_kept_apart(tree, quote):
     assert "is 'abcdef123', which this repository lacks" in tree.call("fit", status=2)
 
 
+def test_a_tag_whose_commit_moves_takes_its_code_along_once_no_worker_runs(tree):
+    old = tree.git("rev-parse", "HEAD").strip()
+    tree.git("commit", "--quiet", "--allow-empty", "--message", "Two")
+    new = tree.git("rev-parse", "HEAD").strip()
+    code = ["git", "-C", str(tree.out / "code-one"), "rev-parse", "HEAD"]
+    tree.write_ladder(f"tag: one\ncommit: {old}\n")
+    tree.start()
+    tree.write_ladder(f"tag: one\ncommit: {new}\n")
+    assert f"commit of {tree.folder}/ladder.yaml is '{new}', and workers run another" in tree.call("start", status=2)
+    tree.call("status")
+    assert subprocess.check_output(code, text=True).strip() == old
+    tree.call("stop")
+    tree.start()
+    assert subprocess.check_output(code, text=True).strip() == new
+
+
 def test_a_file_that_is_no_ladder_is_refused_in_a_sentence(tree):
     (tree.folder / "ladder.yaml").write_text("a: [")
     assert "ladder.yaml; it must be a ladder's file" in tree.call("start", status=2)

@@ -73,6 +73,26 @@ def test_a_damaged_file_is_named(tmp_path, content):
         read_results(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("variant", "junk", "variant is 'junk' in .*; it must be empty or like"),
+        ("variant", "learning_rate=x", "variant is 'learning_rate=x'"),
+        ("settings", {"learning_rate": "x"}, "settings.learning_rate is 'x' in .*; it must be a number"),
+        ("train_tokens", 0, "train_tokens is 0; it must be 1 or more"),
+        ("budget", 0, "budget is 0"),
+        ("budget", -1, "budget is -1"),
+        ("seed", -1, "seed is -1"),
+        ("validation_loss", -1.0, "validation_loss is -1.0"),
+        ("rung", "", "rung is empty"),
+    ],
+)
+def test_a_value_that_no_run_has_is_refused(tmp_path, field, value, words):
+    (tmp_path / "one.json").write_text(json.dumps(dataclasses.asdict(run()) | {field: value}))
+    with pytest.raises(SettingError, match=words):
+        read_results(tmp_path)
+
+
 def test_an_unknown_arm_is_refused(tmp_path):
     write_result(tmp_path, run("gqe-m64"))
     with pytest.raises(SettingError, match=r"arm is 'gqe-m64' in .*; it must be one of dense, "):

@@ -26,14 +26,13 @@ from query_experts.study.ladder.settings import LOGS, Ladder, Run
 from query_experts.study.measure import (
     bits_per_byte,
     callback_of,
-    curve_of,
     diverged_run,
     is_routed,
     losses_by_part,
     routing_load,
     routing_split,
 )
-from query_experts.study.results import ParameterCounts, Piece
+from query_experts.study.results import Curve, ParameterCounts, Piece
 from query_experts.study.settings import RunSettings
 from query_experts.study.train import (
     build_trainer,
@@ -196,7 +195,7 @@ class Branch:
             parts=parts,
             routing=routing_load(model, sample) if is_routed(model) and not diverged else None,
             routing_curve=RoutingCurve.points(trainer.state.log_history),
-            curve=curve_of(trainer, "lm_loss", settings.tokens_per_step),
+            curve=curve_at_logs(trainer.state.log_history, trainer.args.logging_steps, settings.tokens_per_step),
             settings=recorded_settings(settings, self.ladder),
             pieces=where,
             instructions=MIXED if len(instructions) > 1 else where[0].instructions or MIXED,
@@ -205,6 +204,23 @@ class Branch:
             data_hash=facts.data_hash,
             tag=self.ladder.tag,
         )  # fmt: skip
+
+
+def curve_at_logs(logs: Sequence[dict[str, Any]], every: int, tokens_per_step: int) -> Curve:
+    """The training loss at each log of a run that nobody stopped, at most `LOGS` points.
+
+    A stop has a log of its own, which takes its steps out of the mean of the log that follows: they are joined again.
+    """
+    spans: dict[int, list[tuple[int, float]]] = {}
+    last: dict[int, int] = {}
+    before = 0
+    for log in logs:
+        if "lm_loss" in log:
+            step, span = log["step"], -(-log["step"] // every)
+            spans.setdefault(span, []).append((step - before, log["lm_loss"]))
+            last[span] = before = step
+    means = {last[span]: sum(n * loss for n, loss in own) / sum(n for n, _ in own) for span, own in spans.items()}
+    return [(step * tokens_per_step, round(loss, 5)) for step, loss in means.items() if math.isfinite(loss)]
 
 
 def recorded_settings(settings: RunSettings, ladder: Ladder) -> dict[str, Any]:

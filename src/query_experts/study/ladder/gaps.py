@@ -1,7 +1,8 @@
 """Computes the mean loss of each arm at each rung and budget, and its paired differences from the baselines.
 
 A pair is two runs of one rung, budget and seed whose code has the same tag and whose tokens have the same hash. A pair
-whose runs used different processor instructions or versions of torch is kept and marked, as kernels alone move a run.
+whose runs used different processor instructions or versions of torch is kept and marked, as kernels alone move a run;
+so is one without a tag whose code is of different commits.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Gap:
 
     Args:
         difference: Over the pairs; None without one.
-        marked: Seeds of the pairs whose runs used different processor instructions or versions of torch.
+        marked: Seeds of the pairs whose runs used different processor instructions, versions of torch, or, without a
+            tag, commits.
         other_tag: Seeds that have both runs but no pair, as their code has different tags.
         other_tokens: The same, as their tokens have different hashes.
     """
@@ -240,12 +242,14 @@ def gap_between(arm: str, base: str, own: Mapping[int, LadderResult], other: Map
         arm,
         base,
         paired_difference({seed: a[seed] for seed in paired}, b),
-        marked=[seed for seed in paired if _kernels_differ(own[seed], other[seed])],
+        marked=[seed for seed in paired if _is_marked(own[seed], other[seed])],
         other_tag=other_tag,
         other_tokens=other_tokens,
     )
 
 
-def _kernels_differ(a: LadderResult, b: LadderResult) -> bool:
-    versions = {piece.torch for piece in [*a.pieces, *b.pieces]}
-    return a.instructions != b.instructions or a.instructions == MIXED or len(versions) > 1
+def _is_marked(a: LadderResult, b: LadderResult) -> bool:
+    pieces = [*a.pieces, *b.pieces]
+    if a.instructions != b.instructions or a.instructions == MIXED or len({piece.torch for piece in pieces}) > 1:
+        return True
+    return a.tag is None and len({piece.commit for piece in pieces}) > 1

@@ -84,8 +84,8 @@ def _pairs(fit: Fit) -> Iterator[str]:
     pairs, marked = sum(gap.pairs for gap in gaps), sum(len(gap.marked) for gap in gaps)
     if marked:
         yield (
-            f"{marked:,} of {text.plural(pairs, 'pair')} used different processor instructions or versions of torch in "
-            "their two runs."
+            f"{marked:,} of {text.plural(pairs, 'pair')} used different processor instructions, versions of torch or, "
+            "without a tag, commits in their two runs."
         )
     for count, why in (
         (sum(len(gap.other_tag) for gap in gaps), "the code of the two runs has different tags"),

@@ -50,6 +50,8 @@ class Queue:
         rungs = chosen & ladder.rungs.keys() or {*ladder.rungs}
         arms = chosen & ARMS.keys() or {*ARMS}
         runs = [run for run in ladder.runs() if run.rung in rungs and run.arm in arms]
+        if not runs:
+            raise SettingError(f"only is {[*only]}; it must leave a run of the plan of {file}, which these don't")
         return cls(ladder, file, [run for run in runs if device in (None, ladder.device(run.rung))])
 
     @property
@@ -126,11 +128,12 @@ class Rates:
 
         A small model doesn't fill a GPU, on which a larger one has more FLOP/s. So there only the rung's own count.
         """
-        own = [r.tokens_per_s for r in self.results if (r.rung, r.arm) == (run.rung, run.arm)]
+        timed = [r for r in self.results if r.tokens_per_s]
+        own = [r.tokens_per_s for r in timed if (r.rung, r.arm) == (run.rung, run.arm)]
         if own:
             return statistics.median(own)
         device = self.queue.ladder.device(run.rung)
-        others = [r for r in self.results if r.device == device]
+        others = [r for r in timed if r.device == device]
         if device == "cuda":
             others = [r for r in others if r.rung == run.rung]
         if not others:
@@ -153,7 +156,7 @@ class Rates:
         extra = [
             (r.arm == run.arm, r.train_seconds - r.train_tokens / r.tokens_per_s)
             for r in self.results
-            if r.rung == run.rung
+            if r.rung == run.rung and r.tokens_per_s
         ]
         own = [seconds for same, seconds in extra if same] or [seconds for _, seconds in extra]
         return max([0.0, *own])

@@ -10,18 +10,23 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from query_experts.common.errors import SettingError
+from query_experts.common.faults import first_fault
+from query_experts.common.fields import Bounds, Count, NonNegative, NotEmpty
 from query_experts.common.files import parse_json, write_json
 from query_experts.model.arms import ARMS
-from query_experts.study.results import FINITE, Curve, PartLoss, Piece, RoutingLoad, RoutingPoint, first_fault
+from query_experts.study.results import FINITE, Curve, PartLoss, Piece, RoutingLoad, RoutingPoint
 
 MIXED = "mixed"  # instructions of a run whose pieces differ
 MAX_CURVE_POINTS = 40
+
+VARIANT = re.compile(r"|[a-z_]+=[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")  # nothing, or a setting and a number
+NotNegative = Annotated[int, Bounds(least=0)]
 
 Key = tuple[str, str, str, int, float]  # rung, variant, arm, seed, budget
 
@@ -64,21 +69,21 @@ class LadderResult:
     __pydantic_config__ = FINITE
 
     ladder: str
-    rung: str
+    rung: Annotated[str, NotEmpty("be the name of a model size")]
     variant: str = ""
     arm: str
-    seed: int
-    budget: float
-    parameters: int
-    embedding_parameters: int
-    active_parameters: int
-    active_heads: int
-    train_tokens: int
-    flops: float
-    active_flops: float
-    diverged_at_tokens: int | None
-    validation_loss: float | None
-    bits_per_byte: float | None
+    seed: NotNegative
+    budget: Annotated[float, Bounds(above=0, most=1)]
+    parameters: Count
+    embedding_parameters: NotNegative
+    active_parameters: Count
+    active_heads: Count
+    train_tokens: Count
+    flops: Annotated[float, Bounds(above=0)]
+    active_flops: Annotated[float, Bounds(above=0)]
+    diverged_at_tokens: NotNegative | None
+    validation_loss: NonNegative | None
+    bits_per_byte: NonNegative | None
     parts: list[PartLoss]
     routing: RoutingLoad | None
     routing_curve: list[RoutingPoint]
@@ -86,8 +91,8 @@ class LadderResult:
     settings: dict[str, Any]
     pieces: list[Piece]
     instructions: str
-    train_seconds: float
-    tokens_per_s: float
+    train_seconds: NonNegative
+    tokens_per_s: NonNegative
     data_hash: str
     tag: str | None
     beside: int = 1  # older files lack it
@@ -213,10 +218,20 @@ def _read_file(file: Path) -> list[LadderResult]:
         results = _RESULTS.validate_python(values if isinstance(values, list) else [values])
     except (ValidationError, ValueError) as error:
         raise SettingError(f"results hold {file}, which is damaged ({first_fault(error)}); move it away") from error
-    unknown = [result.arm for result in results if result.arm not in ARMS]
-    if unknown:
-        raise SettingError(f"arm is {unknown[0]!r} in {file}; it must be one of {', '.join(ARMS)}")
+    for result in results:
+        _check_words(result, file)
     return results
+
+
+def _check_words(result: LadderResult, file: Path) -> None:
+    """Raises SettingError for a word that a reader can't use."""
+    if result.arm not in ARMS:
+        raise SettingError(f"arm is {result.arm!r} in {file}; it must be one of {', '.join(ARMS)}")
+    if not VARIANT.fullmatch(result.variant):
+        raise SettingError(f"variant is {result.variant!r} in {file}; it must be empty or like 'learning_rate=0.004'")
+    rate = result.settings.get("learning_rate", 1.0)
+    if type(rate) not in (int, float):
+        raise SettingError(f"settings.learning_rate is {rate!r} in {file}; it must be a number")
 
 
 def _refuse_duplicates(found: Iterable[tuple[Path, LadderResult]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from query_experts.common.errors import SettingError
+from query_experts.common.faults import first_fault
 from query_experts.common.fields import (
     Bounds,
     Count,
@@ -26,11 +28,11 @@ from query_experts.common.fields import (
     argument,
     option,
 )
+from query_experts.common.formatting import join_words
 from query_experts.common.settings import default_of, validate
 from query_experts.common.yaml_reader import read_yaml
 from query_experts.model import costs
 from query_experts.model.arms import ARMS, ModelSize, arm_config, build, check_arms, in_order
-from query_experts.study.results import first_fault
 from query_experts.study.settings import RunSettings
 
 DECAY = 0.2  # of each budget
@@ -50,7 +52,8 @@ OF_ALL_RUNGS = {"seq_len", "vocab_size", "text_field", "tokenizer", "validation_
 ALLOWED = {f.name for f in dataclasses.fields(RunSettings)} - SET_FOR_A_RUN
 BELONGS_TO = {
     "data": ["run", "tokens"], "only": ["run", "status", "tokens"], "hours": ["run"], "minutes": ["run"],
-    "beside": ["run"], "collect": ["run"], "tokens": ["tokens"], "shard_megabytes": ["tokens"], "to": ["tokens"],
+    "beside": ["run"], "device": ["run"], "collect": ["run"], "tokens": ["tokens"], "shard_megabytes": ["tokens"],
+    "to": ["tokens"],
 }  # fmt: skip
 
 
@@ -73,9 +76,9 @@ class ScalingSettings(Settings):
     shard_megabytes: Annotated[float, Bounds(above=0)] | None = option(
         None, "tokens: largest size of a file; default: 14", "data"
     )
-    only: list[str] = option([], "run, status: only these rungs and arms", "what to run", metavar="NAME")
+    only: list[str] = option([], "run, status, tokens: only these rungs and arms", "what to run", metavar="NAME")
     hours: NonNegative | None = option(
-        None, "run: save and stop after X hours and up to 1/40 of a run; the same command goes on from there",
+        None, "run: save and stop after X hours and some seconds, or the step; the same command goes on from there",
         "what to run",
     )  # fmt: skip
     minutes: NonNegative | None = option(
@@ -105,9 +108,9 @@ class ScalingSettings(Settings):
         """Raises SettingError, naming the field, what it held and what is allowed."""
         validate(self)
         for name, actions in BELONGS_TO.items():
-            if getattr(self, name) not in (None, []) and self.action not in actions:
+            if getattr(self, name) not in (None, [], "auto") and self.action not in actions:
                 raise SettingError(
-                    f"{name} is {getattr(self, name)!r}, which belongs to scaling {' and '.join(actions)}; it must be "
+                    f"{name} is {getattr(self, name)!r}, which belongs to scaling {join_words(actions)}; it must be "
                     "left out"
                 )
         if self.action == "tokens" and self.to is None:
@@ -190,9 +193,9 @@ class Ladder:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    results: str
-    data: Annotated[list[str], Distinct()]
-    validation: Annotated[list[str], Distinct()]
+    results: Annotated[str, NotEmpty("be a folder, relative to the ladder's file")]
+    data: Annotated[list[Annotated[str, NotEmpty("be the name of a text file")]], Distinct()]
+    validation: Annotated[list[Annotated[str, NotEmpty("be the name of a text file")]], Distinct()]
     tokens_per_parameter: Annotated[float, Bounds(above=0)]
     budgets: list[Annotated[float, Bounds(above=0, most=1)]]
     settings: dict[str, Any]
@@ -201,7 +204,7 @@ class Ladder:
     learning_rate_factors: dict[str, Annotated[float, Bounds(above=0, most=1000)]] = field(default_factory=dict)
     warmup: Annotated[float, Bounds(least=0, most=1 - DECAY)] = 0.1
     threads: Count = 1
-    data_hash: str | None = None
+    data_hash: Annotated[str, NotEmpty("be the hash of the tokens, or left out")] | None = None
     tag: str | None = None
     commit: str | None = None
 
@@ -319,7 +322,7 @@ def read_ladder(file: Path) -> Ladder:
     if not isinstance(content, dict):
         raise SettingError(f"ladder is {file}; it must hold lines of `field: value`")
     try:
-        ladder = TypeAdapter(Ladder).validate_python(content)
+        ladder = TypeAdapter(Ladder).validate_json(json.dumps(content, default=str), strict=True)
     except ValidationError as error:
         raise SettingError(f"ladder is {file}, whose {first_fault(error)}") from error
     try:

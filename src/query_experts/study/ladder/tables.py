@@ -171,7 +171,7 @@ def gap_warnings(gaps: Sequence[Gap]) -> list[str]:
     if any(gap.marked for gap in gaps):
         lines.append(
             "Marked: the two runs of a pair used different processor instructions or versions of torch, which alone "
-            "move a loss."
+            "move a loss, or code of different commits without a tag."
         )
     if any(gap.other_tag for gap in gaps):
         lines.append("Other tag: the two runs used code of different tags, so they make no pair.")

@@ -48,14 +48,18 @@ def open_tokens(queue: Queue, settings: ScalingSettings, console: Console) -> Co
     check_corpus(shared, corpus)
     print_corpus(shared, corpus, console)
     require_same_tokens(queue, corpus)
+    epochs: dict[str, float] = {}
     for run in queue.runs:
         whole = ladder.run_settings(run)
-        epochs = whole.steps * whole.sequences_per_step / len(corpus.train)
-        if epochs > MOST_EPOCHS:
+        count = whole.steps * whole.sequences_per_step / len(corpus.train)
+        epochs[run.rung] = max(count, epochs.get(run.rung, 0.0))
+    for rung, count in epochs.items():
+        if count > MOST_EPOCHS:
             raise SettingError(
-                f"data has {corpus.facts.train_tokens:,} tokens, of which rung {run.rung} would train {epochs:.1f} "
+                f"data has {corpus.facts.train_tokens:,} tokens, of which rung {rung} would train {count:.1f} "
                 f"epochs; it must be {MOST_EPOCHS} at most: give more text, or fewer tokens_per_parameter"
             )
+    console.print(Text("Epochs of the text: " + ", ".join(f"{rung} {count:.2f}" for rung, count in epochs.items())))
     return corpus
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from query_experts.common.device import check_compiler, check_device, peak_flops, resolve_device
 from query_experts.common.environment import commit, instructions
 from query_experts.common.errors import SettingError
-from query_experts.common.files import read_json, write_json
+from query_experts.common.files import read_json, require_writable, write_json
 from query_experts.common.formatting import plural
 from query_experts.data import Corpus
 from query_experts.distributed.layout import require_one_process
@@ -62,6 +62,7 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
     require_one_process("scaling run")
     queue = read_queue(settings)
     require_tag(queue)
+    require_places(queue, Path(settings.out))
     check_compiler(any(queue.ladder.run_settings(run).compile for run in queue.runs), resolve_device(settings.device))
     stop = stop_after(settings.minutes if settings.minutes is not None else settings.hours and 60 * settings.hours)
     corpus = open_tokens(queue, settings, console)
@@ -85,9 +86,23 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
 
 
 def read_queue(settings: ScalingSettings) -> Queue:
-    """The runs that the settings ask for, on this machine's device."""
-    queue = Queue.read(Path(settings.ladder), settings.only, resolve_device(settings.device))
+    """The runs that the settings ask for, on this machine's device. Raises SettingError where no run is for it."""
+    device = resolve_device(settings.device)
+    queue = Queue.read(Path(settings.ladder), settings.only, device)
+    if not queue.runs:
+        raise SettingError(f"device is {device!r}; it must be one that runs of {queue.file} are for, which isn't so")
     return dataclasses.replace(queue, collect=None if settings.collect is None else Path(settings.collect))
+
+
+def require_places(queue: Queue, out: Path) -> None:
+    """Raises SettingError for a place that can't be written to, before anything is trained."""
+    require_writable(out)
+    if queue.collect is None:
+        require_writable(queue.results_folder, "results")
+        return
+    if queue.collect.is_dir():
+        raise SettingError(f"collect is {queue.collect}, which is a folder; it must be a file")
+    require_writable(queue.collect.parent, "the folder of collect")
 
 
 def processes(queue: Queue, settings: ScalingSettings) -> int:
@@ -151,6 +166,8 @@ class Worker:
         passed: set[Run] = set()
         while not self.stop.made:
             missing = self.queue.missing()
+            if not missing:
+                return
             rates = self.rates() if self.whole_runs else None
             run = next((r for r in missing if r not in passed and self.fits(r, missing[r], rates)), None)
             if run is None:
@@ -169,8 +186,8 @@ class Worker:
 
     def rates(self) -> Rates:
         """What was measured on a device like this one, with as many processes on it."""
-        measured = [r for r in self.queue.results() if r.instructions == self.hardware and r.beside == self.beside]
-        return Rates(self.queue, measured)
+        results = self.queue.results()
+        return Rates(self.queue, [r for r in results if (r.instructions, r.beside) == (self.hardware, self.beside)])
 
     def fits(self, run: Run, budgets: list[float], rates: Rates | None) -> bool:
         """Whether a run may be begun now: at the rates measured so far it ends in time, or nothing is measured."""
