@@ -18,6 +18,7 @@ from query_experts.study.ladder.results import LadderResult, read_results
 from query_experts.study.ladder.settings import Ladder, parameters_without_embeddings, read_ladder
 from query_experts.study.ladder.sweeps import swept_values
 from query_experts.study.ladder.tables import difference_text
+from query_experts.study.statistics import paired_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 LADDERS = ROOT / "benchmarks" / "ladder"
@@ -184,7 +185,9 @@ def largest() -> str:
     parameters, tokens = cell.size
     return (
         f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
-        "Parameters are without embeddings. FLOPs: of training as run, and in brackets of what a token uses."
+        "Parameters are without embeddings. FLOPs: of training as run, and in brackets of what a token uses. "
+        f"**Routing at this size: `gqe` {verdict(cell.gap('gqe', 'static'))} (against `static`); "
+        f"{verdict(cell.gap('gqe', 'half'))} (against `half`).**"
     )
 
 
@@ -217,10 +220,22 @@ def warmup() -> str:
     short = next(cell for cell in fit_of("warmup").cells if cell.budget == 1)
     now = next((cell for cell in fit_of("cpu").cells if (cell.rung, cell.budget) == (short.rung, 1)), None)
     steps = [warmup_steps(ladder, short.rung), warmup_steps(ladder_of("cpu")[0], short.rung)]
-    rows = [["arm", *(f"{count} steps" for count in steps)]]
+    rows = [["arm", *(f"{count} steps" for count in steps), f"{steps[1]} steps minus {steps[0]} steps"]]
     for arm in ladder.arms():
-        rows.append([f"`{arm}`", *(seeds_and_loss(cell, arm) for cell in (short, now))])
+        rows.append([f"`{arm}`", *(seeds_and_loss(cell, arm) for cell in (short, now)), change(short, now, arm)])
     return markdown(rows)
+
+
+def change(before: Cell, after: Cell | None, arm: str) -> str:
+    """The difference of two cells for an arm, over the seeds that both have."""
+    if after is None or arm not in after.arms:
+        return text.MISSING
+    own, base = after.arms[arm].losses, before.arms[arm].losses
+    paired = paired_difference({seed: own[seed] for seed in own if seed in base}, base)
+    if paired is None:
+        return text.MISSING
+    pairs = text.plural(len(paired.differences), "pair")
+    return f"{text.signed(paired.mean)} {text.interval(paired.low, paired.high)} {pairs}"
 
 
 def warmup_steps(ladder: Ladder, rung: str) -> int:

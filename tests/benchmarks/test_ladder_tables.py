@@ -85,6 +85,9 @@ def test_the_largest_complete_rung_is_shown(results):
     assert found[3][4] == "4.045 (4.000 to 4.090)"
     assert found[3][6].startswith("+3.0000 [+3.0000, +3.0000] 10 pairs")
     assert says.startswith("Rung d64: 117k parameters, ")
+    assert says.endswith(
+        "`gqe` loses by 3.000 to 3.000 (against `static`); loses by 2.000 to 2.000 (against `half`).**"
+    )
 
 
 def test_a_rung_of_another_ladder_in_the_same_folder_changes_nothing(results):
@@ -117,6 +120,7 @@ def test_runs_that_diverged_are_counted_and_too_few_pairs_say_nothing(results):
 
 def test_the_warm_up_of_the_ladder_stands_beside_the_one_that_it_began_with(results):
     head, _, *found = rows(ladder_tables.warmup())
-    assert head == ["arm", "29 steps", "116 steps"]
+    assert head == ["arm", "29 steps", "116 steps", "116 steps minus 29 steps"]
     assert [row[0] for row in found] == ["`dense`", "`static`", "`half`", "`gqe`", "`gqe-m4`"]
-    assert found[0][1:] == ["4.595 (4.487 to 4.625), 7 seeds", "0.045 (0.000 to 0.090), 10 seeds"]
+    assert found[0][3].endswith("7 pairs")
+    assert found[0][1:3] == ["4.595 (4.487 to 4.625), 7 seeds", "0.045 (0.000 to 0.090), 10 seeds"]

@@ -30,7 +30,6 @@ TABLE_SCRIPTS = {  # and their number of tables, at least
 }
 NUMBERS = {  # page -> what its sentences must tell
     README: [
-        "demo-spread.json reach d64-v1024-batch4 3",
         "bench-h100-decode-graph.json decode-speed gqe 1 65536",
         "bench-h100-prefill-flash.json speed prefill gqe 4096 16384 262144",
         "serve-cpu.json faster gqe seconds_to_first_token 12288",
