@@ -28,7 +28,7 @@ COMMANDS = {
     "report": "make the page and the table again from a compared folder",
     "scaling": "train a ladder of sizes, arms and seeds as a queue, and fit its laws",
     "data": "tokenise text once into a folder to train on, resumably, and check such a folder",
-    "plan": "estimate memory, time and cost of a run on GPUs; the first word may be a preset or a recipe",
+    "plan": "estimate memory, time and cost on GPUs; a preset or recipe may come first",
 }
 INTERRUPTED, CLOSED_PIPE = 130, 141  # exit statuses: 128 + SIGINT, 128 + SIGPIPE
 
