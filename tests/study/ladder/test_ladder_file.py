@@ -103,6 +103,7 @@ def test_a_file_that_is_no_ladder_is_refused_in_a_sentence(tmp_path):
         ("fit", {"hours": 1.0}, "hours is 1.0, which belongs to scaling run"),
         ("report", {"only": ["small"]}, "only is ['small'], which belongs to scaling run, status and tokens"),
         ("status", {"device": "cuda"}, "device is 'cuda', which belongs to scaling run"),
+        ("fit", {"data": "auto"}, "data is 'auto', which belongs to scaling run"),
         ("walk", {}, "action is 'walk'"),
     ],
 )

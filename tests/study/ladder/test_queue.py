@@ -258,6 +258,36 @@ def test_every_model_of_a_worker_is_compiled_however_many_there_are():
         assert counters["unique_graphs"] > before
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"out": "file/out"}, "out is .*file/out, which can't be written to"),
+        ({"out": "file"}, "out is .*file, which is a file; it must be a folder"),
+        ({"collect": "file/all.json"}, "the folder of collect is .*file, which is a file"),
+        ({"collect": "folder"}, "collect is .*folder, which is a folder; it must be a file"),
+    ],
+)
+def test_a_place_that_can_not_be_written_to_is_named_before_anything_is_trained(tmp_path, more, words):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    file = write_ladder(tmp_path)
+    with pytest.raises(SettingError, match=words):
+        run_queue(scaling(file, **{name: str(tmp_path / value) for name, value in more.items()}), quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ladder_without_a_rung_for_the_device_is_refused(tmp_path):
+    file = write_ladder(tmp_path, settings=LADDER["settings"] | {"device": "cuda"})
+    with pytest.raises(SettingError, match=r"device is 'cpu', for which .* has no run"):
+        run_queue(scaling(file, device="cpu"), quiet())
+
+
+def test_minutes_with_nothing_left_to_do_end_well(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    assert run_queue(scaling(file), quiet())
+    assert run_queue(scaling(file, minutes=1.0), quiet())
+
+
 def test_hours_and_minutes_together_are_refused(tmp_path):
     with pytest.raises(SettingError, match=r"hours is 1\.0 and minutes 2\.0; one of them must be left out"):
         run_queue(scaling(write_ladder(tmp_path), hours=1.0, minutes=2.0), quiet())

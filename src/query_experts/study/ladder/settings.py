@@ -107,8 +107,9 @@ class ScalingSettings(Settings):
     def check(self) -> None:
         """Raises SettingError, naming the field, what it held and what is allowed."""
         validate(self)
+        plain = ScalingSettings(self.action, self.ladder)
         for name, actions in BELONGS_TO.items():
-            if getattr(self, name) not in (None, [], "auto") and self.action not in actions:
+            if getattr(self, name) != getattr(plain, name) and self.action not in actions:
                 raise SettingError(
                     f"{name} is {getattr(self, name)!r}, which belongs to scaling {join_words(actions)}; it must be "
                     "left out"

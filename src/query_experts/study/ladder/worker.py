@@ -90,7 +90,9 @@ def read_queue(settings: ScalingSettings) -> Queue:
     device = resolve_device(settings.device)
     queue = Queue.read(Path(settings.ladder), settings.only, device)
     if not queue.runs:
-        raise SettingError(f"device is {device!r}; it must be one that runs of {queue.file} are for, which isn't so")
+        raise SettingError(
+            f"device is {device!r}, for which {queue.file} has no run; it must be cpu or cuda, the other"
+        )
     return dataclasses.replace(queue, collect=None if settings.collect is None else Path(settings.collect))
 
 
