@@ -5,6 +5,7 @@ python benchmarks/ladder_tables.py    # dev/ladder.sh harvest runs it too
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from query_experts.study.ladder.fit import Fit, fit_ladder
 from query_experts.study.ladder.gaps import BASELINES, RANDOM, Cell, Gap
 from query_experts.study.ladder.rates import best_rate, excess
 from query_experts.study.ladder.read import at_own_settings
-from query_experts.study.ladder.results import LadderResult, read_results
+from query_experts.study.ladder.results import LadderResult, read_files
 from query_experts.study.ladder.settings import Ladder, parameters_without_embeddings, read_ladder
 from query_experts.study.ladder.sweeps import swept_values
 from query_experts.study.ladder.tables import difference_text
@@ -28,13 +29,12 @@ PAIRS = (  # without and with routing
     ("static", "dense"), ("half", "dense"), ("half", "static"),
     ("gqe", "dense"), ("gqe", "static"), ("gqe", "half"), ("gqe-m4", "static"), ("gqe-m4", "half"),
 )  # fmt: skip
-FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against gqe's baselines, where their fewer seeds have finished
+FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against static, where their fewer seeds have finished
 NOTHING = "No rung is complete yet, so nothing is known."
 OF_ROUTING = (("gqe", "static"), ("gqe", "half"), ("gqe-m4", "static"), ("gqe-m4", "half"))
 VERDICTS = {
-    "lower": "wins by {0} to {1}",
-    "higher": "loses by {0} to {1}",
-    "not known": "not known: {0} to {1}",
+    "lower": "wins by {0:.4f} [{1:.4f}, {2:.4f}]",
+    "higher": "loses by {0:.4f} [{1:.4f}, {2:.4f}]",
 }
 
 
@@ -43,7 +43,18 @@ def ladder_of(name: str) -> tuple[Ladder, list[LadderResult]]:
     file = LADDERS / f"{name}.yaml"
     ladder = read_ladder(file)
     folder = file.parent / ladder.results
-    return ladder, read_results(folder) if folder.is_dir() else []
+    return ladder, read_files(known_to_git(folder)) if folder.is_dir() else []
+
+
+def known_to_git(folder: Path) -> list[Path]:
+    """The results of a folder that are committed or are about to be; all of them outside of a repository.
+
+    So a result that has just been written changes no page before it is committed.
+    """
+    files = sorted(folder.glob("*.json"))
+    git = subprocess.run(["git", "ls-files", "-z", "--", "*.json"], cwd=folder, capture_output=True, text=True)
+    known = {*git.stdout.split("\0")}
+    return files if git.returncode else [file for file in files if file.name in known]
 
 
 def fit_of(name: str) -> Fit:
@@ -187,7 +198,7 @@ def largest() -> str:
         f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
         "Parameters are without embeddings. FLOPs: of training as run, and in brackets of what a token uses. "
         f"**Routing at this size: `gqe` {verdict(cell.gap('gqe', 'static'))} (against `static`); "
-        f"{verdict(cell.gap('gqe', 'half'))} (against `half`).**"
+        f"{verdict(cell.gap('gqe', 'half'))} (against `half`).** One interval in twenty misses by chance."
     )
 
 
@@ -208,10 +219,10 @@ def verdict(gap: Gap | None) -> str:
     difference = gap.difference if gap is not None else None
     if gap is None or difference is None or difference.low is None or difference.high is None:
         return "too few pairs"
-    ends = [text.signed(end, 3) for end in (difference.low, difference.high)]
-    if gap.known != "not known":
-        ends = [f"{end:.3f}" for end in sorted((abs(difference.low), abs(difference.high)))]
-    return VERDICTS[gap.known].format(*ends)
+    if gap.known == "not known":
+        return f"not known: {text.signed(difference.mean)} {text.interval(difference.low, difference.high)}"
+    ends = sorted((abs(difference.low), abs(difference.high)))
+    return VERDICTS[gap.known].format(abs(difference.mean), *ends)
 
 
 def warmup() -> str:

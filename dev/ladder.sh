@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ladder=${LADDER:-benchmarks/ladder/cpu.yaml}
 out=$PWD/runs/ladder
+pages=(README.md docs/results.md)
 fail() { echo "$1" >&2; exit 2; }
 
 field() {  # the value of a key of the ladder's file; empty for none
@@ -91,19 +92,23 @@ harvest() {
     [ -n "$name" ] || fail "LADDER is $ladder; it must be a ladder's file, with results"
     results=$(dirname "$ladder")/$name
     [ -d "$results" ] || fail "results is $results, where no run has finished yet"
-    git add "$results"
+    git diff --quiet HEAD -- "${pages[@]}" || fail "${pages[*]} have changes, which must be committed or taken back first"
+    git add -- "$results/*.json"
     if git diff --cached --quiet -- "$results"; then echo "No new results."; return; fi
     .venv/bin/python benchmarks/ladder_tables.py
-    git commit --quiet --message "Results of the ladder" -- "$results" README.md docs/results.md
+    git commit --quiet --message "Results of the ladder" -- "$results" "${pages[@]}"
     git log -1 --oneline
 }
+
+scaling() { "$1/.venv/bin/query-experts" scaling "$2" "$ladder" --out "$out" "${@:3}"; }
 
 case ${1:-} in
     start) shift; start "$@" ;;
     pause) signal STOP; echo "$(workers | wc -l) paused" ;;
     resume) signal CONT; echo "$(workers | wc -l) at work" ;;
     stop) stop ;;
-    status | fit | report) prepare; "$code/.venv/bin/query-experts" scaling "$1" "$ladder" --out "$out" "${@:2}" ;;
+    status) prepare; scaling "$code" "$@" ;;  # where checkpoints are is known to the code that wrote them
+    fit | report) prepare; scaling . "$@" ;;
     harvest) harvest ;;
     *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -86,7 +86,8 @@ def test_the_largest_complete_rung_is_shown(results):
     assert found[3][6].startswith("+3.0000 [+3.0000, +3.0000] 10 pairs")
     assert says.startswith("Rung d64: 117k parameters, ")
     assert says.endswith(
-        "`gqe` loses by 3.000 to 3.000 (against `static`); loses by 2.000 to 2.000 (against `half`).**"
+        "`gqe` loses by 3.0000 [3.0000, 3.0000] (against `static`); loses by 2.0000 [2.0000, 2.0000] (against "
+        "`half`).** One interval in twenty misses by chance."
     )
 
 
@@ -98,13 +99,13 @@ def test_a_rung_of_another_ladder_in_the_same_folder_changes_nothing(results):
 
 def test_what_is_known_of_routing_is_said_for_every_complete_rung(results):
     assert verdicts()["rung"] == "d64"
-    assert verdicts()["`gqe` against `static`"] == "loses by 3.000 to 3.000"
+    assert verdicts()["`gqe` against `static`"] == "loses by 3.0000 [3.0000, 3.0000]"
     changed(results, gqe=-9.0)
-    assert verdicts()["`gqe` against `static`"] == "wins by 6.000 to 6.000"
-    assert verdicts()["`gqe-m4` against `half`"] == "loses by 4.000 to 4.000"
+    assert verdicts()["`gqe` against `static`"] == "wins by 6.0000 [6.0000, 6.0000]"
+    assert verdicts()["`gqe-m4` against `half`"] == "loses by 4.0000 [4.0000, 4.0000]"
     changed(results, gqe=lambda seed: 6.0 + (-1) ** seed)
     minus = "\N{MINUS SIGN}"
-    assert verdicts()["`gqe` against `static`"] == f"not known: {minus}0.754 to +0.754"
+    assert verdicts()["`gqe` against `static`"] == f"not known: 0.0000 [{minus}0.7541, +0.7541]"
 
 
 def test_runs_that_diverged_are_counted_and_too_few_pairs_say_nothing(results):

@@ -6,18 +6,21 @@ import math
 import os
 import shutil
 from collections import namedtuple
+from tempfile import TemporaryFile
 from traceback import StackSummary
 
 import pytest
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from query_experts.common import files
 from query_experts.common.errors import SettingError
 from query_experts.common.files import (
     disk_errors_as_os_errors,
     parse_json,
     read_json,
     require_space,
+    require_writable,
     write_json,
     write_text,
 )
@@ -96,6 +99,25 @@ def test_too_little_room_is_refused_with_what_there_is_and_what_is_needed(tmp_pa
     assert (tmp_path / "new").is_dir()
     with pytest.raises(SettingError, match=r"out is .*run, whose disk has 3.0 MB free; it needs about 40.0 MB"):
         require_space(tmp_path / "run", 40 * 10**6)
+
+
+def test_a_folder_that_another_process_removes_after_its_own_check_is_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def file_in(dir):
+        calls.append(dir)
+        if len(calls) < 3:
+            dir.rmdir()
+        return TemporaryFile(dir=dir)
+
+    monkeypatch.setattr(files, "TemporaryFile", file_in)
+    require_writable(tmp_path / "new" / "out")
+    assert len(calls) == 3
+    assert [*tmp_path.iterdir()] == []
+    monkeypatch.setattr(files, "TRIES", 0)
+    calls.clear()
+    with pytest.raises(SettingError, match="which can't be written to"):
+        require_writable(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

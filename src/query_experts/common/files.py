@@ -20,6 +20,7 @@ from query_experts.common.errors import SettingError
 
 _READ_BYTES = 1 << 20
 PART = ".part"  # ending of a file that is being written
+TRIES = 9  # before an error counts that another process may have caused
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,17 +109,20 @@ def require_writable(folder: Path, name: str = "out") -> None:
     """Raises SettingError, naming the setting, for a folder that nothing can be written to. Leaves no file."""
     if folder.exists() and not folder.is_dir():
         raise SettingError(f"{name} is {folder}, which is a file; it must be a folder")
-    try:
-        with no_empty_folders(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        raise SettingError(
-            f"{name} is {folder}, which can't be written to ({error.strerror}); it must be a folder that can be"
-        ) from error
+    for last in (*TRIES * [False], True):
+        try:
+            with no_empty_folders(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=folder):
+                    return
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            if error.errno == errno.ENOENT and not last:  # another process has removed the folder after its own check
+                continue
+            raise SettingError(
+                f"{name} is {folder}, which can't be written to ({error.strerror}); it must be a folder that can be"
+            ) from error
 
 
 def require_space(folder: Path, num_bytes: int, out: str | None = None) -> None:

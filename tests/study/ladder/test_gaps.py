@@ -174,4 +174,5 @@ def test_without_a_tag_a_pair_of_different_commits_is_marked_and_with_one_it_is_
 
     assert gap_of(of(None, "abc", "def")).marked == [0, 1, 2]
     assert gap_of(of(None, "abc", "abc")).marked == []
+    assert gap_of(of(None, "abc+", "abc+")).marked == [0, 1, 2]
     assert gap_of(of("one", "abc", "def")).marked == []

@@ -71,6 +71,8 @@ def test_tokens_follow_the_parameters_of_dense_without_embeddings(tmp_path):
         ({"warmup": 0.9}, "warmup"),
         ({"warmup": -0.1}, "warmup"),
         ({"tag": "one"}, "tag is 'one' and commit None; both must be given, or neither"),
+        ({"tag": "", "commit": "1234567"}, "tag is empty; it must be the name of the code, or left out"),
+        ({"tag": "one", "commit": ""}, "commit is empty; it must be a commit, or left out"),
         ({"validation": []}, "validation"),
     ],
 )  # fmt: skip
@@ -228,6 +230,13 @@ def test_steps_beyond_any_run_are_refused(tmp_path, tokens):
     assert "steps; they must be 10,000,000 or fewer" in words
 
 
+@pytest.mark.parametrize("more", ["2020-01-01: 3\n", "rungs: &a {b: *a}\n", "rungs: {2020-01-01: {}}\n"])
+def test_what_only_yaml_can_hold_is_refused_in_a_sentence(tmp_path, more):
+    file = tmp_path / "ladder.yaml"
+    file.write_text(more)
+    assert "its keys must be words, and no value may hold itself" in refusal(file)
+
+
 def test_a_key_that_is_given_twice_is_refused(tmp_path):
     file = write_ladder(tmp_path)
     text = file.read_text()
@@ -280,5 +289,5 @@ def test_a_value_of_another_type_is_refused_with_what_it_held_and_what_is_allowe
 def test_an_only_that_leaves_no_run_is_refused(tmp_path):
     file = write_ladder(tmp_path)
     assert len(Queue.read(file, ["small", "gqe"]).runs) == 2
-    with pytest.raises(SettingError, match=r"only is \['hard'\]; it must leave a run of the plan"):
+    with pytest.raises(SettingError, match=r"only is \['hard'\]; the plan of .* must have a run of these rungs"):
         Queue.read(file, ["hard"])

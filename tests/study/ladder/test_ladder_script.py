@@ -152,9 +152,10 @@ def test_without_a_tag_the_code_is_that_of_the_working_tree(tree):
 def test_a_tag_is_read_as_yaml_and_its_code_kept_apart(tree, quote):
     commit = tree.git("rev-parse", "HEAD").strip()
     tree.write_ladder(f"tag: {quote}one{quote}  # the first\ncommit: {quote}{commit}{quote}  # of main\n")
-    assert f"by {tree.out}/code-one/.venv/bin/query-experts: scaling fit" in tree.call("fit")
+    assert f"by {tree.out}/code-one/.venv/bin/query-experts: scaling status" in tree.call("status")
+    assert "by ./.venv/bin/query-experts: scaling fit" in tree.call("fit")
     tree.write_ladder("tag: two\ncommit: abcdef123\n")
-    assert "is 'abcdef123', which this repository lacks" in tree.call("fit", status=2)
+    assert "is 'abcdef123', which this repository lacks" in tree.call("status", status=2)
 
 
 def test_a_tag_whose_commit_moves_takes_its_code_along_once_no_worker_runs(tree):
@@ -188,3 +189,16 @@ def test_harvest_commits_results_once(tree):
     assert tree.call("harvest") == "No new results.\n"
     assert tree.git("show", "--name-only", "--format=").split() == ["README.md", "docs/results.md", "results/a.json"]
     assert tree.git("show", "HEAD:docs/results.md") == "[PosixPath('results/a.json')]"
+
+
+def test_harvest_takes_results_alone_and_no_page_with_other_changes(tree):
+    (tree.folder / "results").mkdir()
+    (tree.folder / "results" / "a.json").write_text("{}")
+    (tree.folder / "results" / "b.json.12.part").write_text("{")
+    (tree.folder / "README.md").write_text("by hand")
+    before = tree.git("rev-parse", "HEAD")
+    assert "README.md docs/results.md have changes, which must be committed" in tree.call("harvest", status=2)
+    assert (tree.git("rev-parse", "HEAD"), (tree.folder / "README.md").read_text()) == (before, "by hand")
+    tree.git("checkout", "README.md")
+    tree.call("harvest")
+    assert "part" not in tree.git("show", "--name-only", "--format=")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from query_experts.cli import main
 from query_experts.common.errors import SettingError
 from query_experts.data import prepare
+from query_experts.study.callbacks import StopRequest
 from query_experts.study.ladder import worker
 from query_experts.study.ladder.queue import Queue, Rates
 from query_experts.study.ladder.status import print_status, status
@@ -99,6 +101,20 @@ def test_a_result_made_with_other_settings_is_refused(tmp_path):
 
 
 @pytest.mark.full
+def test_results_of_more_seeds_than_the_plan_has_must_have_its_settings_too(tmp_path):
+    plan = {"plan": [{"rungs": ["small"], "arms": ["gqe"], "seeds": 2}]}
+    run_queue(scaling(write_ladder(tmp_path, **plan)), quiet())
+    plan["plan"][0]["seeds"] = 1
+    file = write_ladder(tmp_path, **plan)
+    assert len(Queue.read(file).results()) == 6
+    changed = tmp_path / "results" / "small-gqe-seed1-100.json"
+    result = json.loads(changed.read_text())
+    changed.write_text(json.dumps(result | {"settings": result["settings"] | {"learning_rate": 0.5}}))
+    with pytest.raises(SettingError, match=r"small-gqe-seed1 has learning_rate \S+; its result was made with 0.5"):
+        Queue.read(file).results()
+
+
+@pytest.mark.full
 def test_results_of_one_tag_only_stand_in_a_rung_that_is_not_complete(tmp_path, monkeypatch):
     file = write_ladder(tmp_path, **ONE, tag="one", commit="1234567890")
     for running in (None, "1234567+", "7654321"):
@@ -115,12 +131,35 @@ def test_results_of_one_tag_only_stand_in_a_rung_that_is_not_complete(tmp_path, 
         run_queue(scaling(other), quiet())
 
 
+class StopAfterSteps(StopRequest):
+    """Made after it was looked at so many times."""
+
+    def __init__(self, looks: int):
+        super().__init__()
+        self.looks = looks
+
+    @property
+    def made(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
 @pytest.mark.full
-def test_hours_stop_a_run_that_goes_on_later(tmp_path):
-    file = write_ladder(tmp_path, **ONE)
-    assert not run_queue(scaling(file, hours=1e-7), quiet())
-    assert results_of(tmp_path) == {}
-    assert run_queue(scaling(file), quiet())
+def test_hours_stop_a_run_that_goes_on_later(tmp_path, monkeypatch):
+    alone, stopped, minutes = tmp_path / "alone", tmp_path / "stopped", []
+    alone.mkdir(), stopped.mkdir()
+    assert run_queue(scaling(write_ladder(alone, **ONE)), quiet())
+    file = write_ladder(stopped, **ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "stop_after", lambda after: minutes.append(after) or StopAfterSteps(20))
+        assert not run_queue(scaling(file, hours=2), quiet())
+    assert minutes == [120]
+    assert len(results_of(stopped)) < 6
+    assert [*(stopped / "out" / "runs" / "ladder" / "small-dense-seed0").glob("*/checkpoints/checkpoint-*")]
+    console = quiet()
+    assert run_queue(scaling(file), console)
+    assert "begins anew" not in said(console)
+    assert results_of(stopped) == results_of(alone)
 
 
 def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
@@ -132,7 +171,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
     file = write_ladder(tmp_path, **plan)
     run = Queue.read(file).runs[0]
     begun = subprocess.Popen(command(file), stderr=subprocess.DEVNULL)
-    while not [*(tmp_path / "out" / "runs" / run.name).glob("*/checkpoints/checkpoint-*")]:
+    while not [*(tmp_path / "out" / "runs" / "ladder" / run.name).glob("*/checkpoints/checkpoint-*")]:
         assert begun.poll() is None
         time.sleep(0.01)
     begun.kill()
@@ -142,6 +181,38 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
     assert run_queue(scaling(write_ladder(tmp_path, **plan, **changed)), console)
     assert "small-dense-seed0 was begun with other values of learning_rate: it begins anew" in said(console)
     assert results_of(tmp_path) == alone
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"warmup": 0.5}, {"budgets": [0.5, 1]}, {"tokens_per_parameter": 2}, {"threads": 2},
+     {"rungs": {"small": RUNG | {"weight_decay": 0.0}}}, {"tag": "one", "commit": "1234567"}],
+)  # fmt: skip
+def test_all_that_a_checkpoint_depends_on_is_kept_beside_it(tmp_path, changes):
+    plan = {"plan": [{"rungs": ["small"], "arms": ["gqe"], "seeds": 1}], "rungs": {"small": RUNG}}
+    folder = begin(write_ladder(tmp_path, **plan))
+    (folder / "progress").touch()
+    begin(write_ladder(tmp_path, **plan))
+    assert (folder / "progress").exists()
+    begin(write_ladder(tmp_path, **plan | changes))
+    assert not (folder / "progress").exists()
+
+
+def test_ladders_that_share_out_have_folders_of_their_own(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    other = shutil.copy(file, tmp_path / "other.yaml")
+    (begin(file) / "progress").touch()
+    assert begin(other) != begin(file)
+    assert (begin(file) / "progress").exists()
+
+
+def begin(file):
+    """What a worker does before it trains the ladder's first run; the folder of its checkpoints."""
+    queue, facts = Queue.read(file), SimpleNamespace(data_hash="abc")
+    own = worker.Worker(queue, file.parent / "out", SimpleNamespace(facts=facts), StopRequest(), quiet())
+    folder = worker.run_folder(own.out, queue, queue.runs[0])
+    own.discard_others(queue.runs[0], folder)
+    return folder
 
 
 @pytest.mark.full
@@ -211,16 +282,18 @@ def test_two_workers_and_kills_at_random_moments_give_the_results_of_one_quiet_w
     quiet_one.mkdir(), killed.mkdir()
     run_queue(scaling(write_ladder(quiet_one, **plan)), quiet())
     file = write_ladder(killed, **plan)
-    moments, environment = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}
+    moments, environment, interrupted = random.Random(0), os.environ | {"OMP_NUM_THREADS": "1"}, 0
     for _ in range(2):
         workers = [subprocess.Popen(command(file), env=environment, stderr=subprocess.DEVNULL) for _ in range(2)]
         begun = time.monotonic()
         while not (killed / "out" / "runs").exists() and time.monotonic() < begun + 120:
             time.sleep(0.1)
         time.sleep(moments.uniform(2, 8))
+        interrupted += sum(one.poll() is None for one in workers)
         for one in workers:
             one.send_signal(signal.SIGKILL)
             one.wait()
+    assert interrupted
     assert run_queue(scaling(file), quiet())
     assert results_of(killed) == results_of(quiet_one)
 
@@ -244,6 +317,17 @@ def test_a_routed_run_that_diverges_is_kept_as_such_and_the_queue_goes_on(tmp_pa
     assert len(results) == 6
     for result in results.values():
         assert (result["validation_loss"] is None) == (result["settings"]["learning_rate"] == 1e6)
+
+
+def test_rungs_of_one_size_that_are_prepared_otherwise_have_models_of_their_own(tmp_path):
+    rungs = {"plain": RUNG, "again": RUNG, "saving": RUNG | {"activation_checkpointing": True}}
+    file = write_ladder(tmp_path, rungs=rungs, plan=[{"rungs": [*rungs], "arms": ["gqe"], "seeds": 1}])
+    queue = Queue.read(file)
+    own = worker.Worker(queue, tmp_path, None, StopRequest(), quiet())
+    branches = [SimpleNamespace(run=run, settings=queue.ladder.run_settings(run)) for run in queue.runs]
+    plain, again, saving = map(own.model, branches)
+    assert plain is again
+    assert [one.is_gradient_checkpointing for one in (plain, saving)] == [False, True]
 
 
 @pytest.mark.full
@@ -278,7 +362,7 @@ def test_a_place_that_can_not_be_written_to_is_named_before_anything_is_trained(
 
 def test_a_ladder_without_a_rung_for_the_device_is_refused(tmp_path):
     file = write_ladder(tmp_path, settings=LADDER["settings"] | {"device": "cuda"})
-    with pytest.raises(SettingError, match=r"device is 'cpu', for which .* has no run"):
+    with pytest.raises(SettingError, match=r"device is 'cpu', for which the chosen runs of .* have no rung; it must be cuda"):
         run_queue(scaling(file, device="cpu"), quiet())
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,8 +9,6 @@ from ladder_helpers import run
 from query_experts.common.errors import SettingError
 from query_experts.study.ladder.results import absolute_paths, file_name, read_results, write_result
 from query_experts.study.results import PartLoss
-
-COMMITTED = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "ladder"
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path):
@@ -118,8 +115,3 @@ def test_other_strings_are_no_absolute_paths(text):
 def test_a_curve_of_many_points_is_refused(tmp_path):
     with pytest.raises(SettingError, match="has 41 points; it must have at most 40"):
         write_result(tmp_path, run(curve=[(i, 4.0) for i in range(41)]))
-
-
-def test_no_committed_result_holds_an_absolute_path():
-    for file in COMMITTED.glob("*.json"):
-        assert absolute_paths(json.loads(file.read_text(encoding="utf-8"))) == [], file.name

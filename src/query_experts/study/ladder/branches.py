@@ -65,7 +65,6 @@ NOT_IN_RESULTS = {
     "tp_size",
     "rank_timeout_minutes",
     "activation_checkpointing",
-    "global_batch_size",
     "keep",
 }
 
@@ -224,6 +223,6 @@ def curve_at_logs(logs: Sequence[dict[str, Any]], every: int, tokens_per_step: i
 
 
 def recorded_settings(settings: RunSettings, ladder: Ladder) -> dict[str, Any]:
-    """The settings of a run that its result holds: all that decides what is trained, and no path."""
+    """The settings of a run that its result holds: those that decide what is trained, and no path."""
     kept = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in NOT_IN_RESULTS}
     return kept | {"device": settings.torch_device, "dtype": settings.autocast_dtype(), "threads": ladder.threads}

@@ -2,7 +2,7 @@
 
 A pair is two runs of one rung, budget and seed whose code has the same tag and whose tokens have the same hash. A pair
 whose runs used different processor instructions or versions of torch is kept and marked, as kernels alone move a run;
-so is one without a tag whose code is of different commits.
+so is one without a tag whose code is of different commits, or has changes that no commit holds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL, PairedDiffere
 BASELINES = ("dense", "static", "half")
 RANDOM = "frozen"  # gqe's further baseline: a router that never trains
 FLOPS_PER_PARAMETER = 6  # a token, forward and backward
+CHANGED = "+"  # at the end of a commit: with changes that no commit holds
 CONTROLS = (*BASELINES, RANDOM)  # all other arms are studied
 
 Known = Literal["lower", "higher", "not known"]
@@ -38,7 +39,7 @@ class Gap:
     Args:
         difference: Over the pairs; None without one.
         marked: Seeds of the pairs whose runs used different processor instructions, versions of torch, or, without a
-            tag, commits.
+            tag, code that isn't of one commit.
         other_tag: Seeds that have both runs but no pair, as their code has different tags.
         other_tokens: The same, as their tokens have different hashes.
     """
@@ -252,4 +253,5 @@ def _is_marked(a: LadderResult, b: LadderResult) -> bool:
     pieces = [*a.pieces, *b.pieces]
     if a.instructions != b.instructions or a.instructions == MIXED or len({piece.torch for piece in pieces}) > 1:
         return True
-    return a.tag is None and len({piece.commit for piece in pieces}) > 1
+    commits = {piece.commit for piece in pieces}
+    return a.tag is None and (len(commits) > 1 or any(str(name).endswith(CHANGED) for name in commits))

@@ -51,7 +51,7 @@ def _divergences(fit: Fit) -> Iterator[str]:
 
 def _weak_dense(fit: Fit) -> Iterator[str]:
     """Where fewer heads are better than dense, as then a lower loss than dense's isn't routing's."""
-    for cell in _last_cells(fit):
+    for cell in fit.cells:
         lower = [arm for arm in ("static", "half") if (gap := cell.gap(arm, "dense")) and gap.known == "lower"]
         if lower:
             yield (
@@ -85,7 +85,7 @@ def _pairs(fit: Fit) -> Iterator[str]:
     if marked:
         yield (
             f"{marked:,} of {text.plural(pairs, 'pair')} used different processor instructions, versions of torch or, "
-            "without a tag, commits in their two runs."
+            "without a tag, code that isn't of one commit."
         )
     for count, why in (
         (sum(len(gap.other_tag) for gap in gaps), "the code of the two runs has different tags"),

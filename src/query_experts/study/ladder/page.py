@@ -137,8 +137,8 @@ def _charts(results: Sequence[LadderResult], fit: Fit) -> list[Chart]:
         ),
         _chart(
             charts.cost_figure(fit), "costs", "Loss against active heads and time",
-            "Mean validation loss at each rung's largest budget. Time: median over seeds; other work on a machine and "
-            "different machines change it.",
+            "Mean validation loss at each rung's largest budget. Time: median over seeds, the process's own on one "
+            "thread of a CPU; other work on a machine and different machines change it.",
         ),
         _chart(
             charts.routing_figure(results, fit.rungs), "routing", "Routing over training",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Queue:
         arms = chosen & ARMS.keys() or {*ARMS}
         runs = [run for run in ladder.runs() if run.rung in rungs and run.arm in arms]
         if not runs:
-            raise SettingError(f"only is {[*only]}; it must leave a run of the plan of {file}, which these don't")
+            raise SettingError(f"only is {[*only]}; the plan of {file} must have a run of these rungs and arms")
         return cls(ladder, file, [run for run in runs if device in (None, ladder.device(run.rung))])
 
     @property
@@ -68,11 +69,11 @@ class Queue:
         if self.collect is not None and self.collect.exists():
             files.add(self.collect.resolve())
         results = read_files(sorted(files))
-        planned = {run.key: run for run in self.ladder.runs()}
-        for result in results:
-            run = planned.get((result.rung, result.variant, result.arm, result.seed))
-            if run is not None and result.budget in self.ladder.budgets:
-                self._check(result, run)
+        planned = {(run.rung, run.variant, run.arm): run for run in self.ladder.runs()}
+        for result in results:  # of more seeds or budgets than the plan has now, too
+            run = planned.get((result.rung, result.variant, result.arm))
+            if run is not None:
+                self._check(result, dataclasses.replace(run, seed=result.seed))
         self._require_one_corpus(results)
         return results
 

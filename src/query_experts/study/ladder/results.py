@@ -26,7 +26,7 @@ MIXED = "mixed"  # instructions of a run whose pieces differ
 MAX_CURVE_POINTS = 40
 
 VARIANT = re.compile(r"|[a-z_]+=[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")  # nothing, or a setting and a number
-NotNegative = Annotated[int, Bounds(least=0)]
+WholeNumber = Annotated[int, Bounds(least=0)]
 
 Key = tuple[str, str, str, int, float]  # rung, variant, arm, seed, budget
 
@@ -72,16 +72,16 @@ class LadderResult:
     rung: Annotated[str, NotEmpty("be the name of a model size")]
     variant: str = ""
     arm: str
-    seed: NotNegative
+    seed: WholeNumber
     budget: Annotated[float, Bounds(above=0, most=1)]
     parameters: Count
-    embedding_parameters: NotNegative
+    embedding_parameters: WholeNumber
     active_parameters: Count
     active_heads: Count
     train_tokens: Count
     flops: Annotated[float, Bounds(above=0)]
     active_flops: Annotated[float, Bounds(above=0)]
-    diverged_at_tokens: NotNegative | None
+    diverged_at_tokens: WholeNumber | None
     validation_loss: NonNegative | None
     bits_per_byte: NonNegative | None
     parts: list[PartLoss]

@@ -78,7 +78,7 @@ class ScalingSettings(Settings):
     )
     only: list[str] = option([], "run, status, tokens: only these rungs and arms", "what to run", metavar="NAME")
     hours: NonNegative | None = option(
-        None, "run: save and stop after X hours and some seconds, or the step; the same command goes on from there",
+        None, "run: save and stop after X hours, at the end of a step; the same command goes on from there",
         "what to run",
     )  # fmt: skip
     minutes: NonNegative | None = option(
@@ -206,8 +206,8 @@ class Ladder:
     warmup: Annotated[float, Bounds(least=0, most=1 - DECAY)] = 0.1
     threads: Count = 1
     data_hash: Annotated[str, NotEmpty("be the hash of the tokens, or left out")] | None = None
-    tag: str | None = None
-    commit: str | None = None
+    tag: Annotated[str, NotEmpty("be the name of the code, or left out")] | None = None
+    commit: Annotated[str, NotEmpty("be a commit, or left out")] | None = None
 
     def runs(self) -> list[Run]:
         """Every run, in the order of the plan, each once."""
@@ -323,7 +323,13 @@ def read_ladder(file: Path) -> Ladder:
     if not isinstance(content, dict):
         raise SettingError(f"ladder is {file}; it must hold lines of `field: value`")
     try:
-        ladder = TypeAdapter(Ladder).validate_json(json.dumps(content, default=str), strict=True)
+        text = json.dumps(content, default=str)
+    except (TypeError, ValueError) as error:  # a key that is a date; an anchor that holds itself
+        raise SettingError(
+            f"ladder is {file}, which can't be read ({error}); its keys must be words, and no value may hold itself"
+        ) from error
+    try:
+        ladder = TypeAdapter(Ladder).validate_json(text, strict=True)
     except ValidationError as error:
         raise SettingError(f"ladder is {file}, whose {first_fault(error)}") from error
     try:

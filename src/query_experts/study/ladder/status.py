@@ -113,7 +113,7 @@ def running_text(queue: Queue, out: Path, rates: Rates, run: Run, lacking: list[
     """A running run: seed, how much of its training is done, and the time that is left."""
     settings, ladder = queue.ladder.run_settings(run), queue.ladder
     try:
-        progress = Progress(**parse_json((run_folder(out, run) / PROGRESS).read_text(encoding="utf-8")))
+        progress = Progress(**parse_json((run_folder(out, queue, run) / PROGRESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         progress = Progress(lacking[0], 0)
     budget, step = progress.budget, progress.step

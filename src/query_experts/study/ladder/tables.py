@@ -187,7 +187,7 @@ def _random_router_table(fit: Fit) -> Table:
         note=" ".join(
             [f"gqe from {RANDOM}, whose router never trains. {PAIRED}", *gap_warnings([g for _, g in found])]
         ),
-        head=["rung", "tokens", f"gqe from {RANDOM}"],
+        head=["rung", "budget", f"gqe from {RANDOM}"],
         body=[[cell.rung, f"{cell.budget:.0%}", difference_text(gap)] for cell, gap in found],
     )
 
@@ -211,9 +211,10 @@ def cost_table(fit: Fit) -> Table:
     return Table(
         title="Cost and routing",
         note="At each rung's largest budget. Params: all of them. PFLOP: of training, as run, and counting only what a "
-        "token uses. Minutes: median over seeds; other work on a machine and different machines change them. Entropy: "
-        "of the router, mean over seeds, layers and groups; 1 is undecided, 0 is certain. Load: the largest share of "
-        f"tokens that select one expert, and dead: the most dead experts, over seeds.{_rates_of_arms(fit)}",
+        "token uses. Minutes: median over seeds, the process's own on one thread of a CPU; other work on a machine and "
+        "different machines change them. Entropy: of the router, mean over seeds, layers and groups; 1 is undecided, 0 "
+        "is certain. Load: the largest share of tokens that select one expert, and dead: the most dead experts, over "
+        f"seeds.{_rates_of_arms(fit)}",
         head=["arm", "rung", "params", "active heads", "PFLOP", "active PFLOP", "min", "entropy", "load", "dead"],
         body=[_costs(cell.rung, own) for cell in last.values() for own in cell.arms.values()],
         left=(0, 1),

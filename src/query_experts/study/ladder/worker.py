@@ -35,11 +35,14 @@ from query_experts.study.ladder.settings import Run, ScalingSettings, parameters
 from query_experts.study.ladder.speed import ASSUMED_SHARE, assumed_seconds, speed_text
 from query_experts.study.ladder.tokens import open_tokens
 from query_experts.study.measure import validation_split
+from query_experts.study.settings import RunSettings
 from query_experts.study.train import new_model, stop_after
 
 MARGIN = 1.1  # over the predicted time of a run, whose rate varies
 FILLING_PARAMETERS = 12_000_000  # a smaller model doesn't fill a GPU, as is assumed until it is measured
 MOST_BESIDE = 4  # then each has its own copy of what a process needs on the GPU
+
+ModelKey = tuple[str, ModelSize, bool, bool]  # arm, size, compile, activation_checkpointing
 
 
 def run_queue(settings: ScalingSettings, console: Console) -> bool:
@@ -91,7 +94,8 @@ def read_queue(settings: ScalingSettings) -> Queue:
     queue = Queue.read(Path(settings.ladder), settings.only, device)
     if not queue.runs:
         raise SettingError(
-            f"device is {device!r}, for which {queue.file} has no run; it must be cpu or cuda, the other"
+            f"device is {device!r}, for which the chosen runs of {queue.file} have no rung; it must be "
+            f"{'cpu' if device == 'cuda' else 'cuda'}, or other runs must be chosen"
         )
     return dataclasses.replace(queue, collect=None if settings.collect is None else Path(settings.collect))
 
@@ -141,7 +145,7 @@ class Worker:
         console: Where it says what it does.
         whole_runs: Whether to begin only runs that end before the deadline.
         beside: Processes on the device, this one included.
-        models: Arm and size -> a model, compiled once for all seeds.
+        models: Arm, size and how it is prepared -> a model, compiled once for all seeds.
         given_up: Rungs that are too slow for the time that is left.
     """
 
@@ -152,7 +156,7 @@ class Worker:
     console: Console
     whole_runs: bool = False
     beside: int = 1
-    models: dict[tuple[str, ModelSize], PreTrainedModel] = field(default_factory=dict)
+    models: dict[ModelKey, PreTrainedModel] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
 
     @classmethod
@@ -200,7 +204,7 @@ class Worker:
         seconds = rates.seconds(run, budgets)
         if seconds is None:
             return True
-        known = (run.arm, self.queue.ladder.run_settings(run).model_size()) in self.models
+        known = model_key(run, self.queue.ladder.run_settings(run)) in self.models
         warm_up = 0.0 if known else rates.warm_up(run)
         return MARGIN * seconds + warm_up < self.stop.deadline - time.monotonic()
 
@@ -221,7 +225,7 @@ class Worker:
 
     def train(self, run: Run, rates: Rates | None) -> None:
         """Trains the missing budgets of a run, smallest first, and keeps a result of each."""
-        folder = run_folder(self.out, run)
+        folder = run_folder(self.out, self.queue, run)
         self.discard_others(run, folder)
         budgets = self.queue.missing()[run]
         if rates is not None and rates.seconds(run, budgets) is None:
@@ -243,7 +247,7 @@ class Worker:
         """Removes checkpoints that were made with other settings, tokens or code than the run has now."""
         ladder, marker = self.queue.ladder, folder / "settings.json"
         now = recorded_settings(ladder.run_settings(run), ladder)
-        now |= {"budgets": ladder.budgets, "data_hash": self.corpus.facts.data_hash}
+        now |= {"budgets": ladder.budgets, "warmup": ladder.warmup, "data_hash": self.corpus.facts.data_hash}
         now |= {"tag": ladder.tag, "commit": ladder.commit}
         kept = read_json(marker, "remove it, and the run begins anew") if marker.exists() else {}
         if folder.exists() and kept != now:
@@ -283,10 +287,15 @@ class Worker:
 
     def model(self, branch: Branch) -> PreTrainedModel:
         """A model of the rung and arm, compiled once for all its seeds if the ladder asks for it."""
-        key = branch.run.arm, branch.settings.model_size()
+        key = model_key(branch.run, branch.settings)
         if key not in self.models:
             self.models[key] = new_model(branch.settings, branch.run.arm, branch.run.seed)
         return self.models[key]
+
+
+def model_key(run: Run, settings: RunSettings) -> ModelKey:
+    """What two runs must share to share a model."""
+    return run.arm, settings.model_size(), settings.compile, settings.activation_checkpointing
 
 
 def loss_text(result: LadderResult) -> str:
@@ -299,8 +308,9 @@ def loss_text(result: LadderResult) -> str:
     )
 
 
-def run_folder(out: Path, run: Run) -> Path:
-    return out / "runs" / run.name
+def run_folder(out: Path, queue: Queue, run: Run) -> Path:
+    """Where a run's checkpoints are; ladders with runs of the same name may share `out`."""
+    return out / "runs" / queue.name / run.name
 
 
 def run_lock(queue: Queue, run: Run) -> FileLock:
