@@ -362,7 +362,9 @@ def test_a_place_that_can_not_be_written_to_is_named_before_anything_is_trained(
 
 def test_a_ladder_without_a_rung_for_the_device_is_refused(tmp_path):
     file = write_ladder(tmp_path, settings=LADDER["settings"] | {"device": "cuda"})
-    with pytest.raises(SettingError, match=r"device is 'cpu', for which the chosen runs of .* have no rung; it must be cuda"):
+    with pytest.raises(
+        SettingError, match=r"device is .cpu., for which the chosen runs .* have no rung; it must be cuda"
+    ):
         run_queue(scaling(file, device="cpu"), quiet())
 
 
