@@ -27,7 +27,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 SCRIPT = "benchmarks/ladder_tables.py"  # in the markers of its tables
 PAIRS = (  # without and with routing
     ("static", "dense"), ("half", "dense"), ("half", "static"),
-    ("gqe", "dense"), ("gqe", "static"), ("gqe", "half"), ("gqe-m4", "static"), ("gqe-m4", "half"),
+    ("gqe", "dense"), ("gqe", "static"), ("gqe", "half"), ("gqe-m4", "dense"), ("gqe-m4", "static"), ("gqe-m4", "half"),
 )  # fmt: skip
 FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against static, where their fewer seeds have finished
 NOTHING = "No rung is complete yet, so nothing is known."
@@ -109,7 +109,8 @@ def optimum(rate: float | None) -> str:
 def balance() -> str:
     """The loss of gqe at each weight of the balance loss."""
     rows = [["weight of the balance loss", "`gqe`, smallest rung"]]
-    for each in swept_values(ladder_of("rates")[1]):
+    ladder, results = ladder_of("rates")
+    for each in swept_values(results, ladder):
         rows.append([f"{each.value:g}", loss([*each.losses.values()], each.mean)])
     return markdown(rows)
 
@@ -196,10 +197,15 @@ def largest() -> str:
     parameters, tokens = cell.size
     return (
         f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
-        "Parameters are without embeddings. FLOPs: of training as run, and in brackets of what a token uses. "
-        f"**Routing at this size: `gqe` {verdict(cell.gap('gqe', 'static'))} (against `static`); "
-        f"{verdict(cell.gap('gqe', 'half'))} (against `half`).** One interval in twenty misses by chance."
+        "Parameters: without embeddings. FLOPs: of training as run (of what a token uses). "
+        f"**Against `static`, {says(cell, 'static')}. Against `half`, {says(cell, 'half')}.** "
+        "One interval in twenty misses by chance."
     )
+
+
+def says(cell: Cell, base: str) -> str:
+    """What a rung says of the routed arms against a baseline."""
+    return "; ".join(f"`{arm}` {verdict(cell.gap(arm, other))}" for arm, other in OF_ROUTING if other == base)
 
 
 def verdicts() -> str:

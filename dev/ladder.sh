@@ -5,7 +5,8 @@
 #   dev/ladder.sh stop                                       save and end; returns when all have
 #   dev/ladder.sh status | fit | report [options]
 #   dev/ladder.sh harvest                                    commit finished results, and the tables of README and docs/
-# LADDER is the ladder's file; by default benchmarks/ladder/cpu.yaml. On a machine with a GPU, add --device cuda.
+# LADDER is the ladder's file, by default benchmarks/ladder/cpu.yaml. It and FOLDER are paths from the repository's root.
+# On a machine with a GPU, add --device cuda.
 # Without a tag in the ladder, the code is that of this working tree.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -52,24 +53,38 @@ prepare() {  # sets code to the folder of the code that runs, with its environme
     make --silent -C "$code" .venv/.installed-study
 }
 
+require_begun() {  # a worker says something once it has begun, or why it hasn't
+    local pid log=$out/worker-$1.log
+    pid=$(<"$out/worker-$1.pid")
+    for _ in $(seq 100); do
+        if [ -s "$log" ] || ! kill -0 "$pid" 2>/dev/null; then break; fi
+        sleep 0.2
+    done
+    sleep 0.5
+    kill -0 "$pid" 2>/dev/null || fail "worker $1 has ended: $(tail -n 1 "$log")"
+}
+
 start() {
     local count=1 number=1
     # Linux weighs a session against others by a nice value of the session's own
     local run='[ ! -e /proc/self/autogroup ] || (echo 19 >/proc/self/autogroup) 2>/dev/null; exec nice -n 19 "$@"'
     if [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then count=$1; shift; fi
-    [[ ${1:---} == -* ]] || fail "WORKERS is $1; it must be a number of workers, 1 or more"
+    [[ ${1:---} == --* ]] || fail "WORKERS is $1; it must be a number of workers, 1 or more"
     prepare
     if [ -n "${commit:-}" ] && [ "$(git -C "$code" rev-parse HEAD)" != "$(git rev-parse "$commit^{commit}")" ]; then
         fail "commit of $ladder is '$commit', and workers run another; dev/ladder.sh stop ends them"
     fi
     mkdir -p "$out"
     workers >/dev/null  # removes what dead ones left
+    local added=()
     for _ in $(seq "$count"); do
         while [ -e "$out/worker-$number.pid" ]; do number=$((number + 1)); done
         OMP_NUM_THREADS=1 setsid bash -c "$run" run "$code/.venv/bin/query-experts" scaling run "$ladder" --out "$out" \
             "$@" >"$out/worker-$number.log" 2>&1 &
         echo $! >"$out/worker-$number.pid"
+        added+=("$number")
     done
+    for number in "${added[@]}"; do require_begun "$number"; done
     echo "$count added; the words of all are in $out/worker-*.log"
 }
 
@@ -90,8 +105,10 @@ harvest() {
     local name results
     name=$(field results)
     [ -n "$name" ] || fail "LADDER is $ladder; it must be a ladder's file, with results"
-    results=$(dirname "$ladder")/$name
+    results=$(realpath -m "$(dirname "$ladder")/$name")
     [ -d "$results" ] || fail "results is $results, where no run has finished yet"
+    [[ $results == "$(pwd -P)"/* ]] || fail "results is $results; to be committed it must be within this repository"
+    scaling . status >/dev/null  # refuses damaged results
     git diff --quiet HEAD -- "${pages[@]}" || fail "${pages[*]} have changes, which must be committed or taken back first"
     git add -- "$results/*.json"
     if git diff --cached --quiet -- "$results"; then echo "No new results."; return; fi
@@ -100,6 +117,7 @@ harvest() {
     git log -1 --oneline
 }
 
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 scaling() { "$1/.venv/bin/query-experts" scaling "$2" "$ladder" --out "$out" "${@:3}"; }
 
 case ${1:-} in
@@ -110,5 +128,6 @@ case ${1:-} in
     status) prepare; scaling "$code" "$@" ;;  # where checkpoints are is known to the code that wrote them
     fit | report) prepare; scaling . "$@" ;;
     harvest) harvest ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    -h | --help | help) usage ;;
+    *) usage; exit 2 ;;
 esac

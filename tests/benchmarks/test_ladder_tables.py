@@ -86,8 +86,9 @@ def test_the_largest_complete_rung_is_shown(results):
     assert found[3][6].startswith("+3.0000 [+3.0000, +3.0000] 10 pairs")
     assert says.startswith("Rung d64: 117k parameters, ")
     assert says.endswith(
-        "`gqe` loses by 3.0000 [3.0000, 3.0000] (against `static`); loses by 2.0000 [2.0000, 2.0000] (against "
-        "`half`).** One interval in twenty misses by chance."
+        "**Against `static`, `gqe` loses by 3.0000 [3.0000, 3.0000]; `gqe-m4` loses by "
+        "5.0000 [5.0000, 5.0000]. Against `half`, `gqe` loses by 2.0000 [2.0000, 2.0000]; `gqe-m4` loses by "
+        "4.0000 [4.0000, 4.0000].** One interval in twenty misses by chance."
     )
 
 

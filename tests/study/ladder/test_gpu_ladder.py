@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -356,6 +357,30 @@ def test_a_signal_goes_on_to_the_processes_which_save(tmp_path):
 def test_a_process_that_cannot_work_says_so(capfd):
     assert run_beside(refuse, (), 2, StopRequest()) == [2, 2]
     assert capfd.readouterr().err.count("steps is 0; it must be 1 or more") == 2
+
+
+@pytest.mark.full
+def test_processes_save_and_end_when_the_one_that_started_them_is_killed(tmp_path):
+    helpers = Path(__file__).resolve().parents[2] / "helpers"
+    program = (
+        "from query_experts.study.callbacks import StopRequest\n"
+        "from query_experts.study.ladder.beside import run_beside\n"
+        "from queue_helpers import wait_until_asked\n"
+        f"if __name__ == '__main__': run_beside(wait_until_asked, ({str(tmp_path)!r},), 2, StopRequest())\n"
+    )
+    (tmp_path / "parent.py").write_text(program)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=os.environ | {"PYTHONPATH": str(helpers)})
+    wait_for(lambda: len([*tmp_path.glob("ready-*")]) == 2)
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: len([*tmp_path.glob("saved-*")]) == 2)
+
+
+def wait_for(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_make_gpu_ladder_asks_for_the_rungs_of_a_gpu_and_one_file():

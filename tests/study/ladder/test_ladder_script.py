@@ -117,6 +117,26 @@ def test_a_second_start_adds_workers_which_pause_and_resume_with_the_first(tree)
     until(lambda: "T" not in {state(pid) for pid in pids.values()})
 
 
+@pytest.mark.parametrize("workers", ["-1", "0", "two"])
+def test_a_number_of_workers_that_is_none_is_refused(tree, workers):
+    assert f"WORKERS is {workers}; it must be a number of workers, 1 or more" in tree.call("start", workers, status=2)
+    assert tree.pids() == {}
+
+
+def test_a_worker_that_ends_at_once_is_told_with_its_reason(tree):
+    (tree.folder / "queue").write_text("#!/bin/sh\necho first\necho 'data is missing' >&2\nexit 2\n")
+    assert "worker 1 has ended: data is missing" in tree.call("start", status=2)
+    (tree.folder / ".venv" / "bin" / "query-experts").write_text("#!/bin/sh\nexit 2\n")
+    assert "worker 1 has ended: " in tree.call("start", status=2)
+
+
+def test_help_says_what_there_is(tree):
+    for words, status in ((["--help"], 0), (["-h"], 0), ([], 2), (["dance"], 2)):
+        said = tree.call(*words, status=status)
+        assert "dev/ladder.sh harvest" in said
+        assert said.splitlines()[-1] == "Without a tag in the ladder, the code is that of this working tree."
+
+
 def test_stop_returns_when_all_have_saved_even_paused_ones(tree):
     tree.start("2")
     tree.call("pause")
@@ -189,6 +209,20 @@ def test_harvest_commits_results_once(tree):
     assert tree.call("harvest") == "No new results.\n"
     assert tree.git("show", "--name-only", "--format=").split() == ["README.md", "docs/results.md", "results/a.json"]
     assert tree.git("show", "HEAD:docs/results.md") == "[PosixPath('results/a.json')]"
+
+
+def test_harvest_refuses_damaged_results_and_those_outside_of_the_repository(tree):
+    (tree.folder / "results").mkdir()
+    (tree.folder / "results" / "a.json").write_text("{")
+    refusing = "#!/bin/sh\necho 'results hold a.json, which is damaged' >&2\nexit 2\n"
+    tree.call("status")
+    (tree.folder / ".venv" / "bin" / "query-experts").write_text(refusing)
+    assert "results hold a.json, which is damaged" in tree.call("harvest", status=2)
+    assert tree.git("status", "--porcelain", "results").strip() == "?? results/"
+    outside = tree.folder.parent / f"{tree.folder.name}-results"
+    outside.mkdir()
+    (tree.folder / "ladder.yaml").write_text(yaml.safe_dump(LADDER | {"results": f"../{outside.name}"}))
+    assert "to be committed it must be within this repository" in tree.call("harvest", status=2)
 
 
 def test_harvest_takes_results_alone_and_no_page_with_other_changes(tree):

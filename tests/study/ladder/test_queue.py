@@ -73,7 +73,7 @@ def test_tokens_are_found_without_their_texts_and_must_be_those_of_the_ladder(tm
     tokens = next((tmp_path / "out" / "tokens").glob("corpus-*"))
     assert run_queue(scaling(file, data=str(tokens), out=str(tmp_path / "elsewhere")), quiet())
     with pytest.raises(SettingError, match=r"hash \w+; ladder .* has data_hash abc"):
-        run_queue(scaling(write_ladder(tmp_path, **ONE, data_hash="abc"), data=str(tokens)), quiet())
+        run_queue(scaling(write_ladder(tmp_path, **ONE, data_hash="abc", results="other"), data=str(tokens)), quiet())
 
 
 def test_more_than_four_epochs_are_refused(tmp_path):

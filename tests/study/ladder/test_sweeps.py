@@ -9,9 +9,11 @@ from rich.console import Console
 
 from ladder_helpers import run
 from query_experts.study.ladder import read
+from query_experts.study.ladder.settings import read_ladder
 from query_experts.study.ladder.sweeps import sweep_tables, swept_values
-from queue_helpers import scaling, write_ladder
+from queue_helpers import RUNG, scaling, write_ladder
 
+PLAN = {"rungs": ["d64"], "arms": ["gqe"], "seeds": 3, "vary": {"router_aux_loss_coef": [0.001, 0.01, 0.1]}}
 VALUES = {0.001: 0.03, 0.1: -0.02}  # difference from the rung's own value
 
 
@@ -42,6 +44,16 @@ def test_without_runs_of_the_rungs_own_value_there_is_a_mean_and_no_difference()
     low, _ = swept_values([result for result in sweep() if result.variant])
     assert low.mean == pytest.approx(4.131)
     assert low.gap.difference is None
+
+
+def test_where_the_rungs_own_value_is_one_of_the_swept_ones_its_runs_are_the_base(tmp_path):
+    ladder = read_ladder(write_ladder(tmp_path, rungs={"d64": RUNG}, plan=[PLAN]))
+    swept = [*sweep(), *(balance(0.01, seed, 4.0 + 0.1 * seed) for seed in range(3))]
+    swept = [result for result in swept if result.variant]
+    low, own, high = swept_values(swept, ladder)
+    assert [each.gap.difference.mean for each in (low, own, high)] == pytest.approx([0.031, 0.0, -0.019])
+    elsewhere = [dataclasses.replace(result, rung="d96") for result in swept]
+    assert {each.gap.difference for each in swept_values(elsewhere, ladder)} == {None}
 
 
 def test_runs_that_diverged_and_those_of_other_code_are_counted_and_left_out():
@@ -78,4 +90,4 @@ def test_terminal_and_page_show_every_sweep(tmp_path, own):
     page = next(tmp_path.rglob("ladder.html")).read_text(encoding="utf-8")
     assert "Learning rates</h3>" in page
     assert "Sweep of router_aux_loss_coef</h3>" in page
-    assert ("Only sweeps have run yet." in page) != own
+    assert ("Its results are those of sweeps." in page) != own

@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -56,11 +58,20 @@ def _wait(processes: Sequence[BaseProcess], stop: StopRequest) -> None:
 def _work(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     replace_what_cannot_be_printed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and the first process passes it on
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         work(*arguments)
     except SettingError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    """Asks this process to save and stop once the one that started it is gone, as after a kill."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

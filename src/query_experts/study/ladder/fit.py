@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from query_experts.model.arms import in_order
@@ -76,6 +76,7 @@ class Fit:
         lines: Gaps against compute, of those that have an interval on three rungs at all tokens.
         predictions: The largest rung left out and predicted; empty where too few rungs remain.
         extrapolations: Of the studied arms; by a law only if its intervals hold the scatter of rungs.
+        unplanned: Rung -> the number of results among them that the ladder's plan doesn't have.
     """
 
     runs: int
@@ -85,6 +86,7 @@ class Fit:
     lines: list[GapLine]
     predictions: list[Prediction]
     extrapolations: list[Extrapolation]
+    unplanned: dict[str, int] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -99,8 +101,8 @@ class Fit:
         return next((line for line in self.lines if (line.arm, line.base) == (arm, base)), None)
 
 
-def fit_ladder(results: Sequence[LadderResult]) -> Fit:
-    """Fits whatever results there are."""
+def fit_ladder(results: Sequence[LadderResult], unplanned: Mapping[str, int] | None = None) -> Fit:
+    """Fits whatever results there are; `unplanned` as in Fit."""
     cells = cells_of(results)
     law = fit_law(cells)
     lines = _lines(cells)
@@ -112,6 +114,7 @@ def fit_ladder(results: Sequence[LadderResult]) -> Fit:
         lines=lines,
         predictions=_predictions(cells),
         extrapolations=_extrapolations(law, lines),
+        unplanned=dict(unplanned or {}),
     )
 
 

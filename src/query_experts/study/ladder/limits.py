@@ -16,6 +16,7 @@ WIDE = 3  # an arm whose seeds range over so many times as much as the median ar
 def limits(fit: Fit) -> list[str]:
     return [
         *_absent(fit),
+        *_unplanned(fit),
         *_divergences(fit),
         *_weak_dense(fit),
         *_spread(fit),
@@ -34,6 +35,12 @@ def _absent(fit: Fit) -> Iterator[str]:
     absent = [base for base in BASELINES if base not in fit.arms]
     if fit.cells and absent:
         yield f"No run of {text.join_words(absent)}, so no arm is compared with {'it' if len(absent) == 1 else 'them'}."
+
+
+def _unplanned(fit: Fit) -> Iterator[str]:
+    if fit.unplanned:
+        named = [f"{rung} ({text.plural(count, 'result')})" for rung, count in fit.unplanned.items()]
+        yield f"In the folder of results, counted here, and not in the ladder's plan: {', '.join(named)}."
 
 
 def _divergences(fit: Fit) -> Iterator[str]:

@@ -46,6 +46,7 @@ class RungTables:
 class Page:
     """Everything that the template shows."""
 
+    ladder: str
     overview: str
     findings: Table
     missing: list[str]
@@ -69,20 +70,30 @@ def write_page(
     path: Path,
     missing: Sequence[str] = (),
     sweeps: Sequence[Table] = (),
+    ladder: str = "",
+    text_lines: Sequence[str] = (),
 ) -> None:
     """Writes the page of a fit and of the results that it came from.
 
     Args:
         missing: What the ladder still has to run, a sentence each.
         sweeps: What the sweeps of settings say.
+        ladder: The ladder's name.
+        text_lines: What it was trained on, a line each.
     """
-    template.write_page("ladder.html.j2", page_of(results, fit, missing, sweeps), path)
+    template.write_page("ladder.html.j2", page_of(results, fit, missing, sweeps, ladder, text_lines), path)
 
 
 def page_of(
-    results: Sequence[LadderResult], fit: Fit, missing: Sequence[str] = (), sweeps: Sequence[Table] = ()
+    results: Sequence[LadderResult],
+    fit: Fit,
+    missing: Sequence[str] = (),
+    sweeps: Sequence[Table] = (),
+    ladder: str = "",
+    text_lines: Sequence[str] = (),
 ) -> Page:
     return Page(
+        ladder=ladder,
         overview=_overview(results, fit, sweeps),
         findings=findings_table(fit),
         missing=list(missing),
@@ -97,13 +108,13 @@ def page_of(
         fits=tables(fit),
         sweeps=list(sweeps),
         charts=_charts(results, fit),
-        trained_on=_trained_on(results),
+        trained_on=[*text_lines, *_trained_on(results)],
     )
 
 
 def _overview(results: Sequence[LadderResult], fit: Fit, sweeps: Sequence[Table]) -> str:
     if not results:
-        return "Only sweeps have run yet." if sweeps else "Nothing has run yet."
+        return "Its results are those of sweeps." if sweeps else "Nothing has run yet."
     seeds = {result.seed for result in results}
     trained = {result.key[:-1] for result in results}
     return (

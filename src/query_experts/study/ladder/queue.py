@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,12 @@ from query_experts.model.arms import ARMS
 from query_experts.study.ladder.branches import recorded_settings
 from query_experts.study.ladder.results import LadderResult, collect_result, read_files, write_result
 from query_experts.study.ladder.settings import Ladder, Run, read_ladder
+
+FOLLOWS = {  # settings that no ladder's file holds
+    "steps": " by tokens_per_parameter and the batch",
+    "warmup_fraction": " by budgets and warmup",
+    "decay_fraction": " by tokens_per_parameter and the batch",
+}
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,14 @@ class Queue:
         for name, value in now.items():
             if made.get(name, value) != value:
                 raise SettingError(
-                    f"ladder is {self.file}, where run {run.name} has {name} {value!r}; its result was made with "
-                    f"{made[name]!r}: the ladder must keep it, or give the rung another name"
+                    f"ladder is {self.file}, where run {run.name} has {name} {value!r}{FOLLOWS.get(name, '')}; its "
+                    f"result was made with {made[name]!r}: the ladder must keep it, or have other results"
                 )
+
+    def unplanned(self, results: Sequence[LadderResult]) -> dict[str, int]:
+        """Of some results, the number that the plan doesn't have, by rung: other ladders' and those of plans before."""
+        planned = {(*run.key, budget) for run in self.ladder.runs() for budget in self.ladder.budgets}
+        return dict(Counter(result.rung for result in results if result.key not in planned))
 
     def write(self, result: LadderResult) -> None:
         """Keeps a new result. Raises SettingError where one of its key is there."""

@@ -16,7 +16,7 @@ from query_experts.study.ladder.page import write_page
 from query_experts.study.ladder.queue import Queue
 from query_experts.study.ladder.rates import best_rate, rates_table
 from query_experts.study.ladder.results import LadderResult
-from query_experts.study.ladder.settings import ScalingSettings
+from query_experts.study.ladder.settings import Ladder, ScalingSettings
 from query_experts.study.ladder.sweeps import sweep_tables, swept_values
 from query_experts.study.ladder.terminal import print_fit
 from query_experts.study.report.table import Table, print_table
@@ -27,9 +27,9 @@ def print_laws(settings: ScalingSettings, console: Console) -> None:
 
     Raises SettingError for a ladder without results, or with results of something else.
     """
-    _, results = _read(settings)
-    own, sweeps = at_own_settings(results), tables_of_sweeps(results)
-    _print(fit_ladder(own), sweeps, console)
+    queue, results = _read(settings)
+    own, sweeps = at_own_settings(results), tables_of_sweeps(results, queue.ladder)
+    _print(fit_ladder(own, queue.unplanned(own)), sweeps, console)
 
 
 def at_own_settings(results: Sequence[LadderResult]) -> list[LadderResult]:
@@ -37,19 +37,19 @@ def at_own_settings(results: Sequence[LadderResult]) -> list[LadderResult]:
     return [result for result in results if not result.variant]
 
 
-def tables_of_sweeps(results: Sequence[LadderResult]) -> list[Table]:
+def tables_of_sweeps(results: Sequence[LadderResult], ladder: Ladder) -> list[Table]:
     """The best learning rates, and a table for each other setting that was swept."""
     rates = best_rate(results)
-    return [*([rates_table(rates)] if rates else []), *sweep_tables(swept_values(results))]
+    return [*([rates_table(rates)] if rates else []), *sweep_tables(swept_values(results, ladder))]
 
 
 def report(settings: ScalingSettings, console: Console) -> None:
-    """Writes the page ladder.html into `out`, and prints the same; raises as `print_laws`."""
+    """Writes a page with the ladder's name into `out`, and prints the same; raises as `print_laws`."""
     queue, results = _read(settings)
-    own, sweeps = at_own_settings(results), tables_of_sweeps(results)
-    fit = fit_ladder(own)
-    page = Path(settings.out) / "ladder.html"
-    write_page(own, fit, page, missing_words(queue), sweeps)
+    own, sweeps = at_own_settings(results), tables_of_sweeps(results, queue.ladder)
+    fit = fit_ladder(own, queue.unplanned(own))
+    page = Path(settings.out) / f"{queue.name}.html"
+    write_page(own, fit, page, missing_words(queue), sweeps, queue.name, text_words(queue, results))
     _print(fit, sweeps, console)
     console.print(Text(f"Page: {page}"))
 
@@ -59,6 +59,16 @@ def _print(fit: Fit, sweeps: Sequence[Table], console: Console) -> None:
         print_fit(fit, console)
     for table in sweeps:
         print_table(table, console)
+
+
+def text_words(queue: Queue, results: Sequence[LadderResult]) -> list[str]:
+    """The text that the results were trained and validated on, and the hashes of its tokens, a line each."""
+    hashes = [*dict.fromkeys(result.data_hash for result in results)]
+    return [
+        f"Text: {', '.join(queue.ladder.data)}",
+        f"Held out: {', '.join(queue.ladder.validation)}",
+        f"data_hash of the tokens: {', '.join(hashes)}",
+    ]
 
 
 def missing_words(queue: Queue) -> list[str]:

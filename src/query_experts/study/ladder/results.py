@@ -6,6 +6,7 @@ Readers ignore unknown keys, which are those of newer versions. A file holds one
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -213,11 +214,14 @@ def read_files(files: Iterable[Path]) -> list[LadderResult]:
 
 
 def _read_file(file: Path) -> list[LadderResult]:
+    values: Any = None
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
-        results = _RESULTS.validate_python(values if isinstance(values, list) else [values])
+        several = values if isinstance(values, list) else [values]
+        results = _RESULTS.validate_json(json.dumps(several), strict=True)
     except (ValidationError, ValueError) as error:
-        raise SettingError(f"results hold {file}, which is damaged ({first_fault(error)}); move it away") from error
+        fault = first_fault(error) if isinstance(values, list) else first_fault(error).removeprefix("0.")
+        raise SettingError(f"results hold {file}, which is damaged ({fault}); move it away") from error
     for result in results:
         _check_words(result, file)
     return results
@@ -229,6 +233,8 @@ def _check_words(result: LadderResult, file: Path) -> None:
         raise SettingError(f"arm is {result.arm!r} in {file}; it must be one of {', '.join(ARMS)}")
     if not VARIANT.fullmatch(result.variant):
         raise SettingError(f"variant is {result.variant!r} in {file}; it must be empty or like 'learning_rate=0.004'")
+    if result.validation_loss is None and result.diverged_at_tokens is None:
+        raise SettingError(f"validation_loss is null in {file}; it must be a number, or diverged_at_tokens given")
     rate = result.settings.get("learning_rate", 1.0)
     if type(rate) not in (int, float):
         raise SettingError(f"settings.learning_rate is {rate!r} in {file}; it must be a number")

@@ -13,6 +13,7 @@ from query_experts.common import formatting as text
 from query_experts.model.arms import in_order
 from query_experts.study.ladder.gaps import Gap, gap_between, rungs_by_size
 from query_experts.study.ladder.results import LadderResult
+from query_experts.study.ladder.settings import Ladder, Run
 from query_experts.study.ladder.tables import difference_text, gap_warnings
 from query_experts.study.report.table import Table
 
@@ -45,11 +46,12 @@ class SweptValue:
         return statistics.fmean(self.losses.values()) if self.losses else None
 
 
-def swept_values(results: Sequence[LadderResult]) -> list[SweptValue]:
+def swept_values(results: Sequence[LadderResult], ladder: Ladder | None = None) -> list[SweptValue]:
     """Every value of every swept setting but the learning rate, the smallest rung first.
 
     Args:
         results: Those of the sweeps, and those with the rungs' own settings.
+        ladder: Theirs. It says a rung's own value, whose runs are then the base where it is one of the swept ones.
     """
     found = []
     swept = [result for result in results if result.variant and result.swept != "learning_rate"]
@@ -60,18 +62,26 @@ def swept_values(results: Sequence[LadderResult]) -> list[SweptValue]:
                 runs = [result for result in own if (result.rung, result.arm) == (rung, arm)]
                 budget = max(result.budget for result in runs)
                 at = [r for r in results if (r.rung, r.arm, r.budget) == (rung, arm, budget)]
-                found += _values(setting, at)
+                found += _values(setting, at, own_value(ladder, rung, arm, setting))
     return found
 
 
-def _values(setting: str, results: Sequence[LadderResult]) -> list[SweptValue]:
+def own_value(ladder: Ladder | None, rung: str, arm: str, setting: str) -> float | None:
+    """A setting of a rung outside of sweeps; None for a rung that the ladder doesn't have."""
+    if ladder is None or rung not in ladder.rungs:
+        return None
+    return getattr(ladder.run_settings(Run(rung, arm, 0)), setting, None)
+
+
+def _values(setting: str, results: Sequence[LadderResult], own: float | None) -> list[SweptValue]:
     """The values of a setting at one rung, arm and budget, the lowest first."""
     unchanged = {result.seed: result for result in results if not result.variant}
     values: dict[float, dict[int, LadderResult]] = {}
     for result in sorted(results, key=lambda result: result.seed):
         if result.swept == setting:
             values.setdefault(result.swept_to, {})[result.seed] = result
-    return [_value(setting, value, list(runs.values()), unchanged) for value, runs in sorted(values.items())]
+    base = (values.get(own, {}) if own is not None else {}) | unchanged
+    return [_value(setting, value, list(runs.values()), base) for value, runs in sorted(values.items())]
 
 
 def _value(setting: str, value: float, runs: Sequence[LadderResult], own: Mapping[int, LadderResult]) -> SweptValue:

@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,8 +64,9 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
     check_device(settings.device)
     require_one_process("scaling run")
     queue = read_queue(settings)
-    require_tag(queue)
     require_places(queue, Path(settings.out))
+    queue.results()  # damaged ones are told before any text is tokenised
+    require_tag(queue)
     check_compiler(any(queue.ladder.run_settings(run).compile for run in queue.runs), resolve_device(settings.device))
     stop = stop_after(settings.minutes if settings.minutes is not None else settings.hours and 60 * settings.hours)
     corpus = open_tokens(queue, settings, console)
@@ -83,8 +84,8 @@ def run_queue(settings: ScalingSettings, console: Console) -> bool:
         console.print("Stopped; the same command goes on.")
         raise SystemExit(128 + stop.signal)
     left = len(queue.missing())
-    asked = "that was asked for" if settings.only else "of this device"
-    console.print(f"{plural(left, 'run')} {asked} left." if left else f"Every run {asked} is done.")
+    of = f"of {', '.join(settings.only)}" if settings.only else "of this device"
+    console.print(Text(f"{plural(left, 'run')} {of} left." if left else f"Every run {of} is done."))
     return left == 0
 
 
@@ -211,17 +212,15 @@ class Worker:
     @contextmanager
     def claimed(self, run: Run) -> Iterator[bool]:
         """Locks a run for this process; whether that succeeded and the run is still missing."""
-        lock = run_lock(self.queue, run)
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=1)  # scaling status holds it for a moment
-        except Timeout:
-            yield False
-            return
-        try:
+        with ExitStack() as held:
+            try:
+                for lock in (run_lock(self.queue, run), folder_lock(self.out, self.queue, run)):
+                    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(lock.acquire(timeout=1))  # scaling status holds the first for a moment
+            except Timeout:
+                yield False
+                return
             yield run in self.queue.missing()
-        finally:
-            lock.release()
 
     def train(self, run: Run, rates: Rates | None) -> None:
         """Trains the missing budgets of a run, smallest first, and keeps a result of each."""
@@ -316,6 +315,12 @@ def run_folder(out: Path, queue: Queue, run: Run) -> Path:
 def run_lock(queue: Queue, run: Run) -> FileLock:
     """The lock of a run, beside the results, which all workers share."""
     return FileLock(queue.results_folder / ".running" / f"{run.name}.lock")
+
+
+def folder_lock(out: Path, queue: Queue, run: Run) -> FileLock:
+    """The lock of a run's checkpoints, which a ladder of the same name with other results might take too."""
+    folder = run_folder(out, queue, run)
+    return FileLock(folder.with_name(f"{folder.name}.lock"))
 
 
 def require_tag(queue: Queue) -> None:
