@@ -76,6 +76,13 @@ def test_tokens_are_found_without_their_texts_and_must_be_those_of_the_ladder(tm
         run_queue(scaling(write_ladder(tmp_path, **ONE, data_hash="abc", results="other"), data=str(tokens)), quiet())
 
 
+def test_a_text_that_is_missing_is_named(tmp_path):
+    file = write_ladder(tmp_path, **ONE)
+    (tmp_path / "other.txt").unlink()
+    with pytest.raises(SettingError, match=r"data is .*, which lacks other.txt; it must have every text file of"):
+        run_queue(scaling(file), quiet())
+
+
 def test_more_than_four_epochs_are_refused(tmp_path):
     file = write_ladder(tmp_path, **ONE, tokens_per_parameter=100)
     with pytest.raises(SettingError, match=r"of which rung small would train \d+\.\d epochs; it must be 4 at most"):

@@ -45,7 +45,7 @@ def print_status(settings: ScalingSettings, console: Console) -> None:
                   title=f"Ladder {queue.name}")  # fmt: skip
     for heading in ("rung", "arm", "tokens", "done", "running", "missing", "tok/s", "about hours", "about left"):
         justify = "left" if heading in ("rung", "arm", "running") else "right"
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=heading == "arm")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(
             row.rung, row.arm, short(row.tokens), f"{row.done}" + f" ({row.diverged} diverged)" * bool(row.diverged),

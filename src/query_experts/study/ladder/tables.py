@@ -15,8 +15,8 @@ from query_experts.study.report.table import Table
 from query_experts.study.statistics import MIN_SEEDS_FOR_INTERVAL
 
 PAIRED = (
-    "Differences: validation loss in nats a token, arm minus baseline, paired by seed; the mean, its 95% interval "
-    "(Student's t over seeds) and the number of pairs."
+    "Differences: validation loss in nats a token, arm minus baseline, higher is worse, paired by seed; the mean, its "
+    "95% interval (Student's t over seeds) and the number of pairs."
 )
 
 _SEEDS_ALONE = (

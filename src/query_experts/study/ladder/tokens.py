@@ -85,6 +85,11 @@ def text_files(queue: Queue, settings: ScalingSettings) -> tuple[list[str], list
     """
     if settings.data is not None and read_meta(Path(settings.data)) is None:
         folder, ladder = Path(settings.data), queue.ladder
+        for name in (*ladder.data, *ladder.validation):
+            if not (folder / name).exists():
+                raise SettingError(
+                    f"data is {folder}, which lacks {name}; it must have every text file of {queue.file}"
+                )
         return [str(folder / name) for name in ladder.data], [str(folder / name) for name in ladder.validation]
     kept = [Path(settings.data)] if settings.data is not None else kept_tokens(queue, settings)
     if len(kept) != 1:
