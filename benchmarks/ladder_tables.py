@@ -198,7 +198,7 @@ def largest() -> str:
     return (
         f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
         "Parameters: without embeddings. FLOPs: of training as run (of what a token uses). "
-        f"**Against `static`, {says(cell, 'static')}. Against `half`, {says(cell, 'half')}.** "
+        f"**Against `static`: {says(cell, 'static')}. Against `half`: {says(cell, 'half')}.** "
         "One interval in twenty misses by chance."
     )
 
@@ -226,7 +226,7 @@ def verdict(gap: Gap | None) -> str:
     if gap is None or difference is None or difference.low is None or difference.high is None:
         return "too few pairs"
     if gap.known == "not known":
-        return f"not known: {text.signed(difference.mean)} {text.interval(difference.low, difference.high)}"
+        return f"not known, {text.signed(difference.mean)} {text.interval(difference.low, difference.high)}"
     ends = sorted((abs(difference.low), abs(difference.high)))
     return VERDICTS[gap.known].format(abs(difference.mean), *ends)
 

@@ -86,8 +86,8 @@ def test_the_largest_complete_rung_is_shown(results):
     assert found[3][6].startswith("+3.0000 [+3.0000, +3.0000] 10 pairs")
     assert says.startswith("Rung d64: 117k parameters, ")
     assert says.endswith(
-        "**Against `static`, `gqe` loses by 3.0000 [3.0000, 3.0000]; `gqe-m4` loses by "
-        "5.0000 [5.0000, 5.0000]. Against `half`, `gqe` loses by 2.0000 [2.0000, 2.0000]; `gqe-m4` loses by "
+        "**Against `static`: `gqe` loses by 3.0000 [3.0000, 3.0000]; `gqe-m4` loses by "
+        "5.0000 [5.0000, 5.0000]. Against `half`: `gqe` loses by 2.0000 [2.0000, 2.0000]; `gqe-m4` loses by "
         "4.0000 [4.0000, 4.0000].** One interval in twenty misses by chance."
     )
 
@@ -106,7 +106,7 @@ def test_what_is_known_of_routing_is_said_for_every_complete_rung(results):
     assert verdicts()["`gqe-m4` against `half`"] == "loses by 4.0000 [4.0000, 4.0000]"
     changed(results, gqe=lambda seed: 6.0 + (-1) ** seed)
     minus = "\N{MINUS SIGN}"
-    assert verdicts()["`gqe` against `static`"] == f"not known: 0.0000 [{minus}0.7541, +0.7541]"
+    assert verdicts()["`gqe` against `static`"] == f"not known, 0.0000 [{minus}0.7541, +0.7541]"
 
 
 def test_runs_that_diverged_are_counted_and_too_few_pairs_say_nothing(results):

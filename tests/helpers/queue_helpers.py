@@ -59,6 +59,19 @@ def results_of(folder: Path) -> dict[str, Any]:
     }
 
 
+class StopAfterLooks(StopRequest):
+    """A request that is made once it has been looked at so often, as after each log of a piece."""
+
+    def __init__(self, looks: int):
+        super().__init__()
+        self.left = looks
+
+    @property
+    def made(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
 def wait_until_asked(folder: str) -> None:
     """The work of a process that waits for a signal."""
     stop = StopRequest()

@@ -17,7 +17,7 @@ from query_experts.study.ladder import branches
 from query_experts.study.ladder.branches import Branch
 from query_experts.study.ladder.settings import LOGS, Run, read_ladder
 from query_experts.study.train import new_model, train_arm
-from queue_helpers import write_ladder
+from queue_helpers import StopAfterLooks, write_ladder
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_branch_that_was_stopped_ends_as_if_it_had_not_been(place, tmp_path, l
     for number, budget in enumerate((0.25, 0.5, 1.0)):
         own, stops = branch(place, tmp_path / "run", budget), 0
         while True:
-            result, weights = trained(own, corpus, stop=StopAfterLogs(3))
+            result, weights = trained(own, corpus, stop=StopAfterLooks(3))
             if result is not None:
                 break
             stops += 1
@@ -99,19 +99,6 @@ def test_a_branch_that_was_stopped_ends_as_if_it_had_not_been(place, tmp_path, l
         assert stops > 1
         assert facts(result) == facts(whole[number][0])
         assert all(torch.equal(value, whole[number][1][name]) for name, value in weights.items())
-
-
-class StopAfterLogs(StopRequest):
-    """A request that is made after some logs of each piece."""
-
-    def __init__(self, logs: int):
-        super().__init__()
-        self.left = logs
-
-    @property
-    def made(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 class StopBetweenLogs(StopRequest):
@@ -166,7 +153,7 @@ def test_a_compiled_branch_resumes_bit_for_bit(place, tmp_path):
     own, pieces = branch(place, tmp_path / "run", 0.25, compile=True), 0
     result = None
     while result is None:
-        result, weights = trained(own, corpus, stop=StopAfterLogs(4))
+        result, weights = trained(own, corpus, stop=StopAfterLooks(4))
         pieces += 1
     assert pieces > 1
     assert facts(result) == facts(whole[0])

@@ -25,7 +25,7 @@ from query_experts.study.ladder.status import print_status, status
 from query_experts.study.ladder.worker import run_lock, run_queue
 from query_experts.study.settings import RunSettings
 from query_experts.study.train import new_model
-from queue_helpers import LADDER, RUNG, results_of, scaling, write_ladder
+from queue_helpers import LADDER, RUNG, StopAfterLooks, results_of, scaling, write_ladder
 from study_helpers import quiet, said
 
 ONE = {"plan": [{"rungs": ["small"], "arms": ["dense", "gqe"], "seeds": 1}]}
@@ -138,19 +138,6 @@ def test_results_of_one_tag_only_stand_in_a_rung_that_is_not_complete(tmp_path, 
         run_queue(scaling(other), quiet())
 
 
-class StopAfterSteps(StopRequest):
-    """Made after it was looked at so many times."""
-
-    def __init__(self, looks: int):
-        super().__init__()
-        self.looks = looks
-
-    @property
-    def made(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
-
-
 @pytest.mark.full
 def test_hours_stop_a_run_that_goes_on_later(tmp_path, monkeypatch):
     alone, stopped, minutes = tmp_path / "alone", tmp_path / "stopped", []
@@ -158,7 +145,7 @@ def test_hours_stop_a_run_that_goes_on_later(tmp_path, monkeypatch):
     assert run_queue(scaling(write_ladder(alone, **ONE)), quiet())
     file = write_ladder(stopped, **ONE)
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "stop_after", lambda after: minutes.append(after) or StopAfterSteps(20))
+        patch.setattr(worker, "stop_after", lambda after: minutes.append(after) or StopAfterLooks(20))
         assert not run_queue(scaling(file, hours=2), quiet())
     assert minutes == [120]
     assert len(results_of(stopped)) < 6
