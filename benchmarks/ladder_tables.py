@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/results.md from the results of the ladder and of its sweeps.
+"""Fills the tables of README.md and docs/results.md from the results of the ladder and its sweeps, and draws its plot.
 
 python benchmarks/ladder_tables.py    # dev/ladder.sh harvest runs it too
 """
@@ -6,11 +6,13 @@ python benchmarks/ladder_tables.py    # dev/ladder.sh harvest runs it too
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from page_tables import markdown, with_tables
 from query_experts.common import formatting as text
+from query_experts.common.plots import save
+from query_experts.study.ladder.charts import gap_figure
 from query_experts.study.ladder.fit import Fit, fit_ladder
 from query_experts.study.ladder.gaps import BASELINES, RANDOM, Cell, Gap
 from query_experts.study.ladder.rates import best_rate, excess
@@ -24,6 +26,7 @@ from query_experts.study.statistics import paired_difference
 ROOT = Path(__file__).resolve().parent.parent
 LADDERS = ROOT / "benchmarks" / "ladder"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PLOTS = ROOT / "docs" / "plots"
 SCRIPT = "benchmarks/ladder_tables.py"  # in the markers of its tables
 PAIRS = (  # without and with routing
     ("static", "dense"), ("half", "dense"), ("half", "static"),
@@ -32,6 +35,8 @@ PAIRS = (  # without and with routing
 FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against static, where their fewer seeds have finished
 NOTHING = "No rung is complete yet, so nothing is known."
 OF_ROUTING = (("gqe", "static"), ("gqe", "half"), ("gqe-m4", "static"), ("gqe-m4", "half"))
+SHORT_WARMUP = ("warmup", "warmup-d96")  # ladders
+WITH_EITHER_WARMUP = (("static", "dense"), ("half", "dense"), ("gqe", "dense"), ("gqe", "static"), ("gqe", "half"))
 VERDICTS = {
     "lower": "wins by {0:.4f} [{1:.4f}, {2:.4f}]",
     "higher": "loses by {0:.4f} [{1:.4f}, {2:.4f}]",
@@ -231,21 +236,39 @@ def verdict(gap: Gap | None) -> str:
     return VERDICTS[gap.known].format(abs(difference.mean), *ends)
 
 
+def warmups() -> Iterator[tuple[str, Ladder, Cell, Cell]]:
+    """Rungs that were trained with a short warm-up too: the name, that ladder, and what was found with each warm-up."""
+    own = {cell.rung: cell for cell in fit_of("cpu").cells if cell.budget == 1}
+    for name in SHORT_WARMUP:
+        for short in fit_of(name).cells:
+            if short.budget == 1 and short.rung in own:
+                yield short.rung, ladder_of(name)[0], short, own[short.rung]
+
+
 def warmup() -> str:
-    """The smallest rung with the warm-up that the ladder began with, and with the one that it has."""
-    ladder, _ = ladder_of("warmup")
-    short = next(cell for cell in fit_of("warmup").cells if cell.budget == 1)
-    now = next((cell for cell in fit_of("cpu").cells if (cell.rung, cell.budget) == (short.rung, 1)), None)
-    steps = [warmup_steps(ladder, short.rung), warmup_steps(ladder_of("cpu")[0], short.rung)]
-    rows = [["arm", *(f"{count} steps" for count in steps), f"{steps[1]} steps minus {steps[0]} steps"]]
-    for arm in ladder.arms():
-        rows.append([f"`{arm}`", *(seeds_and_loss(cell, arm) for cell in (short, now)), change(short, now, arm)])
+    """The loss with a warm-up of a tenth of the smallest budget, and with the ladder's own."""
+    rows = [["rung", "arm", "short warm-up", "the ladder's", "the ladder's minus short"]]
+    for rung, ladder, short, now in warmups():
+        steps = [warmup_steps(each, rung) for each in (ladder, ladder_of("cpu")[0])]
+        for arm in ladder.arms():
+            losses = [seeds_and_loss(cell, arm) for cell in (short, now)]
+            rows.append([f"{rung}, {steps[0]} or {steps[1]} steps", f"`{arm}`", *losses, change(short, now, arm)])
     return markdown(rows)
 
 
-def change(before: Cell, after: Cell | None, arm: str) -> str:
+def warmup_gaps() -> str:
+    """The arms' differences with either warm-up."""
+    rows = [["rung", "difference", "short warm-up", "the ladder's"]]
+    for rung, _, short, now in warmups():
+        for arm, base in WITH_EITHER_WARMUP:
+            found = [line(difference_text(cell.gap(arm, base))) for cell in (short, now)]
+            rows.append([rung, f"`{arm}` - `{base}`", *found])
+    return markdown(rows)
+
+
+def change(before: Cell, after: Cell, arm: str) -> str:
     """The difference of two cells for an arm, over the seeds that both have."""
-    if after is None or arm not in after.arms:
+    if arm not in after.arms or arm not in before.arms:
         return text.MISSING
     own, base = after.arms[arm].losses, before.arms[arm].losses
     paired = paired_difference({seed: own[seed] for seed in own if seed in base}, base)
@@ -260,8 +283,8 @@ def warmup_steps(ladder: Ladder, rung: str) -> int:
     return ladder.branch_settings(ladder.run_settings(run), 1.0).warmup_steps
 
 
-def seeds_and_loss(cell: Cell | None, arm: str) -> str:
-    own = cell.arms.get(arm) if cell is not None else None
+def seeds_and_loss(cell: Cell, arm: str) -> str:
+    own = cell.arms.get(arm)
     if own is None:
         return text.MISSING
     return f"{loss([*own.losses.values()], own.mean, len(own.diverged))}, {text.plural(len(own.losses), 'seed')}"
@@ -269,7 +292,7 @@ def seeds_and_loss(cell: Cell | None, arm: str) -> str:
 
 TABLES = {
     "largest": largest, "verdicts": verdicts, "shapes": shapes, "rates": rates, "balance": balance, "warmup": warmup,
-    "done": done, "gaps": gaps,
+    "warmup_gaps": warmup_gaps, "done": done, "gaps": gaps,
 }  # fmt: skip
 
 
@@ -278,9 +301,21 @@ def filled(page: str) -> str:
     return with_tables(page, SCRIPT, lambda name: TABLES[name]())
 
 
+def draw(folder: Path) -> None:
+    """Draws the differences of the main arms at complete rungs: ladder.svg and ladder.png."""
+    complete = {(cell.rung, cell.budget) for cell in complete_cells()}
+    ladder, results = ladder_of("cpu")
+    shown = [result for result in at_own_settings(results)
+             if (result.rung, result.budget) in complete and result.arm in ladder.plan[0].arms]  # fmt: skip
+    figure = gap_figure(fit_ladder(shown), "compute")
+    if figure is not None:
+        save(figure, folder, "ladder")
+
+
 def main() -> None:
     for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(PLOTS)
 
 
 if __name__ == "__main__":

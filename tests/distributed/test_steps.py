@@ -161,6 +161,8 @@ def assert_same_run(found: dict[str, dict[str, Any]], expected: dict[str, dict[s
 
 def parameter(layout: str, case: str) -> Any:
     skips = [pytest.mark.skipif(layout != "ddp" and not SHARDS_BY_GROUP, reason="needs Transformers 5.20")]
+    if layout == "tp":  # fsdp_tp shares layers too
+        skips.append(pytest.mark.full)
     if layout == "two_of_fsdp":
         old = not (SHARDS_BY_GROUP and copies_of_shards())
         skips += [pytest.mark.full, pytest.mark.skipif(old, reason="needs Transformers 5.23")]

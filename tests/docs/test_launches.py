@@ -43,7 +43,9 @@ def test_the_page_shows_copies_shards_and_shared_layers():
 
 
 @sharded
-@pytest.mark.parametrize("line", OF_ONE_NODE[1:], ids=["fsdp", "tp"])
+@pytest.mark.parametrize("line", [
+    pytest.param(OF_ONE_NODE[1], id="fsdp"), pytest.param(OF_ONE_NODE[2], marks=pytest.mark.full, id="tp"),
+])  # fmt: skip
 def test_a_launch_of_the_page_takes_its_first_steps_on_two_ranks(line, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = outcomes(start_ranks(["-m", "query_experts.cli", *small(line, text)], 2))

@@ -30,10 +30,10 @@ resuming = pytest.mark.skipif(
 )
 SLOW = pytest.mark.full
 COPIES = SHARDS_BY_GROUP and copies_of_shards()
-SHARED = [
-    pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=[sharded, SLOW]),
+PARAMETERS = [
+    "ddp", pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=sharded),
+    pytest.param("checkpointed", marks=[sharded, SLOW]),
 ]  # fmt: skip
-PARAMETERS = [pytest.param(name, marks=[sharded] if name != "ddp" else []) for name in LAYOUTS]
 EACH_KIND = [  # of which the second one stands for all where time is short
     pytest.param("ddp", marks=SLOW), pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=[sharded, SLOW]),
 ]  # fmt: skip

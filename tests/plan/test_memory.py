@@ -176,6 +176,7 @@ def test_two_shallow_models_and_two_batches_tell_the_memory_of_a_deeper_one_with
             assert told == pytest.approx(sum(parts.values()), rel=0.005), phase
 
 
+@pytest.mark.full
 def test_a_deeper_model_gathers_no_more_layers_at_once_than_the_shallow_ones():
     size = {"vocab_size": 32, "hidden_size": 128, "intermediate_size": 352, "batch_size": 1}
     plan = PlanSettings(**SIZE | size | SHARDED, gpus=4)  # gathered weights take much of it

@@ -15,7 +15,6 @@ from launched_runs import (
     EACH_KIND,
     FROM_STEP,
     LAYOUTS,
-    SHARED,
     SLOW,
     curves,
     on_two_ranks,
@@ -103,7 +102,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(folder):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("layout", ["ddp", *SHARED])
+@pytest.mark.parametrize("layout", EACH_KIND)
 def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(layout, folder):
     long = {"steps": 100_000, "evaluations": 1, "log_every": 100_000}  # its first log would come after minutes
     command = words("train", folder, "terminated", **LAYOUTS[layout] | long)
@@ -186,12 +185,13 @@ sys.exit(main(sys.argv[1:]))
 """
 PLACES = [
     ("ddp", "describe", 1),
-    pytest.param("ddp", "last_checkpoint", 0, marks=SLOW),
-    pytest.param("ddp", "build_trainer", 1, marks=SLOW),
-    pytest.param("fsdp", "save_model", 1, marks=[sharded, SLOW]),
+    ("ddp", "last_checkpoint", 0),
+    ("ddp", "build_trainer", 1),
+    pytest.param("fsdp", "save_model", 1, marks=sharded),
 ]
 
 
+@SLOW
 @pytest.mark.parametrize(("layout", "place", "hangs"), PLACES)
 def test_a_rank_that_hangs_before_or_after_the_steps_is_named(folder, layout, place, hangs):
     command = words("train", folder, f"hanging_at_{place}", **LAYOUTS[layout], rank_timeout_minutes=0.2)
@@ -220,7 +220,7 @@ def test_an_unforeseen_error_on_one_rank_is_said_once_by_that_rank(folder):
     assert "query-experts" not in ended[0][2]
 
 
-@pytest.mark.parametrize("layout", ["ddp", *SHARED])
+@pytest.mark.parametrize("layout", EACH_KIND)
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_both(layout, folder):
     what = (
         "import torch; hook = more['model'].lm_head.weight.register_hook("
@@ -288,6 +288,7 @@ def test_four_ranks_go_on_from_two_with_two_copies_of_a_shared_model(folder):
         assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in whole], abs=2e-5)
 
 
+@SLOW
 @pytest.mark.parametrize("layout", EACH_KIND)
 def test_a_disk_that_fills_up_ends_the_ranks_with_a_sentence_and_the_last_checkpoint_stays(layout, folder):
     """The system refuses longer files from the sixth step on, as it refuses all on a full disk."""

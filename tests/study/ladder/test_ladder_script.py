@@ -20,7 +20,7 @@ echo "nice $(nice), by $0: $*"
 while [ "$2" = run ]; do sleep 0.05; done
 """
 TABLES = """from pathlib import Path
-for page in ("README.md", "docs/results.md"):
+for page in ("README.md", "docs/results.md", "docs/plots/ladder.svg"):
     Path(page).write_text(str([*Path("results").iterdir()]))
 """
 MAKEFILE = f""".venv/.installed-study:
@@ -45,7 +45,8 @@ class Tree:
         (folder / "queue").write_text(QUEUE)
         (folder / "benchmarks").mkdir()
         (folder / "benchmarks" / "ladder_tables.py").write_text(TABLES)
-        (folder / "docs").mkdir()
+        (folder / "docs" / "plots").mkdir(parents=True)
+        (folder / "docs" / "plots" / "ladder.svg").write_text("none")
         (folder / "docs" / "results.md").write_text("none")
         (folder / "README.md").write_text("none")
         self.git("init", "--quiet")
@@ -207,7 +208,8 @@ def test_harvest_commits_results_once(tree):
     (tree.folder / "results" / "a.json").write_text("{}")
     assert "Results of the ladder" in tree.call("harvest")
     assert tree.call("harvest") == "No new results.\n"
-    assert tree.git("show", "--name-only", "--format=").split() == ["README.md", "docs/results.md", "results/a.json"]
+    changed = tree.git("show", "--name-only", "--format=").split()
+    assert changed == ["README.md", "docs/plots/ladder.svg", "docs/results.md", "results/a.json"]
     assert tree.git("show", "HEAD:docs/results.md") == "[PosixPath('results/a.json')]"
 
 
@@ -231,7 +233,9 @@ def test_harvest_takes_results_alone_and_no_page_with_other_changes(tree):
     (tree.folder / "results" / "b.json.12.part").write_text("{")
     (tree.folder / "README.md").write_text("by hand")
     before = tree.git("rev-parse", "HEAD")
-    assert "README.md docs/results.md have changes, which must be committed" in tree.call("harvest", status=2)
+    assert "README.md docs/results.md docs/plots have changes, which must be committed" in tree.call(
+        "harvest", status=2
+    )
     assert (tree.git("rev-parse", "HEAD"), (tree.folder / "README.md").read_text()) == (before, "by hand")
     tree.git("checkout", "README.md")
     tree.call("harvest")

@@ -36,7 +36,7 @@ def test_rungs_follow_the_rule(name, rung):
 
 def test_all_ladders_have_the_same_text_and_tokenizer():
     ladders = [read_ladder(file) for file in FILES]
-    assert len(FILES) == 5
+    assert len(FILES) == 6
     assert len({(*ladder.data, *ladder.validation, ladder.settings["vocab_size"]) for ladder in ladders}) == 1
 
 
@@ -57,3 +57,11 @@ def test_rates_were_swept_in_runs_that_differ_from_the_ladder_s_in_nothing_else(
     swept = {"learning_rate", "validation_sequences"}
     differ = {f.name for f in dataclasses.fields(whole[0]) if getattr(whole[0], f.name) != getattr(whole[1], f.name)}
     assert differ == swept
+
+
+@pytest.mark.parametrize(("name", "rung"), [("warmup", "d64"), ("warmup-d96", "d96")])
+def test_runs_with_a_short_warm_up_are_those_of_the_ladder_with_another_warm_up(name, rung):
+    short, own = (read_ladder(LADDERS / f"{each}.yaml") for each in (name, "cpu"))
+    run = Run(rung, "gqe", 0)
+    assert short.run_settings(run) == own.run_settings(run)
+    assert (short.budgets, short.warmup, own.warmup) == (own.budgets, 0.1, 0.4)

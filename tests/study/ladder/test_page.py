@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ladder_helpers import SEEDS, ladder, run
 from query_experts.common.formatting import join_words
-from query_experts.common.plots import ARM_COLOURS
+from query_experts.common.plots import ARM_COLOURS, save
 from query_experts.model.arms import ARMS
 from query_experts.study.ladder import charts
 from query_experts.study.ladder.fit import fit_ladder
@@ -256,6 +256,14 @@ def test_against_compute_stand_whole_runs_alone_and_against_tokens_all(fit):
     points = [figure.axes[0] for figure in (charts.gap_figure(fit, "compute"), charts.gap_figure(fit, "tokens"))]
     marked = [[line for line in axes.lines if line.get_marker() not in ("None", None)] for axes in points]
     assert [len(lines) for lines in marked] == [4 * (len(ARMS_SHOWN) - 1), 12 * (len(ARMS_SHOWN) - 1)]
+
+
+def test_against_tokens_each_rung_has_a_line_style_of_its_own(fit, tmp_path):
+    figure = charts.gap_figure(fit, "tokens")
+    svg, _ = save(figure, tmp_path, "gaps")
+    dashes = {style for style in re.findall("stroke-dasharray: ([^;]+);", svg.read_text()) if style != "none"}
+    assert len(dashes) == 2 * (len(fit.rungs) - 1)  # one is solid; in the legend lines are wider
+    assert [each.get_text() for each in figure.legends[0].get_texts()][-len(fit.rungs) :] == fit.rungs
 
 
 def test_routing_over_training_is_the_mean_over_seeds():

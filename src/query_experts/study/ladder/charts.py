@@ -22,6 +22,7 @@ from query_experts.study.report.charts import SEED_STYLES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 LINE_POINTS = 30
 NUDGE = 1.035  # ratio of the positions of neighbouring arms, so that intervals don't cover one another
@@ -103,14 +104,24 @@ def _draw_law(panels: Sequence[Axes], fit: Fit, law: Law) -> None:
             panels[1].plot(flops, gaps, color=ARM_COLOURS[arm], **look)
 
 
-def _legend(figure: Figure, arms: Sequence[str]) -> None:
+def _legend(figure: Figure, arms: Sequence[str], rungs: Sequence[str] = ()) -> None:
+    """Names the arms, and the line styles of rungs where there are several."""
     from matplotlib.lines import Line2D
 
     entries = [
         Line2D([], [], color=ARM_COLOURS[arm], marker=MARKERS[arm], markersize=5, linewidth=1.4, label=arm)
         for arm in arms
     ]
+    entries += _rung_entries(rungs)
     figure.legend(handles=entries, **LEGEND | {"ncols": min(5, len(entries))})
+
+
+def _rung_entries(rungs: Sequence[str]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
+    if len(rungs) < 2:
+        return []
+    return [Line2D([], [], color=FAINT, linestyle=_style(rungs, rung), linewidth=1.3, label=rung) for rung in rungs]
 
 
 def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
@@ -137,10 +148,11 @@ def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
             if axis == "compute":
                 _draw_line(axes, fit, arm, base)
             else:
-                _join_rungs(axes, arm, _points(fit, arm, base, axis), nudge)
+                _join_rungs(axes, arm, _points(fit, arm, base, axis), nudge, fit.rungs)
         _frame(axes, [point for arm in arms for point in _points(fit, arm, base, axis)])
     panels[-1].set_xlabel(AXIS_NAMES[axis])
-    _legend(figure, [arm for arm in fit.arms if any(_points(fit, arm, base, axis) for base in bases)])
+    arms = [arm for arm in fit.arms if any(_points(fit, arm, base, axis) for base in bases)]
+    _legend(figure, arms, fit.rungs if axis == "tokens" else ())
     return figure
 
 
@@ -161,11 +173,11 @@ def _draw_gaps(axes: Axes, arm: str, points: Sequence[GapPoint], axis: Axis, nud
                   markerfacecolor=colour if point.budget == 1 else "none")  # fmt: skip
 
 
-def _join_rungs(axes: Axes, arm: str, points: Sequence[GapPoint], nudge: float) -> None:
+def _join_rungs(axes: Axes, arm: str, points: Sequence[GapPoint], nudge: float, rungs: Sequence[str]) -> None:
     for rung in dict.fromkeys(point.rung for point in points):
         own = [(nudge * point.tokens, point.gap.difference.mean)
                for point in points if point.rung == rung and point.gap.difference]  # fmt: skip
-        axes.plot(*zip(*own, strict=True), color=ARM_COLOURS[arm], linewidth=0.8)
+        axes.plot(*zip(*own, strict=True), color=ARM_COLOURS[arm], linewidth=0.8, linestyle=_style(rungs, rung))
 
 
 def _frame(axes: Axes, points: Sequence[GapPoint]) -> None:
@@ -276,8 +288,5 @@ def _routing_legend(figure: Figure, arms: Sequence[str], rungs: Sequence[str]) -
     from matplotlib.lines import Line2D
 
     entries = [Line2D([], [], color=ARM_COLOURS[arm], linewidth=1.6, label=arm) for arm in arms]
-    if len(rungs) > 1:
-        entries += [
-            Line2D([], [], color=FAINT, linestyle=_style(rungs, rung), linewidth=1.3, label=rung) for rung in rungs
-        ]
+    entries += _rung_entries(rungs)
     figure.legend(handles=entries, **LEGEND | {"ncols": min(5, len(entries))})

@@ -143,8 +143,8 @@ def _charts(results: Sequence[LadderResult], fit: Fit) -> list[Chart]:
         ),
         _chart(
             charts.gap_figure(fit, "tokens"), "gaps-tokens", "Differences against tokens",
-            "The same, and those with a part of a rung's tokens (hollow), by training tokens. Lines join the points of "
-            "a rung: the same size, trained for longer.",
+            "The same, and those with a part of a rung's tokens (hollow), by training tokens. A line joins the points "
+            "of a rung, each in a style of its own: the same size, trained for longer.",
         ),
         _chart(
             charts.cost_figure(fit), "costs", "Loss against active heads and time",
