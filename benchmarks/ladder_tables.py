@@ -34,13 +34,14 @@ PAIRS = (  # without and with routing
 )  # fmt: skip
 FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against static, where their fewer seeds have finished
 NOTHING = "No rung is complete yet, so nothing is known."
-OF_ROUTING = (("gqe", "static"), ("gqe", "half"), ("gqe-m4", "static"), ("gqe-m4", "half"))
+OF_ROUTING = tuple((arm, base) for arm in ("gqe", "gqe-m4") for base in BASELINES)
 SHORT_WARMUP = ("warmup", "warmup-d96")  # ladders
 WITH_EITHER_WARMUP = (("static", "dense"), ("half", "dense"), ("gqe", "dense"), ("gqe", "static"), ("gqe", "half"))
 VERDICTS = {
     "lower": "wins by {0:.4f} [{1:.4f}, {2:.4f}]",
     "higher": "loses by {0:.4f} [{1:.4f}, {2:.4f}]",
 }
+OUTCOMES = {"lower": "wins against", "higher": "loses to", "not known": "not known against"}
 
 
 def ladder_of(name: str) -> tuple[Ladder, list[LadderResult]]:
@@ -203,14 +204,19 @@ def largest() -> str:
     return (
         f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
         "Parameters: without embeddings. FLOPs: of training as run (of what a token uses). "
-        f"**Against `static`: {says(cell, 'static')}. Against `half`: {says(cell, 'half')}.** "
-        "One interval in twenty misses by chance."
+        f"**{says(cell, 'gqe')}; {says(cell, 'gqe-m4')}.** "
+        "Wins or loses: the interval excludes zero, as one in twenty does by chance."
     )
 
 
-def says(cell: Cell, base: str) -> str:
-    """What a rung says of the routed arms against a baseline."""
-    return "; ".join(f"`{arm}` {verdict(cell.gap(arm, other))}" for arm, other in OF_ROUTING if other == base)
+def says(cell: Cell, arm: str) -> str:
+    """What a rung says of a routed arm against the baselines, without numbers."""
+    found: dict[str, list[str]] = {}
+    for base in BASELINES:
+        gap = cell.gap(arm, base)
+        outcome = OUTCOMES[gap.known] if gap is not None and gap.has_interval else "has too few pairs with"
+        found.setdefault(outcome, []).append(f"`{base}`")
+    return f"`{arm}` {', '.join(f'{outcome} {text.join_words(bases)}' for outcome, bases in found.items())}"
 
 
 def verdicts() -> str:

@@ -86,10 +86,11 @@ def test_the_largest_complete_rung_is_shown(results):
     assert found[3][6].startswith("+3.0000 [+3.0000, +3.0000] 10 pairs")
     assert says.startswith("Rung d64: 117k parameters, ")
     assert says.endswith(
-        "**Against `static`: `gqe` loses by 3.0000 [3.0000, 3.0000]; `gqe-m4` loses by "
-        "5.0000 [5.0000, 5.0000]. Against `half`: `gqe` loses by 2.0000 [2.0000, 2.0000]; `gqe-m4` loses by "
-        "4.0000 [4.0000, 4.0000].** One interval in twenty misses by chance."
+        "**`gqe` loses to `dense`, `static` and `half`; `gqe-m4` loses to `dense`, `static` and `half`.** "
+        "Wins or loses: the interval excludes zero, as one in twenty does by chance."
     )
+    changed(results, gqe=lambda seed: -2.9 + (-1) ** seed)
+    assert "**`gqe` loses to `dense`, not known against `static`, wins against `half`;" in ladder_tables.largest()
 
 
 def test_a_rung_of_another_ladder_in_the_same_folder_changes_nothing(results):
