@@ -8,13 +8,14 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from page_tables import markdown, with_tables
 from query_experts.common import formatting as text
 from query_experts.common.plots import save
 from query_experts.study.ladder.charts import gap_figure
-from query_experts.study.ladder.fit import Fit, fit_ladder
-from query_experts.study.ladder.gaps import BASELINES, RANDOM, Cell, Gap
+from query_experts.study.ladder.fit import fit_ladder
+from query_experts.study.ladder.gaps import BASELINES, RANDOM, ArmCell, Cell, Gap, cells_of
 from query_experts.study.ladder.rates import best_rate, excess
 from query_experts.study.ladder.read import at_own_settings
 from query_experts.study.ladder.results import LadderResult, read_files
@@ -34,14 +35,10 @@ PAIRS = (  # without and with routing
 )  # fmt: skip
 FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against static, where their fewer seeds have finished
 NOTHING = "No rung is complete yet, so nothing is known."
-OF_ROUTING = tuple((arm, base) for arm in ("gqe", "gqe-m4") for base in BASELINES)
 SHORT_WARMUP = ("warmup", "warmup-d96")  # ladders
-WITH_EITHER_WARMUP = (("static", "dense"), ("half", "dense"), ("gqe", "dense"), ("gqe", "static"), ("gqe", "half"))
-VERDICTS = {
-    "lower": "wins by {0:.4f} [{1:.4f}, {2:.4f}]",
-    "higher": "loses by {0:.4f} [{1:.4f}, {2:.4f}]",
-}
-OUTCOMES = {"lower": "wins against", "higher": "loses to", "not known": "not known against"}
+AGAINST = ("static", "half", "dense")  # of routing speak the first two
+JUDGED = {"gqe": AGAINST, "gqe-m4": AGAINST, "static": ("dense",), "half": ("dense",)}
+OUTCOMES = {"lower": "wins", "higher": "loses", "not known": "not known"}
 
 
 def ladder_of(name: str) -> tuple[Ladder, list[LadderResult]]:
@@ -63,8 +60,8 @@ def known_to_git(folder: Path) -> list[Path]:
     return files if git.returncode else [file for file in files if file.name in known]
 
 
-def fit_of(name: str) -> Fit:
-    return fit_ladder(at_own_settings(ladder_of(name)[1]))
+def all_cells(name: str) -> list[Cell]:
+    return cells_of(at_own_settings(ladder_of(name)[1]))
 
 
 def line(cell: str) -> str:
@@ -84,7 +81,7 @@ def shapes() -> str:
     """Dense against half at each shape."""
     rows = [["shape", "heads times head dim over width", "`dense`", "`half`", "`half` - `dense`"]]
     ladder, _ = ladder_of("shapes")
-    for cell in fit_of("shapes").cells:
+    for cell in all_cells("shapes"):
         sizes = ladder.rungs[cell.rung]
         share = sizes["num_attention_heads"] * sizes["head_dim"] / sizes["hidden_size"]
         losses = [loss([*own.losses.values()], own.mean) for own in (cell.arms["dense"], cell.arms["half"])]
@@ -151,7 +148,7 @@ def complete_cells() -> list[Cell]:
     ladder, _ = ladder_of("cpu")
     main = ladder.plan[0].arms
     return [
-        cell for cell in fit_of("cpu").cells
+        cell for cell in all_cells("cpu")
         if cell.rung in ladder.rungs and all(is_complete(ladder, cell, arm) for arm in main)
     ]  # fmt: skip
 
@@ -203,51 +200,56 @@ def largest() -> str:
     parameters, tokens = cell.size
     return (
         f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
-        "Parameters: without embeddings. FLOPs: of training as run (of what a token uses). "
-        f"**{says(cell, 'gqe')}; {says(cell, 'gqe-m4')}.** "
-        "Wins or loses: the interval excludes zero, as one in twenty does by chance."
+        "Parameters: without embeddings. FLOPs: of training, with what is computed and discarded (without). "
+        f"**{' '.join(says(cell, base) for base in AGAINST)}** *Not known*: the interval holds zero."
     )
 
 
-def says(cell: Cell, arm: str) -> str:
-    """What a rung says of a routed arm against the baselines, without numbers."""
-    found: dict[str, list[str]] = {}
-    for base in BASELINES:
-        gap = cell.gap(arm, base)
-        outcome = OUTCOMES[gap.known] if gap is not None and gap.has_interval else "has too few pairs with"
-        found.setdefault(outcome, []).append(f"`{base}`")
-    return f"`{arm}` {', '.join(f'{outcome} {text.join_words(bases)}' for outcome, bases in found.items())}"
+def says(cell: Cell, base: str) -> str:
+    """What a rung says of the arms against a baseline, without numbers."""
+    judged = [arm for arm, bases in JUDGED.items() if base in bases]
+    return f"Against `{base}`: {', '.join(f'`{arm}` {outcome(cell.gap(arm, base))}' for arm in judged)}."
+
+
+def outcome(gap: Gap | None) -> str:
+    return OUTCOMES[gap.known] if has_interval(gap) else "too few pairs"
+
+
+def has_interval(gap: Gap | None) -> TypeGuard[Gap]:
+    return gap is not None and gap.has_interval
 
 
 def verdicts() -> str:
-    """What is known of routing at every complete rung, trained on all of its tokens."""
+    """What is known at every complete rung, trained on all of its tokens."""
     whole = [cell for cell in complete_cells() if cell.budget == 1]
     if not whole:
         return NOTHING
-    rows = [["rung", "parameters", *(f"`{arm}` against `{base}`" for arm, base in OF_ROUTING)]]
+    rows = [["rung", "arm", *(f"against `{base}`" for base in AGAINST)]]
     for cell in whole:
-        found = [verdict(cell.gap(arm, base)) for arm, base in OF_ROUTING]
-        rows.append([cell.rung, text.short(cell.size[0]), *found])
+        for arm, bases in JUDGED.items():
+            found = [verdict(cell.gap(arm, base)) if base in bases else text.MISSING for base in AGAINST]
+            rows.append([cell.rung, f"`{arm}`", *found])
     return markdown(rows)
 
 
 def verdict(gap: Gap | None) -> str:
-    """What a difference says, in words."""
-    difference = gap.difference if gap is not None else None
-    if gap is None or difference is None or difference.low is None or difference.high is None:
-        return "too few pairs"
-    if gap.known == "not known":
-        return f"not known, {text.signed(difference.mean)} {text.interval(difference.low, difference.high)}"
-    ends = sorted((abs(difference.low), abs(difference.high)))
-    return VERDICTS[gap.known].format(abs(difference.mean), *ends)
+    """What a difference says, in words, with its mean and interval."""
+    if not has_interval(gap) or gap.difference is None:
+        return outcome(None)
+    difference = gap.difference
+    interval = text.interval(difference.low, difference.high)
+    return f"{outcome(gap)}, {text.signed(difference.mean)} {interval}"
 
 
 def warmups() -> Iterator[tuple[str, Ladder, Cell, Cell]]:
-    """Rungs that were trained with a short warm-up too: the name, that ladder, and what was found with each warm-up."""
-    own = {cell.rung: cell for cell in fit_of("cpu").cells if cell.budget == 1}
+    """Rungs that were trained with a short warm-up too: the name, that ladder, and what was found with each warm-up.
+
+    Those with three seeds of an arm or more.
+    """
+    own = {cell.rung: cell for cell in complete_cells() if cell.budget == 1}
     for name in SHORT_WARMUP:
-        for short in fit_of(name).cells:
-            if short.budget == 1 and short.rung in own:
+        for short in all_cells(name):
+            if short.budget == 1 and short.rung in own and any(arm.counts for arm in short.arms.values()):
                 yield short.rung, ladder_of(name)[0], short, own[short.rung]
 
 
@@ -256,28 +258,38 @@ def warmup() -> str:
     rows = [["rung", "arm", "short warm-up", "the ladder's", "the ladder's minus short"]]
     for rung, ladder, short, now in warmups():
         steps = [warmup_steps(each, rung) for each in (ladder, ladder_of("cpu")[0])]
-        for arm in ladder.arms():
-            losses = [seeds_and_loss(cell, arm) for cell in (short, now)]
-            rows.append([f"{rung}, {steps[0]} or {steps[1]} steps", f"`{arm}`", *losses, change(short, now, arm)])
+        for arm in counting(short):
+            losses = [seeds_and_loss(cell.arms[arm]) for cell in (short, now)]
+            change = difference(now.arms[arm].losses, short.arms[arm].losses)
+            rows.append([f"{rung}, {steps[0]} or {steps[1]} steps", f"`{arm}`", *losses, change])
     return markdown(rows)
 
 
 def warmup_gaps() -> str:
-    """The arms' differences with either warm-up."""
-    rows = [["rung", "difference", "short warm-up", "the ladder's"]]
+    """The arms' differences with either warm-up, and how they change over the seeds of both."""
+    rows = [["rung", "difference", "short warm-up", "the ladder's", "the ladder's minus short"]]
     for rung, _, short, now in warmups():
-        for arm, base in WITH_EITHER_WARMUP:
-            found = [line(difference_text(cell.gap(arm, base))) for cell in (short, now)]
-            rows.append([rung, f"`{arm}` - `{base}`", *found])
+        for arm, base in PAIRS:
+            if {arm, base} <= {*counting(short)}:
+                found = [line(difference_text(cell.gap(arm, base))) for cell in (short, now)]
+                change = difference(*(gaps_by_seed(cell, arm, base) for cell in (now, short)))
+                rows.append([rung, f"`{arm}` - `{base}`", *found, change])
     return markdown(rows)
 
 
-def change(before: Cell, after: Cell, arm: str) -> str:
-    """The difference of two cells for an arm, over the seeds that both have."""
-    if arm not in after.arms or arm not in before.arms:
-        return text.MISSING
-    own, base = after.arms[arm].losses, before.arms[arm].losses
-    paired = paired_difference({seed: own[seed] for seed in own if seed in base}, base)
+def counting(cell: Cell) -> list[str]:
+    """The arms with enough seeds for an interval."""
+    return [arm for arm, own in cell.arms.items() if own.counts]
+
+
+def gaps_by_seed(cell: Cell, arm: str, base: str) -> dict[int, float]:
+    own, other = cell.arms[arm].losses, cell.arms[base].losses
+    return {seed: own[seed] - other[seed] for seed in own.keys() & other.keys()}
+
+
+def difference(values: Mapping[int, float], others: Mapping[int, float]) -> str:
+    """The mean difference over the seeds of both, with its interval."""
+    paired = paired_difference(values, others)
     if paired is None:
         return text.MISSING
     pairs = text.plural(len(paired.differences), "pair")
@@ -289,10 +301,7 @@ def warmup_steps(ladder: Ladder, rung: str) -> int:
     return ladder.branch_settings(ladder.run_settings(run), 1.0).warmup_steps
 
 
-def seeds_and_loss(cell: Cell, arm: str) -> str:
-    own = cell.arms.get(arm)
-    if own is None:
-        return text.MISSING
+def seeds_and_loss(own: ArmCell) -> str:
     return f"{loss([*own.losses.values()], own.mean, len(own.diverged))}, {text.plural(len(own.losses), 'seed')}"
 
 
@@ -309,7 +318,7 @@ def filled(page: str) -> str:
 
 def draw(folder: Path) -> None:
     """Draws the differences of the main arms at complete rungs: ladder.svg and ladder.png."""
-    complete = {(cell.rung, cell.budget) for cell in complete_cells()}
+    complete = {(cell.rung, cell.budget) for cell in complete_cells() if cell.budget == 1}
     ladder, results = ladder_of("cpu")
     shown = [result for result in at_own_settings(results)
              if (result.rung, result.budget) in complete and result.arm in ladder.plan[0].arms]  # fmt: skip
@@ -319,9 +328,10 @@ def draw(folder: Path) -> None:
 
 
 def main() -> None:
-    for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    pages = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
     draw(PLOTS)
+    for page, words in pages.items():
+        page.write_text(words, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 #   dev/ladder.sh pause | resume                             before and after anything is timed
 #   dev/ladder.sh stop                                       save and end; returns when all have
 #   dev/ladder.sh status | fit | report [options]
-#   dev/ladder.sh harvest                                    commit finished results, and the tables and plot of README and docs/
+#   dev/ladder.sh harvest                                    commit finished results, and the tables of README and docs/, and their plot
 # LADDER is the ladder's file, by default benchmarks/ladder/cpu.yaml. It and FOLDER are paths from the repository's root.
 # On a machine with a GPU, add --device cuda.
 # Without a tag in the ladder, the code is that of this working tree.
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ladder=${LADDER:-benchmarks/ladder/cpu.yaml}
 out=$PWD/runs/ladder
-pages=(README.md docs/results.md docs/plots)
+pages=(README.md docs/results.md docs/plots/ladder.svg docs/plots/ladder.png)
 fail() { echo "$1" >&2; exit 2; }
 
 field() {  # the value of a key of the ladder's file; empty for none

@@ -45,9 +45,12 @@ def differences(table: str) -> dict[str, list[str]]:
     return {row[1]: row[2:] for row in rows(table)[2:]}
 
 
-def verdicts() -> dict[str, str]:
-    head, _, row = rows(ladder_tables.verdicts())
-    return dict(zip(head, row, strict=True))
+def verdicts() -> dict[tuple[str, str], str]:
+    """By arm and baseline, at the one complete rung."""
+    head, _, *found = rows(ladder_tables.verdicts())
+    assert {row[0] for row in found} == {"d64"}
+    return {(row[1].strip("`"), base.split("`")[1]): cell for row in found
+            for base, cell in zip(head[2:], row[2:], strict=True)}  # fmt: skip
 
 
 def test_a_complete_rung_has_its_differences_at_every_budget(results):
@@ -86,11 +89,13 @@ def test_the_largest_complete_rung_is_shown(results):
     assert found[3][6].startswith("+3.0000 [+3.0000, +3.0000] 10 pairs")
     assert says.startswith("Rung d64: 117k parameters, ")
     assert says.endswith(
-        "**`gqe` loses to `dense`, `static` and `half`; `gqe-m4` loses to `dense`, `static` and `half`.** "
-        "Wins or loses: the interval excludes zero, as one in twenty does by chance."
+        "**Against `static`: `gqe` loses, `gqe-m4` loses. Against `half`: `gqe` loses, `gqe-m4` loses. "
+        "Against `dense`: `gqe` loses, `gqe-m4` loses, `static` loses, `half` loses.** "
+        "*Not known*: the interval holds zero."
     )
     changed(results, gqe=lambda seed: -2.9 + (-1) ** seed)
-    assert "**`gqe` loses to `dense`, not known against `static`, wins against `half`;" in ladder_tables.largest()
+    says = "`static`: `gqe` not known, `gqe-m4` loses. Against `half`: `gqe` wins, `gqe-m4` loses. Against `dense`: "
+    assert says in ladder_tables.largest()
 
 
 def test_a_rung_of_another_ladder_in_the_same_folder_changes_nothing(results):
@@ -99,15 +104,18 @@ def test_a_rung_of_another_ladder_in_the_same_folder_changes_nothing(results):
     assert before == [ladder_tables.gaps(), ladder_tables.largest(), ladder_tables.verdicts(), ladder_tables.done()]
 
 
-def test_what_is_known_of_routing_is_said_for_every_complete_rung(results):
-    assert verdicts()["rung"] == "d64"
-    assert verdicts()["`gqe` against `static`"] == "loses by 3.0000 [3.0000, 3.0000]"
-    changed(results, gqe=-9.0)
-    assert verdicts()["`gqe` against `static`"] == "wins by 6.0000 [6.0000, 6.0000]"
-    assert verdicts()["`gqe-m4` against `half`"] == "loses by 4.0000 [4.0000, 4.0000]"
-    changed(results, gqe=lambda seed: 6.0 + (-1) ** seed)
+def test_what_is_known_is_said_for_every_complete_rung(results):
     minus = "\N{MINUS SIGN}"
-    assert verdicts()["`gqe` against `static`"] == f"not known, 0.0000 [{minus}0.7541, +0.7541]"
+    assert verdicts()["gqe", "static"] == "loses, +3.0000 [+3.0000, +3.0000]"
+    assert (verdicts()["static", "dense"], verdicts()["static", "half"]) == (
+        "loses, +1.0000 [+1.0000, +1.0000]",
+        text.MISSING,
+    )
+    changed(results, gqe=-9.0)
+    assert verdicts()["gqe", "static"] == f"wins, {minus}6.0000 [{minus}6.0000, {minus}6.0000]"
+    assert verdicts()["gqe-m4", "half"] == "loses, +4.0000 [+4.0000, +4.0000]"
+    changed(results, gqe=lambda seed: 6.0 + (-1) ** seed)
+    assert verdicts()["gqe", "static"] == f"not known, 0.0000 [{minus}0.7541, +0.7541]"
 
 
 def test_runs_that_diverged_are_counted_and_too_few_pairs_say_nothing(results):
@@ -117,8 +125,9 @@ def test_runs_that_diverged_are_counted_and_too_few_pairs_say_nothing(results):
         for result in results
     ]  # fmt: skip
     assert "10 of 10, 8 diverged" in ladder_tables.done()
-    assert verdicts()["`gqe` against `static`"] == "too few pairs"
+    assert verdicts()["gqe", "static"] == "too few pairs"
     assert "8 diverged" in ladder_tables.largest()
+    assert "**Against `static`: `gqe` too few pairs, `gqe-m4` loses." in ladder_tables.largest()
 
 
 def test_the_warm_up_of_the_ladder_stands_beside_the_one_that_it_began_with(results):
@@ -130,12 +139,33 @@ def test_the_warm_up_of_the_ladder_stands_beside_the_one_that_it_began_with(resu
     assert found[0][2:4] == ["4.595 (4.487 to 4.625), 7 seeds", "0.045 (0.000 to 0.090), 10 seeds"]
 
 
-def test_differences_of_arms_stand_under_either_warm_up(results):
-    _, _, *found = rows(ladder_tables.warmup_gaps())
+def test_differences_of_arms_stand_under_either_warm_up_with_their_change(results):
+    head, _, *found = rows(ladder_tables.warmup_gaps())
+    assert head[2:] == ["short warm-up", "the ladder's", "the ladder's minus short"]
     static = next(row for row in found if row[1] == "`gqe` - `static`")
     assert static[0] == "d64"
     assert static[2].endswith("7 pairs")
     assert static[3] == "+3.0000 [+3.0000, +3.0000] 10 pairs"
+    short = float(static[2].split()[0].replace("\N{MINUS SIGN}", "-"))
+    change, *_, pairs, _ = static[4].split()
+    assert (float(change), pairs) == (pytest.approx(3.0 - short, abs=1e-4), "7")
+
+
+@pytest.mark.parametrize(("seeds", "arms"), [(2, []), (3, ["`static`", "`gqe`", "`gqe-m4`"])])
+def test_a_short_warm_up_is_shown_from_three_seeds_on_for_the_arms_that_have_them(results, monkeypatch, seeds, arms):
+    whole = [result for result in results if result.budget == 1]
+    short = [dataclasses.replace(result, ladder="warmup-d96") for result in whole
+             if (result.arm in ("static", "gqe", "gqe-m4")) and result.seed < seeds]  # fmt: skip
+    short += [result for result in whole if (result.arm, result.seed) == ("dense", 0)]
+    found = ladder_tables.ladder_of
+    ladder = found("cpu")[0]
+    monkeypatch.setattr(
+        ladder_tables, "ladder_of", lambda name: (ladder, short) if name.startswith("warmup") else found(name)
+    )
+    monkeypatch.setattr(ladder_tables, "SHORT_WARMUP", ("warmup-d96",))
+    assert [row[1] for row in rows(ladder_tables.warmup())[2:]] == arms
+    pairs = [row[1] for row in rows(ladder_tables.warmup_gaps())[2:]]
+    assert pairs == (["`gqe` - `static`", "`gqe-m4` - `static`"] if arms else [])
 
 
 def test_the_plot_shows_complete_rungs_alone(results, tmp_path):
@@ -144,6 +174,9 @@ def test_the_plot_shows_complete_rungs_alone(results, tmp_path):
     assert "difference from static" in plot
     assert {arm for arm in ("gqe", "gqe-m4", "gqe-m8") if f">{arm}<" in plot} == {"gqe", "gqe-m4"}
     assert (tmp_path / "ladder.png").stat().st_size > 1000
+    results += [dataclasses.replace(result, rung="d96") for result in results if result.seed != 9]
+    ladder_tables.draw(tmp_path)
+    assert (tmp_path / "ladder.svg").read_text() == plot
     results[:] = [result for result in results if result.seed != 9]
     ladder_tables.draw(tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -31,9 +31,9 @@ resuming = pytest.mark.skipif(
 SLOW = pytest.mark.full
 COPIES = SHARDS_BY_GROUP and copies_of_shards()
 PARAMETERS = [
-    "ddp", pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=sharded),
-    pytest.param("checkpointed", marks=[sharded, SLOW]),
-]  # fmt: skip
+    pytest.param(name, marks=[*([sharded] if name != "ddp" else []), *([SLOW] if name == "checkpointed" else [])])
+    for name in LAYOUTS
+]
 EACH_KIND = [  # of which the second one stands for all where time is short
     pytest.param("ddp", marks=SLOW), pytest.param("fsdp", marks=sharded), pytest.param("tp", marks=[sharded, SLOW]),
 ]  # fmt: skip

@@ -20,7 +20,7 @@ echo "nice $(nice), by $0: $*"
 while [ "$2" = run ]; do sleep 0.05; done
 """
 TABLES = """from pathlib import Path
-for page in ("README.md", "docs/results.md", "docs/plots/ladder.svg"):
+for page in ("README.md", "docs/results.md", "docs/plots/ladder.svg", "docs/plots/ladder.png"):
     Path(page).write_text(str([*Path("results").iterdir()]))
 """
 MAKEFILE = f""".venv/.installed-study:
@@ -46,7 +46,8 @@ class Tree:
         (folder / "benchmarks").mkdir()
         (folder / "benchmarks" / "ladder_tables.py").write_text(TABLES)
         (folder / "docs" / "plots").mkdir(parents=True)
-        (folder / "docs" / "plots" / "ladder.svg").write_text("none")
+        for plot in ("ladder.svg", "ladder.png", "another.svg"):
+            (folder / "docs" / "plots" / plot).write_text("none")
         (folder / "docs" / "results.md").write_text("none")
         (folder / "README.md").write_text("none")
         self.git("init", "--quiet")
@@ -209,7 +210,8 @@ def test_harvest_commits_results_once(tree):
     assert "Results of the ladder" in tree.call("harvest")
     assert tree.call("harvest") == "No new results.\n"
     changed = tree.git("show", "--name-only", "--format=").split()
-    assert changed == ["README.md", "docs/plots/ladder.svg", "docs/results.md", "results/a.json"]
+    plots = ["docs/plots/ladder.png", "docs/plots/ladder.svg"]
+    assert changed == ["README.md", *plots, "docs/results.md", "results/a.json"]
     assert tree.git("show", "HEAD:docs/results.md") == "[PosixPath('results/a.json')]"
 
 
@@ -233,10 +235,12 @@ def test_harvest_takes_results_alone_and_no_page_with_other_changes(tree):
     (tree.folder / "results" / "b.json.12.part").write_text("{")
     (tree.folder / "README.md").write_text("by hand")
     before = tree.git("rev-parse", "HEAD")
-    assert "README.md docs/results.md docs/plots have changes, which must be committed" in tree.call(
+    assert "docs/plots/ladder.svg docs/plots/ladder.png have changes, which must be committed" in tree.call(
         "harvest", status=2
     )
     assert (tree.git("rev-parse", "HEAD"), (tree.folder / "README.md").read_text()) == (before, "by hand")
     tree.git("checkout", "README.md")
+    (tree.folder / "docs" / "plots" / "another.svg").write_text("by hand")
     tree.call("harvest")
+    assert tree.git("diff", "--name-only").split() == ["docs/plots/another.svg"]
     assert "part" not in tree.git("show", "--name-only", "--format=")

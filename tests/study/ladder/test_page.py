@@ -4,12 +4,13 @@ import dataclasses
 import io
 import re
 
+import matplotlib.axes
 import pytest
 from rich.console import Console
 
 from ladder_helpers import SEEDS, ladder, run
 from query_experts.common.formatting import join_words
-from query_experts.common.plots import ARM_COLOURS, save
+from query_experts.common.plots import ARM_COLOURS
 from query_experts.model.arms import ARMS
 from query_experts.study.ladder import charts
 from query_experts.study.ladder.fit import fit_ladder
@@ -258,12 +259,31 @@ def test_against_compute_stand_whole_runs_alone_and_against_tokens_all(fit):
     assert [len(lines) for lines in marked] == [4 * (len(ARMS_SHOWN) - 1), 12 * (len(ARMS_SHOWN) - 1)]
 
 
-def test_against_tokens_each_rung_has_a_line_style_of_its_own(fit, tmp_path):
-    figure = charts.gap_figure(fit, "tokens")
-    svg, _ = save(figure, tmp_path, "gaps")
-    dashes = {style for style in re.findall("stroke-dasharray: ([^;]+);", svg.read_text()) if style != "none"}
-    assert len(dashes) == 2 * (len(fit.rungs) - 1)  # one is solid; in the legend lines are wider
-    assert [each.get_text() for each in figure.legends[0].get_texts()][-len(fit.rungs) :] == fit.rungs
+def test_against_compute_every_rung_is_named_at_its_place(fit):
+    axes = charts.gap_figure(fit, "compute").axes[-1]
+    named = dict(zip([label.get_text().split()[0] for label in axes.get_xticklabels()], axes.get_xticks(), strict=True))
+    assert named == {cell.rung: cell.compute("dense") for cell in fit.cells if cell.budget == 1}
+    assert not [*axes.get_xticklabels(minor=True)]
+
+
+def test_against_tokens_the_lines_of_a_rung_have_the_style_that_the_legend_gives_it(fit, monkeypatch):
+    drawn = []
+    plot = matplotlib.axes.Axes.plot
+
+    def record(axes, x, *args, **look):
+        if "linewidth" in look and len(x) == 3:
+            drawn.append(look["linestyle"])
+        return plot(axes, x, *args, **look)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", record)
+    legend = charts.gap_figure(fit, "tokens").legends[0]
+    assert [each.get_text() for each in legend.get_texts()][-len(fit.rungs) :] == [*fit.rungs]
+    styles = [charts.SEED_STYLES[number] for number in range(len(fit.rungs))]
+    assert drawn[: len(fit.rungs)] == styles  # an arm's lines, the smallest rung first
+    dashes = [handle._dash_pattern[1] for handle in legend.legend_handles[-len(fit.rungs) :]]
+    assert dashes[0] is None
+    assert all(pattern == pytest.approx([1.3 * each for each in style[1]]) for pattern, style in
+               zip(dashes[1:], styles[1:], strict=True))  # fmt: skip
 
 
 def test_routing_over_training_is_the_mean_over_seeds():

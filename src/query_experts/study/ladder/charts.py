@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 LINE_POINTS = 30
+ROOM = 1.8
 NUDGE = 1.035  # ratio of the positions of neighbouring arms, so that intervals don't cover one another
 Axis = Literal["compute", "tokens"]
 AXIS_NAMES: dict[Axis, str] = {
-    "compute": "6 N D, without embeddings and attention (FLOPs)",
+    "compute": "6 N D, without embeddings and attention scores (FLOPs)",
     "tokens": "training tokens",
 }
 
@@ -150,10 +151,20 @@ def gap_figure(fit: Fit, axis: Axis) -> Figure | None:
             else:
                 _join_rungs(axes, arm, _points(fit, arm, base, axis), nudge, fit.rungs)
         _frame(axes, [point for arm in arms for point in _points(fit, arm, base, axis)])
+    if axis == "compute":
+        shown = [point for arm in fit.arms for base in bases for point in _points(fit, arm, base, axis)]
+        _name_rungs(panels[-1], {point.rung: point.compute for point in shown})
     panels[-1].set_xlabel(AXIS_NAMES[axis])
     arms = [arm for arm in fit.arms if any(_points(fit, arm, base, axis) for base in bases)]
     _legend(figure, arms, fit.rungs if axis == "tokens" else ())
     return figure
+
+
+def _name_rungs(axes: Axes, compute: Mapping[str, float]) -> None:
+    """Has a tick at each rung alone, with its name, and room around the outer ones."""
+    axes.minorticks_off()
+    axes.set_xticks([*compute.values()], [f"{rung}\n{flops:.1e}".replace("e+", "e") for rung, flops in compute.items()])
+    axes.set_xlim(min(compute.values()) / ROOM, max(compute.values()) * ROOM)
 
 
 def _points(fit: Fit, arm: str, base: str, axis: Axis) -> list[GapPoint]:
