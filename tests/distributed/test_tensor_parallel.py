@@ -119,8 +119,8 @@ def of_rank(folder: Path, layout: str, case: str, rank: int) -> dict[str, Tensor
 
 
 def parameter(layout: str, case: str) -> Any:
-    if LAYOUTS[layout][2] == 1:
-        return pytest.param(layout, case)
+    if LAYOUTS[layout][2] == 1:  # four processes share two cores
+        return pytest.param(layout, case, marks=[pytest.mark.full] if math.prod(LAYOUTS[layout]) == 4 else [])
     old = not (SHARDS_BY_GROUP and copies_of_shards())
     skip = pytest.mark.skipif(old, reason="Transformers below 5.23 has no copies of models that ranks share")
     return pytest.param(layout, case, marks=[pytest.mark.full, skip])

@@ -121,11 +121,12 @@ def test_sigterm_on_one_rank_saves_and_ends_both_and_the_same_command_goes_on(la
 
 
 BAD_FILES = [
-    pytest.param("ddp", "rng_state_1.pth", Path.unlink, marks=[resuming, SLOW]),
+    pytest.param("ddp", "rng_state_1.pth", Path.unlink, marks=resuming),
     pytest.param("fsdp", "optimizer/__1_0.distcp", flip_a_bit, marks=sharded),
 ]
 
 
+@SLOW
 @pytest.mark.parametrize(("layout", "file", "spoil"), BAD_FILES)
 def test_a_checkpoint_with_a_rank_s_file_bad_is_named_and_the_one_before_is_used(layout, file, spoil, folder):
     out = f"bad_{layout}"
