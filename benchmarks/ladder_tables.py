@@ -36,7 +36,7 @@ PAIRS = (  # without and with routing
 FURTHER = ("gqe-m8", "gqe-expert", "hard")  # against static, where their fewer seeds have finished
 NOTHING = "No rung is complete yet, so nothing is known."
 SHORT_WARMUP = ("warmup", "warmup-d96")  # ladders
-AGAINST = ("static", "half", "dense")  # of routing speak the first two
+AGAINST = ("static", "half", "dense")  # the first two have fewer heads, as routed arms have active
 JUDGED = {"gqe": AGAINST, "gqe-m4": AGAINST, "static": ("dense",), "half": ("dense",)}
 OUTCOMES = {"lower": "wins", "higher": "loses", "not known": "not known"}
 

@@ -4,7 +4,7 @@
 #   dev/ladder.sh pause | resume                             before and after anything is timed
 #   dev/ladder.sh stop                                       save and end; returns when all have
 #   dev/ladder.sh status | fit | report [options]
-#   dev/ladder.sh harvest                                    commit finished results, and the tables of README and docs/, and their plot
+#   dev/ladder.sh harvest                                    commit finished results, with the pages' tables and plot
 # LADDER is the ladder's file, by default benchmarks/ladder/cpu.yaml. It and FOLDER are paths from the repository's root.
 # On a machine with a GPU, add --device cuda.
 # Without a tag in the ladder, the code is that of this working tree.
