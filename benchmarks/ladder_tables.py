@@ -200,7 +200,7 @@ def largest() -> str:
     parameters, tokens = cell.size
     return (
         f"{markdown(rows)}\n\nRung {cell.rung}: {text.short(parameters)} parameters, {text.short(tokens)} tokens. "
-        "Parameters: without embeddings. FLOPs: of training, with what is computed and discarded (without). "
+        "Parameters: without embeddings. FLOPs: of training as run (without discarded queries and recomputed scores). "
         f"**{' '.join(says(cell, base) for base in AGAINST)}** *Not known*: the interval holds zero."
     )
 
