@@ -56,7 +56,7 @@ prepare() {  # sets code to the folder of the code that runs, with its environme
 require_begun() {  # a worker says something once it has begun, or why it hasn't
     local pid log=$out/worker-$1.log
     pid=$(<"$out/worker-$1.pid")
-    for _ in $(seq 100); do
+    for _ in $(seq 600); do
         if [ -s "$log" ] || ! kill -0 "$pid" 2>/dev/null; then break; fi
         sleep 0.2
     done
