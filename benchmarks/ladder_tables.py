@@ -236,9 +236,8 @@ def verdict(gap: Gap | None) -> str:
     """What a difference says, in words, with its mean and interval."""
     if not has_interval(gap) or gap.difference is None:
         return outcome(None)
-    difference = gap.difference
-    interval = text.interval(difference.low, difference.high)
-    return f"{outcome(gap)}, {text.signed(difference.mean)} {interval}"
+    paired = gap.difference
+    return f"{outcome(gap)}, {text.signed(paired.mean)} {text.interval(paired.low, paired.high)}"
 
 
 def warmups() -> Iterator[tuple[str, Ladder, Cell, Cell]]:
